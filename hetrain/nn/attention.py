@@ -1,0 +1,140 @@
+"""Attention over several rows packed into one sequence of tokens: no row ever sees another.
+
+Registered with transformers as an attention implementation. Rows of similar length are gathered into one batch,
+padded inside attention only; with causal attention and padding at the end no valid token attends to padding.
+The cost is Σ L² over rows instead of (Σ L)².
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from hetrain.public.errors import UnsupportedArchitecture
+
+IMPLEMENTATION = "hetrain_rows"
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Rows of similar length: `gather` [rows·longest] token of each padded place, `valid` the places kept."""
+
+    rows: int
+    longest: int
+    gather: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How the T tokens of a micro-batch divide into rows."""
+
+    buckets: tuple[_Bucket, ...]
+    inverse: torch.Tensor
+    """int64 [T]: where token t stands in the concatenation of all buckets' valid places."""
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> RowLayout:
+        """Groups rows whose lengths share a power of two, so at most half of a batch is padding."""
+        starts, total = [], 0
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for row, length in enumerate(lengths):
+            starts.append(total)
+            total += length
+            by_size[length.bit_length()].append(row)
+        buckets, order = [], []
+        for members in by_size.values():
+            longest = max(lengths[row] for row in members)
+            place = torch.arange(longest)
+            begin = torch.tensor([starts[row] for row in members])
+            size = torch.tensor([lengths[row] for row in members])
+            # Padding repeats the row's last token: finite values, and its results are dropped.
+            gather = (begin[:, None] + torch.minimum(place, size[:, None] - 1)).flatten()
+            valid = (place < size[:, None]).flatten().nonzero().flatten()
+            buckets.append(_Bucket(len(members), longest, gather.to(device), valid.to(device)))
+            order.append(gather[valid])
+        inverse = torch.empty(total, dtype=torch.int64)
+        inverse[torch.cat(order)] = torch.arange(total)
+        return RowLayout(tuple(buckets), inverse.to(device))
+
+
+def row_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    row_layout: RowLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """softmax(Q·Kᵀ·scaling)·V within each row, causal.
+
+    Args:
+        module: the attention module; named in errors.
+        query: [1, heads, T, head dimension]; `key` and `value` may have fewer heads (grouped-query attention).
+        attention_mask: ignored; `row_layout` says all.
+        scaling: defaults to 1/√(head dimension).
+        row_layout: the micro-batch's rows.
+        sliding_window: a token sees at most that many tokens, itself included.
+        softcap: scores s become softcap·tanh(s/softcap) (Gemma 2).
+        s_aux: attention sinks, which are not supported.
+
+    Returns:
+        [1, T, heads, head dimension] and no weights.
+    """
+    if row_layout is None or s_aux is not None:
+        reason = "has attention sinks" if s_aux is not None else "does not pass its arguments to attention"
+        raise UnsupportedArchitecture(
+            f"this model {reason}, so its rows cannot be kept apart", where=type(module).__name__
+        )
+    module.row_attention_seen = True
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    pieces = []
+    for bucket in row_layout.buckets:
+        q, k, v = (_batch(tensor, bucket) for tensor in (query, key, value))
+        out = _causal(q, k, v, scaling, sliding_window, softcap)
+        pieces.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.valid))
+    return torch.cat(pieces).index_select(0, row_layout.inverse)[None], None
+
+
+def _batch(tensor: torch.Tensor, bucket: _Bucket) -> torch.Tensor:
+    """[1, heads, T, d] -> [rows, heads, longest, d]."""
+    heads, width = tensor.shape[1], tensor.shape[3]
+    gathered = tensor[0].index_select(1, bucket.gather)
+    return gathered.view(heads, bucket.rows, bucket.longest, width).transpose(0, 1)
+
+
+def _causal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    length = query.shape[2]
+    windowed = window is not None and window < length
+    if not windowed and softcap is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    place = torch.arange(length, device=query.device)
+    distance = place[:, None] - place
+    mask = (distance >= 0) & (distance < (window if windowed else length))
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+AttentionInterface.register(IMPLEMENTATION, row_attention)

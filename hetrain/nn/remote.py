@@ -1,0 +1,179 @@
+"""Linears whose frozen product runs on a worker: what stands in their place on the client.
+
+    forward   y  = x·Wᵀ + bias          x·Wᵀ on the worker
+    backward  dx = dy·W                 on the worker, with the gradients of the whole group side by side
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hetrain.public.errors import UnsupportedArchitecture
+from hetrain.public.parameters import SLOTS
+from hetrain.public.plan import Group
+from hetrain.public.wire import Direction
+from hetrain.secret.engine import ClientEngine
+from hetrain.transport.channel import Channel
+
+
+@dataclass
+class Meter:
+    """What one replica's remote products have cost since the last `reset`: seconds and bytes."""
+
+    encrypt_s: float = 0.0
+    wait_s: float = 0.0
+    decrypt_s: float = 0.0
+    server_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def reset(self) -> None:
+        """Sets all to zero."""
+        self.__init__()  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Outsourcer:
+    """Multiplies by outsourced matrices over one channel with one engine, and keeps count."""
+
+    channel: Channel
+    engine: ClientEngine
+    meter: Meter
+
+    def multiply(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
+        """X·Qᵀ (forward) or X·Q (backward) for the group's int8 matrix Q.
+
+        Args:
+            group: which matrix.
+            direction: which way.
+            x: [T, K]; more than 2048 tokens travel as several ciphertexts.
+
+        Returns:
+            float32 [T, n] on the CPU.
+        """
+        blocks = x.split(SLOTS)
+        return torch.cat([self._block(group, direction, block) for block in blocks])
+
+    def _block(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
+        rows = [(0, group.result_rows(direction))]
+        begin = time.perf_counter()
+        sealed = self.engine.seal(x, group.max_l1(direction))
+        sealed_at = time.perf_counter()
+        reply = self.channel.send(group.name, direction, sealed.header, sealed.payload, rows).result()
+        replied_at = time.perf_counter()
+        y = sealed.opening.open(reply.parts, rows)
+        meter = self.meter
+        meter.encrypt_s += sealed_at - begin
+        meter.wait_s += replied_at - sealed_at
+        meter.decrypt_s += time.perf_counter() - replied_at
+        meter.server_s += reply.server_s
+        meter.bytes_up += reply.bytes_up
+        meter.bytes_down += reply.bytes_down
+        return y
+
+
+class _GroupProduct(torch.autograd.Function):
+    """(y_1, ..., y_m) = split((x·Qᵀ)·diag(scales)); dx = (cat(dy_i)·diag(scales))·Q."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, remote: RemoteGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
+        ctx.remote, ctx.shape = remote, x.shape
+        flat = x.reshape(-1, x.shape[-1])
+        y = remote.outsourcer.multiply(remote.group, "forward", flat).to(x.device) * remote.scales
+        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(remote.widths, dim=1))
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:  # type: ignore[no-untyped-def]
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        remote = ctx.remote
+        g = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in gradients], dim=1) * remote.scales
+        dx = remote.outsourcer.multiply(remote.group, "backward", g)
+        return dx.to(g.device).view(ctx.shape), None
+
+
+class RemoteGroup:
+    """The linears of one group in one replica: the first to be called evaluates for all."""
+
+    def __init__(self, group: Group, scales: torch.Tensor, outsourcer: Outsourcer) -> None:
+        self.group = group
+        self.scales = scales
+        self.outsourcer = outsourcer
+        self.widths = [member.out_features for member in group.members]
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What member `index` makes of x; the others' outputs are kept until they ask with the same x."""
+        if self._input is not x or index not in self._outputs:
+            self._input = x
+            self._outputs = dict(enumerate(_GroupProduct.apply(x, self)))
+        y = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return y
+
+
+class RemoteLinear(nn.Linear):
+    """A linear without its matrix. A subclass of `nn.Linear`, so that peft wraps it as one.
+
+    `weight` has the right shape and the storage of one number. `bias`, if any, is real and stays here.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(1, 1).expand(out_features, in_features), requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.group: RemoteGroup | Tracer | None = None
+        self.index = 0
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteLinear:
+        # Moving an expanded tensor would materialise the matrix that must not be here.
+        del self._parameters["weight"]
+        super()._apply(fn, recurse)
+        hollow = fn(torch.zeros(1, 1)).expand(self.out_features, self.in_features)
+        self.weight = nn.Parameter(hollow, requires_grad=False)
+        return self
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x·Wᵀ + bias."""
+        if self.group is None:
+            raise UnsupportedArchitecture("this linear belongs to no group", where=repr(self))
+        y = self.group.output(input, self.index)
+        return y if self.bias is None else y + self.bias
+
+
+class Tracer:
+    """Stands in for a group while tracing: notes who shares an input, and answers zeros."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, torch.Tensor]] = []
+        self._widths: dict[int, int] = {}
+
+    def watch(self, index: int, linear: RemoteLinear) -> None:
+        """Records calls of `linear` under `index`."""
+        linear.group, linear.index = self, index
+        self._widths[index] = linear.out_features
+
+    def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Zeros of the right shape. Keeps x alive, so that identity tells inputs apart."""
+        self.calls.append((index, x))
+        return x.new_zeros(*x.shape[:-1], self._widths[index])
+
+    def groups(self) -> list[list[int]]:
+        """Indices that were called with the very same tensor, in order of first call."""
+        found: list[tuple[torch.Tensor, list[int]]] = []
+        for index, x in self.calls:
+            for seen, members in found:
+                if seen is x:
+                    members.append(index)
+                    break
+            else:
+                found.append((x, [index]))
+        return [members for _, members in found]

@@ -1,0 +1,85 @@
+"""Replicas: several micro-batches in flight, each on its own copy of the adapter, all on one set of weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import PeftModel
+
+from hetrain.nn.attention import RowLayout
+from hetrain.nn.lora import SeededDropout, adapter_parameters
+from hetrain.nn.loss import output_head, summed_loss
+from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
+from hetrain.nn.split import SplitModel, hidden_states
+from hetrain.secret.engine import ClientEngine
+from hetrain.transport.channel import Channel
+
+
+class Replica:
+    """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time."""
+
+    def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, engine: ClientEngine) -> None:
+        self.meter = Meter()
+        self._model = _share_frozen_copy(model)
+        self.parameters = adapter_parameters(self._model)
+        self._causal = self._model.get_base_model()
+        self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
+        self._head = output_head(self._causal)
+        self._dropouts = [m for m in self._model.modules() if isinstance(m, SeededDropout)]
+        _bind(split, self._causal, Outsourcer(channel, engine, self.meter), self._device)
+
+    def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
+        """Copies adapter values into this replica."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(snapshot[name])
+
+    def seed_dropout(self, seed: int | None) -> None:
+        """Makes LoRA dropout a function of `seed`; None turns it off."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for dropout in self._dropouts:
+            dropout.generator = generator
+
+    def summed_loss(
+        self, tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Σ −log p(target) over the supervised tokens of packed rows.
+
+        Args:
+            tokens: int64 [T]; `positions` [T] restart at each row; `targets` [T], -100 where unsupervised.
+            lengths: the rows' lengths, summing to T.
+        """
+        layout = RowLayout.of(lengths, self._device)
+        states = hidden_states(
+            self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
+        )
+        return summed_loss(states[0], targets.to(self._device), self._head)
+
+    def take_gradients(self) -> dict[str, torch.Tensor]:
+        """The adapter's gradients by name, removed from the replica; zeros where there is none."""
+        gradients = {}
+        for name, parameter in self.parameters.items():
+            gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+        return gradients
+
+
+def _share_frozen_copy(model: PeftModel) -> PeftModel:
+    """A deep copy in which all that is frozen is the very same tensor."""
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _bind(split: SplitModel, causal: torch.nn.Module, outsourcer: Outsourcer, device: torch.device) -> None:
+    """Gives every `RemoteLinear` its group. peft may have wrapped it, but keeps it as ``base_layer``."""
+    remotes = {
+        name.removesuffix(".base_layer"): module
+        for name, module in causal.named_modules()
+        if isinstance(module, RemoteLinear)
+    }
+    for group in split.plan.groups:
+        bound = RemoteGroup(group, split.scales[group.name].to(device), outsourcer)
+        for index, member in enumerate(group.members):
+            remotes[member.module].group, remotes[member.module].index = bound, index

@@ -1,0 +1,192 @@
+"""The broker's address in the forms its clients want, a connection to it, and its errors in ours."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import redis
+from redis import exceptions as foreign
+
+from hetrain.public.errors import BrokerError, BrokerFull, BrokerUnreachable, UsageError
+
+_SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "redis+socket": "unix"}
+_FULL_HINT = "raise the broker's maxmemory, or lower --in-flight"
+_REACH_HINT = "check that the server runs and that the address and the password in the URL are right"
+_TIMEOUT_S = 30.0
+_CONNECT_TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BrokerUrl:
+    """A broker's address, parsed once. All parts but `path` keep their percent-encoding."""
+
+    scheme: str
+    credentials: str
+    host: str
+    socket: str
+    database: int
+    options: tuple[tuple[str, str], ...]
+
+    def for_redis(self) -> str:
+        """The form that redis-py wants: ``redis://``, ``rediss://`` or ``unix://``."""
+        if self.socket:
+            return self._join("unix", self.socket, {"db": str(self.database)})
+        return self._join(self.scheme, f"/{self.database}", dict(self.options))
+
+    def for_celery(self) -> str:
+        """The form that kombu wants: ``redis://``, ``rediss://`` or ``redis+socket://``."""
+        if self.socket:
+            # Flower cannot parse the option, so it is left out where it says nothing.
+            database = {"virtual_host": str(self.database)} if self.database else {}
+            return self._join("redis+socket", self.socket, database)
+        # Without this option kombu does not check the server's certificate.
+        checked = {"ssl_cert_reqs": "required"} if self.scheme == "rediss" else {}
+        return self._join(self.scheme, f"/{self.database}", checked | dict(self.options))
+
+    def _join(self, scheme: str, path: str, query: dict[str, str]) -> str:
+        login = f"{self.credentials}@" if self.credentials else ""
+        tail = f"?{urlencode(query)}" if query else ""
+        return f"{scheme}://{login}{self.host}{path}{tail}"
+
+
+def redacted(url: str) -> str:
+    """`url` without user, password and options, fit for a message. Never fails."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return "(not a URL)"
+    return f"{scheme}://{re.split('[?#]', rest.rpartition('@')[2])[0]}"
+
+
+def parse_broker_url(url: str) -> BrokerUrl:
+    """Parses a ``redis://``, ``rediss://``, ``unix://`` or ``redis+socket://`` address.
+
+    Options may be ``db`` (or ``virtual_host``), and ``ssl_*`` with ``rediss``.
+
+    Raises:
+        UsageError: another scheme, an unknown option, no socket path, a bad host, port or database.
+    """
+    try:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        # The cause's message may repeat a part of the password.
+        raise _bad_url(url, "cannot be parsed") from None
+    scheme = _SCHEMES.get(parts.scheme)
+    if scheme is None:
+        raise _bad_url(url, "has an unknown scheme")
+    credentials, _, host = parts.netloc.rpartition("@")
+    database = query.pop("virtual_host", "") or "0"
+    database = query.pop("db", "") or database
+    if scheme == "unix":
+        if host or not parts.path.strip("/"):
+            raise _bad_url(url, "does not name a socket")
+    else:
+        if not parts.hostname or not has_port:
+            raise _bad_url(url, "has no valid host and port")
+        database = parts.path.strip("/") or database
+    if not (database.isascii() and database.isdecimal()):
+        raise _bad_url(url, "has a database that is not a number")
+    unknown = [name for name in query if scheme != "rediss" or not name.startswith("ssl_")]
+    if unknown:
+        raise _bad_url(url, "has options that are not understood")
+    return BrokerUrl(
+        scheme=scheme,
+        credentials=credentials,
+        host=host,
+        socket=parts.path if scheme == "unix" else "",
+        database=int(database),
+        options=tuple(sorted(query.items())),
+    )
+
+
+def _bad_url(url: str, what: str) -> UsageError:
+    return UsageError(
+        f"the broker's URL {what}",
+        where=redacted(url),
+        hint="write redis://:PASSWORD@HOST:PORT/0, rediss://... or unix://:PASSWORD@/PATH, "
+        "and percent-encode special characters of the password",
+    )
+
+
+def connection_pool(url: str, *, max_connections: int = 256) -> redis.ConnectionPool:
+    """Connections to the broker at `url`: RESP 2, bounded waits, no hidden retries."""
+    return redis.ConnectionPool.from_url(
+        parse_broker_url(url).for_redis(),
+        protocol=2,
+        socket_timeout=_TIMEOUT_S,
+        socket_connect_timeout=_CONNECT_TIMEOUT_S,
+        max_connections=max_connections,
+        retry=None,
+    )
+
+
+def client(pool: redis.ConnectionPool) -> redis.Redis:
+    """A client on `pool`, without retries of its own."""
+    return redis.Redis(connection_pool=pool)
+
+
+def ping(url: str) -> None:
+    """Asks the broker for a sign of life, once.
+
+    Raises:
+        UsageError: the URL makes no sense.
+        BrokerUnreachable: nobody answers, or the credentials are wrong.
+    """
+    pool = connection_pool(url, max_connections=1)
+    try:
+        with broker_errors(url):
+            client(pool).ping()
+    finally:
+        pool.disconnect()
+
+
+@contextmanager
+def broker_errors(url: str) -> Iterator[None]:
+    """Maps what redis-py and sockets raise to `BrokerError` and its subclasses; never shows a password."""
+    where = redacted(url)
+    try:
+        yield
+    except foreign.OutOfMemoryError as error:
+        raise BrokerFull("the broker is out of memory", where=where, hint=_FULL_HINT) from error
+    except (foreign.AuthenticationError, foreign.AuthorizationError, foreign.NoPermissionError) as error:
+        raise BrokerUnreachable(
+            "the broker refuses these credentials", where=where, hint="check user and password in the URL"
+        ) from error
+    except (foreign.ConnectionError, foreign.TimeoutError, OSError, EOFError) as error:
+        raise BrokerUnreachable(
+            f"the broker cannot be reached ({error or type(error).__name__})", where=where, hint=_REACH_HINT
+        ) from error
+    except foreign.RedisError as error:
+        if "OOM" in str(error):  # inside MULTI the refusal arrives as EXECABORT
+            raise BrokerFull("the broker is out of memory", where=where, hint=_FULL_HINT) from error
+        raise BrokerError(f"the broker refused a command ({error})", where=where) from error
+
+
+def while_full(attempt: Callable[[], T], *, limit_s: float) -> T:
+    """Calls `attempt` until it stops raising `BrokerFull`, with growing pauses, for about `limit_s` seconds.
+
+    Raises:
+        BrokerFull: the broker stayed full.
+    """
+    end = monotonic() + limit_s
+    pause = 0.05
+    while True:
+        try:
+            return attempt()
+        except BrokerFull:
+            left = end - monotonic()
+            if left <= 0:
+                raise
+        # Spread out, so that several senders who wait for the same memory do not collide again.
+        sleep(min(pause * random.uniform(0.5, 1.5), left))
+        pause = min(pause * 2, 2.0)

@@ -1,0 +1,118 @@
+"""Finding and reading the public weights: an alias, a local Hugging Face directory, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hetrain.public.aliases import ALIASES, materialise
+from hetrain.public.errors import ModelError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face directory with safetensors: `tensors` maps each tensor's name to its file."""
+
+    label: str
+    directory: Path
+    tensors: Mapping[str, Path]
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """One tensor, copied out of its memory-mapped file.
+
+        Raises:
+            ModelError: the checkpoint has no such tensor, or the file is damaged.
+        """
+        try:
+            with safe_open(self.tensors[tensor], framework="pt") as file:
+                value: torch.Tensor = file.get_tensor(tensor)
+                return value
+        except KeyError as error:
+            raise ModelError(f"the checkpoint has no tensor {tensor}", where=self.label) from error
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"tensor {tensor} cannot be read: {error}",
+                where=str(self.tensors[tensor]),
+                hint="the file is damaged or incomplete: download it again",
+            ) from error
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: ``$HETRAIN_CACHE`` or ``~/.cache/hetrain``."""
+    return Path(os.environ.get("HETRAIN_CACHE") or Path.home() / ".cache" / "hetrain")
+
+
+def label_of(name_or_path: str) -> str:
+    """What messages call a model: an alias or hub id as it is, a local directory by its last name."""
+    path = Path(name_or_path).expanduser()
+    return path.resolve().name if path.is_dir() else name_or_path
+
+
+def resolve(name_or_path: str) -> Checkpoint:
+    """Finds a model's directory, converting or downloading it on first use.
+
+    Raises:
+        ModelError: there is no such model, it cannot be downloaded, or it has no safetensors.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _open(label_of(name_or_path), path)
+    if name_or_path in ALIASES:
+        return _open(name_or_path, materialise(name_or_path, cache_directory()))
+    if not _HUB_ID.match(name_or_path):
+        raise ModelError(
+            "no such directory, alias or hub id",
+            where=name_or_path,
+            hint=f"give a directory with config.json and *.safetensors, a hub id, or one of: {', '.join(ALIASES)}",
+        )
+    return _open(name_or_path, _download(name_or_path))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"neither a local directory nor reachable on the hub: {type(error).__name__}",
+            where=hub_id,
+            hint=f"check the name and the network, or use one of: {', '.join(ALIASES)}",
+        ) from error
+
+
+def _open(label: str, directory: Path) -> Checkpoint:
+    if not (directory / "config.json").is_file():
+        raise ModelError("the directory has no config.json", where=str(directory))
+    return Checkpoint(label, directory, MappingProxyType(_index(directory)))
+
+
+def _index(directory: Path) -> dict[str, Path]:
+    index = directory / _INDEX
+    try:
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {name: directory / Path(file).name for name, file in weight_map.items()}
+        single = directory / "model.safetensors"
+        with safe_open(single, framework="pt") as file:
+            return {name: single for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except FileNotFoundError as error:
+        raise ModelError(
+            "the directory has no model.safetensors",
+            where=str(directory),
+            hint="save the model with save_pretrained(..., safe_serialization=True)",
+        ) from error
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ModelError(f"the checkpoint cannot be read: {error}", where=str(directory)) from error

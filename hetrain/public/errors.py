@@ -1,0 +1,124 @@
+"""The exception tree. Every error a user can meet says what happened, where, and what to do next.
+
+    HetrainError                     exit code 1
+    ├── UsageError                   2   an option or a configuration value makes no sense
+    ├── DatasetError                 3   a row of the data set cannot be used
+    ├── ModelError                   4   a checkpoint cannot be found or read
+    │   └── UnsupportedArchitecture      a model that cannot be split between client and workers
+    ├── ParameterError               5   an encryption parameter set is weak or inconsistent
+    ├── WireError                    6   a message or a blob is malformed
+    ├── BrokerError                  7   the message broker failed
+    │   ├── BrokerUnreachable            nobody answers, or the credentials are wrong
+    │   ├── BrokerFull                   the broker is out of memory
+    │   └── BlobMissing                  a blob has expired or was removed
+    ├── WorkerError                  8   the workers failed
+    │   ├── NoWorker                     nobody serves the queue
+    │   ├── WorkerRefused                a worker will not serve this job: other weights, unknown model
+    │   └── TaskFailed                   a task failed on the worker
+    └── Interrupted                  130 the user asked to stop
+
+Foreign exceptions are mapped to these once, at the edge where they arise (``raise ... from error``).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HetrainError(Exception):
+    """Root of all errors that hetrain raises on purpose.
+
+    Args:
+        what: what happened, as one sentence without a full stop.
+        where: file and line, module, key or address; empty when there is none.
+        hint: what to do next, as one sentence without a full stop.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f". {self.hint}" if self.hint else ""
+        return f"{place}{self.what}{advice}"
+
+
+class UsageError(HetrainError):
+    """An option or a configuration value makes no sense."""
+
+    exit_code = 2
+
+
+class DatasetError(HetrainError):
+    """A row of the data set cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(HetrainError):
+    """A checkpoint cannot be found or read."""
+
+    exit_code = 4
+
+
+class UnsupportedArchitecture(ModelError):
+    """The model cannot be split between client and workers; ``where`` names the module."""
+
+
+class ParameterError(HetrainError):
+    """An encryption parameter set is weak or inconsistent, or a value lies outside its range."""
+
+    exit_code = 5
+
+
+class WireError(HetrainError):
+    """A message or a blob is malformed."""
+
+    exit_code = 6
+
+
+class BrokerError(HetrainError):
+    """The message broker failed."""
+
+    exit_code = 7
+
+
+class BrokerUnreachable(BrokerError):
+    """Nobody answers at the broker's address, or the credentials are wrong."""
+
+
+class BrokerFull(BrokerError):
+    """The broker is out of memory and stayed so while we backed off."""
+
+
+class BlobMissing(BrokerError):
+    """A blob has expired or was removed."""
+
+
+class WorkerError(HetrainError):
+    """The workers failed."""
+
+    exit_code = 8
+
+
+class NoWorker(WorkerError):
+    """Nobody serves the queue, or nobody answered in time."""
+
+
+class WorkerRefused(WorkerError):
+    """A worker will not serve this job: other weights, an unknown model, a missing engine."""
+
+
+class TaskFailed(WorkerError):
+    """A task failed on the worker."""
+
+
+class Interrupted(HetrainError):
+    """The user asked to stop."""
+
+    exit_code = 130

@@ -1,0 +1,78 @@
+"""Public masks: the uniform polynomials a_k of a ciphertext, expanded from a 256-bit seed.
+
+Masks are public. Their generator is a type of its own, so that no seed sent over the wire can ever feed the
+generator of secrets and noise (`hetrain.secret.randomness`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import sys
+from dataclasses import dataclass
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from hetrain.public.errors import WireError
+
+if sys.byteorder != "little":
+    raise ImportError("hetrain needs a little-endian machine: keystream words and wire formats are little-endian")
+
+SEED_BYTES = 32
+_ZEROS = bytes(1 << 20)
+
+
+@dataclass(frozen=True)
+class PublicSeed:
+    """256 public bits that fix the mask of one ciphertext."""
+
+    value: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.value) != SEED_BYTES:
+            raise WireError(f"a mask seed has {SEED_BYTES} bytes, not {len(self.value)}")
+
+    @staticmethod
+    def fresh() -> PublicSeed:
+        """A seed from the operating system's generator."""
+        return PublicSeed(secrets.token_bytes(SEED_BYTES))
+
+    @staticmethod
+    def from_hex(text: object) -> PublicSeed:
+        """Parses 64 hexadecimal digits. Raises `WireError` for anything else."""
+        if not isinstance(text, str):
+            raise WireError("a mask seed must be a string of hexadecimal digits")
+        try:
+            return PublicSeed(bytes.fromhex(text))
+        except ValueError as error:
+            raise WireError("a mask seed must be a string of hexadecimal digits") from error
+
+    def hex(self) -> str:
+        return self.value.hex()
+
+
+def keystream(key: bytes, nbytes: int) -> bytearray:
+    """The first `nbytes` of AES-256-CTR under `key`, counter from 0 (NIST SP 800-38A)."""
+    encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
+    out = bytearray(nbytes)
+    view = memoryview(out)
+    for start in range(0, nbytes, len(_ZEROS)):
+        piece = view[start : start + len(_ZEROS)]
+        encryptor.update_into(memoryview(_ZEROS)[: len(piece)], piece)
+    return out
+
+
+def expand_mask(seed: PublicSeed, polynomials: int, dimension: int) -> torch.Tensor:
+    """The mask of a ciphertext matrix: `polynomials` × `dimension` uniform words of Z_{2^32}.
+
+    Word i is bytes 4i..4i+3, little-endian, of AES-256-CTR under key = BLAKE2b-256(seed, "hetrain.mask.v1").
+
+    Returns:
+        int32 tensor [polynomials, dimension] on the CPU; row k holds the d polynomials of a_k side by side.
+    """
+    key = hashlib.blake2b(seed.value, digest_size=32, person=b"hetrain.mask.v1").digest()
+    words = keystream(key, 4 * polynomials * dimension)
+    return torch.frombuffer(words, dtype=torch.int32).view(polynomials, dimension)

@@ -1,0 +1,127 @@
+"""The plan: what a job outsources. Client and workers agree on it before the first ciphertext travels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from hetrain.public.errors import WireError
+from hetrain.public.weights import QuantisedMatrix, quantise
+from hetrain.public.wire import Direction, Name, Token, parse
+
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Member(_Part):
+    """One linear of a group: its module, its tensor in the checkpoint, and its width.
+
+    `transposed` says that the checkpoint stores [in, out] (GPT-2's ``Conv1D``) instead of [out, in].
+    """
+
+    module: Name
+    tensor: Name
+    out_features: Size
+    transposed: bool = False
+
+
+class Group(_Part):
+    """Linears that share one input: encrypted once, evaluated in one task, one dx on the way back.
+
+    Their int8 matrices are stacked along the output dimension: Q [out_features, in_features].
+    `forward_l1` and `backward_l1` bound the rows and columns of Q (see `hetrain.public.weights.max_l1`).
+    """
+
+    name: Name
+    members: tuple[Member, ...] = Field(min_length=1, strict=False)
+    in_features: Size
+    forward_l1: Annotated[int, Field(ge=0)]
+    backward_l1: Annotated[int, Field(ge=0)]
+    digest: Token
+
+    @property
+    def out_features(self) -> int:
+        return sum(member.out_features for member in self.members)
+
+    def operand_rows(self, direction: Direction) -> int:
+        """K: polynomials of a ciphertext that travels up (features in forward, channels in backward)."""
+        return self.in_features if direction == "forward" else self.out_features
+
+    def result_rows(self, direction: Direction) -> int:
+        """Rows of a result that travels down."""
+        return self.out_features if direction == "forward" else self.in_features
+
+    def max_l1(self, direction: Direction) -> int:
+        """max_j ‖W_j‖₁ of the matrix that this direction multiplies by."""
+        return self.forward_l1 if direction == "forward" else self.backward_l1
+
+
+class Plan(_Part):
+    """All groups of one model, in the order in which a forward pass meets them."""
+
+    version: Literal[1] = 1
+    model: Name
+    groups: tuple[Group, ...] = Field(strict=False)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: what travels, and what the digest covers."""
+        return self.model_dump_json().encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `to_bytes`, in hexadecimal."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
+    """Parses a plan that came over the wire and checks that it is the one announced.
+
+    Raises:
+        WireError: its digest differs, it is malformed, or two groups share a name.
+    """
+    raw = bytes(data)
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise WireError("the plan is not the one that was announced: its digest differs")
+    plan = parse(Plan, raw, where="plan")
+    if len({group.name for group in plan.groups}) != len(plan.groups):
+        raise WireError("two groups of the plan share a name")
+    return plan
+
+
+def stack_group(
+    members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]
+) -> QuantisedMatrix:
+    """Reads, quantises and stacks the matrices of a group's members: Q [out_features, in_features].
+
+    Args:
+        members: the group's linears, in order.
+        read_tensor: gives a checkpoint tensor by name.
+
+    Raises:
+        WireError: a tensor is not a matrix of the width that the plan says.
+    """
+    parts = []
+    for member in members:
+        weight = read_tensor(member.tensor)
+        if weight.dim() != 2:
+            raise WireError(f"tensor {member.tensor} has {weight.dim()} dimensions, not 2", where=member.module)
+        matrix = quantise(weight.t() if member.transposed else weight)
+        if matrix.values.shape[0] != member.out_features:
+            raise WireError(
+                f"tensor {member.tensor} has {matrix.values.shape[0]} output channels, "
+                f"the plan says {member.out_features}",
+                where=member.module,
+            )
+        parts.append(matrix)
+    if len({part.values.shape[1] for part in parts}) != 1:
+        raise WireError("the members of a group differ in their input width", where=members[0].module)
+    return QuantisedMatrix(
+        torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+    )

@@ -1,0 +1,124 @@
+"""Messages between client and workers: small, readable JSON; ciphertexts travel beside them as blobs.
+
+A message is parsed once, at the edge, into a frozen object. Unknown fields, unknown versions and
+values outside their range are refused, since each side treats what the other sends as hostile.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from hetrain.public.errors import WireError
+
+VERSION: Literal[1] = 1
+TASK_EVALUATE = "hetrain.evaluate"
+TASK_PREPARE = "hetrain.prepare"
+QUEUE = "gpu"
+MAX_BLOB_BYTES = 4 << 30
+
+Token = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/\-]{0,199}$")]
+Direction = Literal["forward", "backward"]
+
+
+def new_token() -> str:
+    """128 random bits in hexadecimal, for job, request and blob identifiers."""
+    return secrets.token_hex(16)
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[1] = VERSION
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+
+class Blob(BaseModel):
+    """Where a blob lies: ``hetrain:{job}:{kind}:{token}`` in chunks, and how long it must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    job: Token
+    kind: Literal["plan", "in", "out"]
+    token: Token
+    nbytes: Annotated[int, Field(ge=0, le=MAX_BLOB_BYTES)]
+
+    @property
+    def key(self) -> str:
+        return f"hetrain:{self.job}:{self.kind}:{self.token}"
+
+
+class PrepareTask(_Message):
+    """Asks a worker to load a job's plan and matrices and to say whether it can serve them."""
+
+    request: Token
+    job: Token
+    model: Name
+    engine: Name
+    plan: Blob
+    plan_digest: Token
+
+
+class EvaluateTask(_Message):
+    """Asks a worker to multiply one ciphertext matrix by rows ``start:stop`` of one public matrix.
+
+    ``header`` is the engine's own part (parameter set, mask seed): public, small, checked by the engine.
+    """
+
+    request: Token
+    job: Token
+    model: Name
+    engine: Name
+    plan: Blob
+    plan_digest: Token
+    group: Name
+    direction: Direction
+    start: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(ge=1)]
+    header: dict[str, str | int]
+    input: Blob
+
+
+class Failure(BaseModel):
+    """Why a task failed: the name of an error class of `hetrain.public.errors` and its parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    error: Annotated[str, Field(max_length=100)]
+    what: Annotated[str, Field(max_length=2000)]
+    where: Annotated[str, Field(max_length=500)] = ""
+    hint: Annotated[str, Field(max_length=2000)] = ""
+
+
+class Completion(_Message):
+    """What a worker pushes to the client's done-list when a task has started, ended or failed."""
+
+    request: Token
+    state: Literal["started", "done", "failed"]
+    worker: Annotated[str, Field(max_length=200)]
+    device: Annotated[str, Field(max_length=200)] = ""
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    output: Blob | None = None
+    failure: Failure | None = None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(kind: type[M], text: str | bytes, *, where: str) -> M:
+    """Parses one message. Raises `WireError` when it is not exactly what `kind` describes."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise WireError(
+            f"malformed {kind.__name__} message: {place}: {first['msg']}",
+            where=where,
+            hint="client and worker probably run different versions of hetrain",
+        ) from error

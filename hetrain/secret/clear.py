@@ -1,0 +1,51 @@
+"""Client half of `clear`: the quantisation of `rlwe` without any encryption. Hides nothing.
+
+It exists to tell what quantisation costs from what encryption costs, and to make runs reproducible to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hetrain.public.errors import WireError
+from hetrain.public.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.secret.quantisation import dequantise_result, quantise_operand
+
+
+@dataclass(frozen=True)
+class ClearOpening:
+    """The scales of the tokens."""
+
+    scales: torch.Tensor
+
+    def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
+        tokens = self.scales.shape[0]
+        values = []
+        for part, (start, stop) in zip(parts, rows, strict=True):
+            expected = 4 * (stop - start) * tokens
+            if part.nbytes != expected:
+                raise WireError(f"a result of {stop - start} rows has {part.nbytes} bytes, not {expected}")
+            values.append(torch.frombuffer(part, dtype=torch.int32).view(stop - start, tokens))
+        return dequantise_result(torch.cat(values), self.scales)
+
+
+@dataclass(frozen=True)
+class ClearSealed:
+    """The quantised operand itself, int32 [K, T]."""
+
+    header: dict[str, str | int]
+    payload: list[memoryview]
+    opening: ClearOpening
+
+
+def seal(x: torch.Tensor, max_l1: int) -> ClearSealed:
+    """Quantises X as `rlwe` does, at the same precision; see `hetrain.secret.engine.Seal`."""
+    parameters = parameters_for(min(x.shape[0], SLOTS))
+    operand = quantise_operand(x, largest_operand(parameters, max_l1))
+    return ClearSealed(
+        header={}, payload=[memoryview(operand.values.numpy()).cast("B")], opening=ClearOpening(operand.scales)
+    )

@@ -1,0 +1,1 @@
+"""Rows, micro-batches, one step, the asynchronous loop, and what a run leaves behind."""

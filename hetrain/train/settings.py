@@ -1,0 +1,77 @@
+"""What a run is told: a few small frozen objects, checked when built, with their defaults here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import SchedulerType
+
+from hetrain.public.errors import UsageError
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, a learning-rate schedule of transformers, and gradient clipping. Counted in optimizer updates."""
+
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UsageError(f"{self.learning_rate} is not positive", where="--learning-rate")
+        if self.warmup_steps < 0 or self.max_grad_norm < 0:
+            raise UsageError("must not be negative", where="--warmup-steps, --max-grad-norm")
+        known = [kind.value for kind in SchedulerType]
+        if self.schedule not in known:
+            raise UsageError(
+                f"unknown schedule {self.schedule!r}", where="--lr-scheduler-type", hint=f"one of: {', '.join(known)}"
+            )
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How rows become micro-batches and how many pass over the data there are.
+
+    `max_steps` counts optimizer updates and, when positive, overrides `epochs`.
+    """
+
+    micro_batch_tokens: int = 2048
+    max_length: int = 1024
+    epochs: int = 3
+    max_steps: int = -1
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.max_length <= self.micro_batch_tokens:
+            raise UsageError(
+                f"rows of up to {self.max_length} tokens do not fit micro-batches of {self.micro_batch_tokens}",
+                where="--max-length, --micro-batch-tokens",
+                hint="--max-length must lie between 2 and --micro-batch-tokens",
+            )
+        if self.epochs < 1 and self.max_steps < 1:
+            raise UsageError("nothing to do", where="--num-train-epochs, --max-steps", hint="set one of them to 1 or more")
+
+
+@dataclass(frozen=True)
+class FlightSettings:
+    """How many micro-batches run at once, and whether updates wait for all of them.
+
+    Asynchronous (default): a micro-batch's gradients are applied as soon as they are complete, so others may
+    have moved the adapter since it took its snapshot (staleness, at most ``in_flight - 1``).
+    `sync`: ``in_flight`` micro-batches share a snapshot and form one update, whatever order they finish in.
+    """
+
+    in_flight: int = 2
+    sync: bool = False
+
+    def __post_init__(self) -> None:
+        if self.in_flight < 1:
+            raise UsageError(f"{self.in_flight} micro-batches in flight make no progress", where="--in-flight")
+
+    @property
+    def batches_per_update(self) -> int:
+        """Micro-batches whose gradients one update adds up."""
+        return self.in_flight if self.sync else 1

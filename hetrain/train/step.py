@@ -1,0 +1,60 @@
+"""One micro-batch: forward and backward against a snapshot of the adapter, all frozen products on the workers."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+from hetrain.nn.remote import Meter
+from hetrain.nn.replica import Replica
+from hetrain.train.packing import MicroBatch
+from hetrain.train.updates import Snapshot, Tensors
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one micro-batch gave.
+
+    Attributes:
+        batch: the micro-batch.
+        version: the snapshot's version.
+        summed_loss: Σ −log p over its targets.
+        gradients: of `summed_loss`, by adapter parameter.
+        seconds: wall time.
+        meter: what its remote products cost.
+    """
+
+    batch: MicroBatch
+    version: int
+    summed_loss: float
+    gradients: Tensors
+    seconds: float
+    meter: Meter
+
+
+def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int) -> StepResult:
+    """Gradients of the summed loss of `batch` at `snapshot`; LoRA dropout depends on (seed, batch index) alone."""
+    begin = time.perf_counter()
+    replica.meter.reset()
+    replica.load(snapshot.values)
+    replica.seed_dropout(seed * 1_000_003 + batch.index)
+    loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths)
+    loss.backward()
+    return StepResult(
+        batch=batch,
+        version=snapshot.version,
+        summed_loss=float(loss.detach()),
+        gradients=replica.take_gradients(),
+        seconds=time.perf_counter() - begin,
+        meter=copy.copy(replica.meter),
+    )
+
+
+def run_evaluation(replica: Replica, batch: MicroBatch) -> float:
+    """Σ −log p over the targets of `batch`, without gradients and without dropout."""
+    replica.seed_dropout(None)
+    with torch.no_grad():
+        return float(replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths))

@@ -1,0 +1,76 @@
+"""The adapter that is being trained, and how gradients move it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from hetrain.train.settings import OptimizerSettings
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The adapter's values after `version` updates."""
+
+    version: int
+    values: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: its number from 1, the learning rate it used, the gradients' norm before clipping."""
+
+    step: int
+    learning_rate: float
+    grad_norm: float
+
+
+class Updater:
+    """AdamW on the adapter's parameters. Called by one thread; snapshots may be read by any."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, total_steps: int) -> None:
+        self._parameters = dict(parameters)
+        self._max_grad_norm = settings.max_grad_norm
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._scheduler = get_scheduler(
+            settings.schedule,
+            self._optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=total_steps,
+        )
+        self._version = 0
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the adapter as it stands."""
+        values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        return Snapshot(self._version, values)
+
+    def apply(self, gradients: Sequence[Tensors], n_targets: int) -> Update:
+        """Adds up gradients of summed losses, in the order given, divides by the targets, clips and steps.
+
+        Args:
+            gradients: by parameter name, one mapping per micro-batch.
+            n_targets: supervised tokens of all of them: the loss that is minimised is their mean.
+        """
+        for name, parameter in self._parameters.items():
+            total = gradients[0][name].clone()
+            for other in gradients[1:]:
+                total += other[name]
+            parameter.grad = total.to(parameter.device) / n_targets
+        # A limit of zero means no clipping, as in transformers' trainer; the norm is wanted all the same.
+        limit = self._max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit, error_if_nonfinite=True)
+        learning_rate = float(self._scheduler.get_last_lr()[0])
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._version += 1
+        return Update(self._version, learning_rate, float(norm))

@@ -1,0 +1,134 @@
+"""A broker and workers of one's own on this machine, for as long as a block runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from urllib.parse import urlsplit
+
+import hetrain
+from hetrain.public.errors import HetrainError, WorkerError
+
+_START_S = 60.0
+_STOP_S = 15.0
+_TAIL_BYTES = 2000
+_LINE_LIMIT = 8192
+
+
+class Embedded:
+    """A running supervisor (``python -m tasks.embedded``).
+
+    Attributes:
+        url: the broker's address, with its password.
+        log_file: where broker and workers write.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], log_file: Path, url: str) -> None:
+        self._process = process
+        self.log_file = log_file
+        self.url = url
+
+    def failure(self) -> HetrainError | None:
+        """Why broker and workers are gone, None while they are there."""
+        if self._process.poll() is None:
+            return None
+        return _failure(self._process, self.log_file)
+
+
+@contextmanager
+def start_embedded(
+    model: str, log_file: Path, *, workers: int = 1, maxmemory: int | None = None
+) -> Iterator[Embedded]:
+    """Starts a broker and workers that serve `model`, and takes them down when the block ends.
+
+    They also end when this process does, however it ends. Workers may still be loading when the block begins.
+
+    Args:
+        model: name or path of a model, as in HETRAIN_MODELS.
+        log_file: where they write; kept afterwards.
+        workers: number of worker processes.
+        maxmemory: bytes the broker may hold; None takes the supervisor's default.
+
+    Raises:
+        WorkerError: they do not start; with the end of the log.
+    """
+    command = [sys.executable, "-m", "tasks.embedded", "--model", model, "--workers", str(workers)]
+    command += ["--log-file", str(log_file)]
+    if maxmemory is not None:
+        command += ["--maxmemory", str(maxmemory)]
+    with open(log_file, "ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=_environment()
+        )
+    url = ""
+    try:
+        url = _first_line(process, log_file).get("url", "")
+        if not url:
+            raise _failure(process, log_file)
+        yield Embedded(process, log_file, url)
+    finally:
+        _end(process, url)
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(hetrain.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # A file tasks.py in the working directory must not be taken for ours.
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def _first_line(process: subprocess.Popen[bytes], log_file: Path) -> dict[str, str]:
+    assert process.stdout is not None
+    descriptor, line, end = process.stdout.fileno(), b"", monotonic() + _START_S
+    while b"\n" not in line:
+        readable, _, _ = select.select([descriptor], [], [], max(0.0, end - monotonic()))
+        data = os.read(descriptor, _LINE_LIMIT) if readable else b""
+        if not data:
+            raise _failure(process, log_file)
+        line += data
+    message: dict[str, str] = json.loads(line.partition(b"\n")[0])
+    if "error" in message:
+        raise WorkerError(message["error"], where=str(log_file))
+    return message
+
+
+def _failure(process: subprocess.Popen[bytes], log_file: Path) -> HetrainError:
+    told = ""
+    if process.poll() is not None and process.stdout is not None:
+        with_error = [line for line in process.stdout.read().splitlines() if b'"error"' in line]
+        told = f": {json.loads(with_error[-1])['error']}" if with_error else ""
+    return WorkerError(
+        f"the embedded broker and workers are gone{told}", where=str(log_file), hint=_tail(log_file)
+    )
+
+
+def _tail(log_file: Path) -> str:
+    try:
+        with open(log_file, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            text = log.read().decode(errors="replace").strip()
+    except OSError:
+        return "there is no log"
+    return f"the log ends with:\n{text}" if text else "the log is empty"
+
+
+def _end(process: subprocess.Popen[bytes], url: str) -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    directory = Path(urlsplit(url).path).parent
+    if url and directory.name.startswith("hetrain-"):
+        shutil.rmtree(directory, ignore_errors=True)  # a supervisor that was killed leaves it behind

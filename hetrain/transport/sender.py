@@ -1,0 +1,68 @@
+"""Sends tasks to the workers' queue, by name: the client knows no worker code."""
+
+from __future__ import annotations
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from hetrain.public.broker import broker_errors, parse_broker_url, while_full
+from hetrain.public.wire import QUEUE, TASK_EVALUATE, TASK_PREPARE, EvaluateTask
+from hetrain.transport.requests import Request
+
+_FULL_S = 20.0
+
+
+class Sender:
+    """A Celery producer on the broker at `url`. Thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        address = parse_broker_url(url).for_celery()
+        self._app = Celery("hetrain-client", set_as_current=False)
+        self._app.conf.update(
+            # Both: CELERY_BROKER_URL in the environment would replace broker_url.
+            broker_read_url=address,
+            broker_write_url=address,
+            broker_transport_options={
+                "socket_timeout": 30,
+                "socket_connect_timeout": 5,
+                "socket_keepalive": True,
+            },
+            broker_pool_limit=64,
+            task_serializer="json",
+            accept_content=["json"],
+            task_ignore_result=True,
+            task_send_sent_event=True,
+        )
+
+    def send(self, request: Request) -> None:
+        """Puts the request's task on the queue; again and again under the same id.
+
+        Raises:
+            BrokerUnreachable, BrokerFull: the broker does not take it.
+        """
+        while_full(lambda: self._send_once(request), limit_s=_FULL_S)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._app.close()
+        self._app.pool.force_close_all()
+
+    def _send_once(self, request: Request) -> None:
+        name = TASK_EVALUATE if isinstance(request.task, EvaluateTask) else TASK_PREPARE
+        with broker_errors(self._url):
+            try:
+                self._app.send_task(
+                    name,
+                    args=[request.task.to_json()],
+                    task_id=request.id,
+                    queue=QUEUE,
+                    argsrepr=request.summary(),
+                    kwargsrepr="",
+                    ignore_result=True,
+                    retry=False,
+                )
+            except OperationalError as error:
+                cause = error.__cause__
+                raise (cause if isinstance(cause, RedisError | OSError) else OSError(str(error))) from error

@@ -1,0 +1,96 @@
+"""The Celery app and its settings. Importing it is cheap: torch comes in when a worker process starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from celery import Celery, signals
+from celery.concurrency.prefork import TaskPool as PreforkPool
+
+from hetrain.public.broker import parse_broker_url, redacted
+from hetrain.public.errors import UsageError
+from hetrain.public.wire import QUEUE
+
+DEFAULT_URL = "redis://localhost:6379/0"
+
+
+def broker_url() -> str:
+    """HETRAIN_BROKER_URL, or the local server."""
+    return os.environ.get("HETRAIN_BROKER_URL", DEFAULT_URL)
+
+
+def _positive(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise UsageError(f"{name} must be a positive whole number", where=text[:100])
+    return int(text)
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "broker_url": parse_broker_url(broker_url()).for_celery(),
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": {
+            "visibility_timeout": _positive("HETRAIN_VISIBILITY_TIMEOUT", 120),
+            "unacked_restore_interval": 1,
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 5,
+            "socket_keepalive": True,
+        },
+        "include": ["tasks.evaluate"],
+        "task_default_queue": QUEUE,
+        "task_create_missing_queues": True,
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "task_ignore_result": True,
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_track_started": False,
+        "task_send_sent_event": True,
+        "worker_send_task_events": True,
+        "worker_prefetch_multiplier": 1,
+        # Threads do not fork, so CUDA may be used before the first task, and heartbeats go on during one.
+        "worker_pool": "threads",
+        "worker_concurrency": _positive("HETRAIN_WORKER_CONCURRENCY", 1),
+        "worker_enable_remote_control": True,
+        "worker_hijack_root_logger": True,
+    }
+
+
+app = Celery("hetrain", set_as_current=False)
+app.conf.update(_settings())
+
+
+@signals.worker_init.connect
+def _before_the_pool(sender: Any, **_: object) -> None:
+    """Makes the device ready before the first task is taken; a prefork parent must not touch it."""
+    pool = sender.pool_cls
+    if pool != "prefork" and not (isinstance(pool, type) and issubclass(pool, PreforkPool)):
+        _start_service()
+
+
+@signals.worker_process_init.connect
+def _in_a_forked_child(**_: object) -> None:
+    _start_service()
+
+
+@signals.worker_ready.connect
+def _tell_the_supervisor(**_: object) -> None:
+    """Closes the pipe that an embedding supervisor waits on."""
+    if text := os.environ.pop("HETRAIN_READY_FD", ""):
+        os.write(int(text), b"r")
+        os.close(int(text))
+
+
+def _start_service() -> None:
+    try:
+        from worker_gpu.service import service
+
+        description = service().description
+    except Exception as error:
+        # Celery logs an Exception of a signal handler and goes on; this worker could do nothing.
+        raise SystemExit(f"hetrain worker cannot start: {type(error).__name__}: {error}") from error
+    sys.stderr.write(f"hetrain worker: {description}, broker {redacted(broker_url())}\n")

@@ -1,0 +1,64 @@
+"""Leases: keys that say which requests this process is running, renewed by one thread until it dies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import sleep
+
+import redis
+
+from hetrain.public.keys import LEASE_RENEWAL_S, LEASE_TTL_MS
+
+logger = logging.getLogger(__name__)
+
+
+class Leases:
+    """Keeps lease keys alive while their requests run. Thread-safe.
+
+    Args:
+        client: connection to the broker.
+        owner: the value of the keys.
+    """
+
+    def __init__(self, client: redis.Redis, owner: str) -> None:
+        self._client = client
+        self._owner = owner
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def held(self, key: str) -> Iterator[bool]:
+        """Takes a lease and renews it for the length of a block; yields False when somebody holds it already.
+
+        The key itself goes with the report of the request's end, or runs out.
+        """
+        if not self._client.set(key, self._owner, nx=True, px=LEASE_TTL_MS):
+            yield False
+            return
+        with self._lock:
+            self._held.add(key)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._renew, name="hetrain-leases", daemon=True)
+                self._thread.start()
+        try:
+            yield True
+        finally:
+            with self._lock:
+                self._held.discard(key)
+
+    def _renew(self) -> None:
+        while True:
+            sleep(LEASE_RENEWAL_S)
+            # Under the lock: a lease must not come back after its request has ended.
+            with self._lock:
+                try:
+                    for key in self._held:
+                        # PEXPIRE works also while the broker is out of memory.
+                        if not self._client.pexpire(key, LEASE_TTL_MS):
+                            self._client.set(key, self._owner, px=LEASE_TTL_MS)
+                except redis.RedisError as error:
+                    logger.warning("leases could not be renewed: %s", error)

