@@ -10,9 +10,10 @@ from celery import Celery, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 
 from hetrain.public.broker import parse_broker_url, redacted
-from hetrain.public.errors import UsageError
+from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.wire import QUEUE
 
+EX_CONFIG = 78  # as in sysexits.h: to start again would not help
 DEFAULT_URL = "redis://localhost:6379/0"
 
 
@@ -29,8 +30,12 @@ def _positive(name: str, default: int) -> int:
 
 
 def _settings() -> dict[str, Any]:
+    address = parse_broker_url(broker_url()).for_celery()
     return {
-        "broker_url": parse_broker_url(broker_url()).for_celery(),
+        "broker_url": address,
+        # Else CELERY_BROKER_URL would win, and tasks and blobs would go to different places.
+        "broker_read_url": address,
+        "broker_write_url": address,
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": {
             "visibility_timeout": _positive("HETRAIN_VISIBILITY_TIMEOUT", 120),
@@ -41,22 +46,17 @@ def _settings() -> dict[str, Any]:
         },
         "include": ["tasks.evaluate"],
         "task_default_queue": QUEUE,
-        "task_create_missing_queues": True,
         "accept_content": ["json"],
         "task_serializer": "json",
-        "result_serializer": "json",
         "task_ignore_result": True,
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        "task_track_started": False,
         "task_send_sent_event": True,
         "worker_send_task_events": True,
         "worker_prefetch_multiplier": 1,
         # Threads do not fork, so CUDA may be used before the first task, and heartbeats go on during one.
         "worker_pool": "threads",
         "worker_concurrency": _positive("HETRAIN_WORKER_CONCURRENCY", 1),
-        "worker_enable_remote_control": True,
-        "worker_hijack_root_logger": True,
     }
 
 
@@ -91,6 +91,7 @@ def _start_service() -> None:
 
         description = service().description
     except Exception as error:
+        sys.stderr.write(f"hetrain worker cannot start: {type(error).__name__}: {error}\n")
         # Celery logs an Exception of a signal handler and goes on; this worker could do nothing.
-        raise SystemExit(f"hetrain worker cannot start: {type(error).__name__}: {error}") from error
+        raise SystemExit(EX_CONFIG if isinstance(error, HetrainError) else 1) from error
     sys.stderr.write(f"hetrain worker: {description}, broker {redacted(broker_url())}\n")

@@ -1,8 +1,8 @@
 """Broker and workers for one machine, as one process tree: ``python -m tasks.embedded --model NAME``.
 
 Prints one JSON line, ``{"url": ...}``, once the server answers, and takes everything down when its standard
-input ends (its parent closed it, or died) or on SIGTERM. When it gives up it prints ``{"error": ...}`` and exits
-with 1.
+input ends (its parent closed it, or died) or on SIGTERM. When it gives up it prints ``{"error": ...}`` and
+exits with 1.
 Nothing but the log is written to disk; the socket lies in a directory that only this user can enter.
 """
 
@@ -23,6 +23,7 @@ from time import monotonic
 from typing import IO
 
 from hetrain.public.errors import BrokerUnreachable, HetrainError, WorkerError
+from tasks.app import EX_CONFIG
 from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
 
 _POLL_S = 0.2
@@ -62,6 +63,8 @@ class KeptWorker:
         self.process = None
         self.failed_starts = 0 if was_ready else self.failed_starts + 1
         self.restarts += 1
+        if status == EX_CONFIG:
+            raise WorkerError("the embedded worker cannot start as it is configured", hint="see its log")
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise WorkerError(
                 f"the embedded worker does not start (exit status {status})", hint="see its log"

@@ -10,6 +10,7 @@ from time import sleep
 
 import redis
 
+from hetrain.public.broker import broker_errors, while_full
 from hetrain.public.keys import LEASE_RENEWAL_S, LEASE_TTL_MS
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,13 @@ class Leases:
     """Keeps lease keys alive while their requests run. Thread-safe.
 
     Args:
-        client: connection to the broker.
+        url: the broker's address.
+        client: a client of it.
         owner: the value of the keys.
     """
 
-    def __init__(self, client: redis.Redis, owner: str) -> None:
+    def __init__(self, url: str, client: redis.Redis, owner: str) -> None:
+        self._url = url
         self._client = client
         self._owner = owner
         self._held: set[str] = set()
@@ -34,9 +37,9 @@ class Leases:
     def held(self, key: str) -> Iterator[bool]:
         """Takes a lease and renews it for the length of a block; yields False when somebody holds it already.
 
-        The key itself goes with the report of the request's end, or runs out.
+        The key itself goes with the report of the request's end, or runs out. Raises `BrokerError`.
         """
-        if not self._client.set(key, self._owner, nx=True, px=LEASE_TTL_MS):
+        if not while_full(lambda: self._take(key), limit_s=LEASE_TTL_MS / 1000):
             yield False
             return
         with self._lock:
@@ -49,6 +52,10 @@ class Leases:
         finally:
             with self._lock:
                 self._held.discard(key)
+
+    def _take(self, key: str) -> bool:
+        with broker_errors(self._url):
+            return bool(self._client.set(key, self._owner, nx=True, px=LEASE_TTL_MS))
 
     def _renew(self) -> None:
         while True:

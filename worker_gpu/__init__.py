@@ -1,1 +1,1 @@
-"""The evaluating half: public weights in int8, ciphertexts in, ciphertexts out. Holds no secret of any kind."""
+"""The evaluating half: public weights in int8, ciphertexts in, ciphertexts out. Holds no secret."""

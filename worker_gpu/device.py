@@ -12,6 +12,8 @@ from hetrain.public.errors import UsageError, WorkerError
 from worker_gpu.kernels import KERNELS, Kernel, reference
 
 _SEED = 20260101
+# [n, K]·[K, M]: one value, ragged, and large enough that libraries choose the routines of real products.
+_PROBES = ((1, 1, 1), (5, 67, 9), (33, 40, 24), (48, 512, 256))
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def choose_device() -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             f"device {name!r} cannot be used: {error}",
             where="HETRAIN_DEVICE",
@@ -68,13 +70,13 @@ def choose_compute(device: torch.device) -> Compute:
 def is_exact(kernel: Kernel, device: torch.device) -> bool:
     """Whether `kernel` agrees with plain integers on random, ragged and extreme matrices on `device`."""
     generator = torch.Generator().manual_seed(_SEED)
-    for n, k, m in ((1, 1, 1), (5, 67, 9), (33, 40, 24)):
-        random = torch.randint(-(2**31), 2**31, (k, m), dtype=torch.int64, generator=generator).to(torch.int32)
+    for n, k, m in _PROBES:
         weights = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        random = torch.randint(-(2**31), 2**31, (k, m), dtype=torch.int64, generator=generator)
         # Neighbouring extremes of one sign are what saturating 16-bit accumulators get wrong.
         extremes = torch.full((k, m), -(2**31) + 0x7F7F7F, dtype=torch.int32)
         for w in (weights, torch.full_like(weights, -128), torch.full_like(weights, 127)):
-            for x in (random, extremes, ~extremes):
+            for x in (random.to(torch.int32), extremes, ~extremes):
                 if not _agrees(kernel, w, x, device):
                     return False
     return True

@@ -1,7 +1,7 @@
 """Integer matrix products modulo 2^32: the worker's one heavy operation.
 
-Each kernel computes  C = W·X mod 2^32  for int8 W [n, K] and int32 X [K, M], exactly, on any device that torch
-knows. `hetrain` counts int32 overflow as the reduction modulo 2^32 that the ring asks for.
+Each kernel computes  C = W·X mod 2^32  for int8 W [n, K] and int32 X [K, M], exactly, on any device that
+torch knows. `hetrain` counts int32 overflow as the reduction modulo 2^32 that the ring asks for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _DIGIT_OFFSET = -0x7F7F7F80  # 0x80808080 as int32
 def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
     """W·X mod 2^32 by four int8 products: X = Σ_l 2^{8l}·D_l with signed digits D_l in -128..127.
 
-    The products run from the top digit down, C ← 2^8·C + W·D_l, so int32 overflow drops only multiples of 2^32.
-    Each is exact while K < 2^17, since |W·D_l| ≤ K·2^14 < 2^31.
+    The products run from the top digit down, C ← 2^8·C + W·D_l, so int32 overflow drops only multiples of
+    2^32. Each is exact while K < 2^17, since |W·D_l| ≤ K·2^14 < 2^31.
 
     Args:
         weights: int8 [n, K].
@@ -50,8 +50,8 @@ def _digit(shifted: torch.Tensor, position: int) -> torch.Tensor:
 def float64_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
     """W·X mod 2^32 by two float64 products over 16-bit halves: X = 2^16·H + L, H signed, L in 0..2^16-1.
 
-    Exact while K < 2^29, since |W·H| and |W·L| stay below K·2^23 < 2^52. The fall-back where int8 products are
-    not exact (some processors saturate) or not there.
+    Exact while K < 2^29, since |W·H| and |W·L| stay below K·2^23 < 2^52. The fall-back where int8 products
+    are not exact (some processors saturate) or not there.
     """
     w = weights.to(torch.float64)
     high = w @ (operand >> 16).to(torch.float64)
@@ -60,17 +60,8 @@ def float64_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
 
 
 def reference(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """W·X mod 2^32 in plain Python integers: slow, and obviously right."""
-    w, x = weights.tolist(), operand.tolist()
-    rows = [
-        [_signed32(sum(row[k] * x[k][column] for k in range(len(row)))) for column in range(operand.shape[1])]
-        for row in w
-    ]
-    return torch.tensor(rows, dtype=torch.int32).reshape(len(w), operand.shape[1])
-
-
-def _signed32(value: int) -> int:
-    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+    """W·X mod 2^32 on the CPU in int64, which wraps modulo 2^64: slow, and obviously right."""
+    return (weights.to(torch.int64) @ operand.to(torch.int64)).to(torch.int32)
 
 
 KERNELS: dict[str, Kernel] = {"int8": int8_limbs, "float64": float64_limbs}

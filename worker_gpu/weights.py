@@ -1,4 +1,4 @@
-"""What a worker may serve, and the int8 matrices it holds: loaded group by group, checked against the plan."""
+"""What a worker may serve, and the int8 matrices it holds, each checked against the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_MODELS = "smollm2-135m"
 
 
 def served_models() -> dict[str, str]:
-    """label -> where to find it, from ``$HETRAIN_MODELS``: names or paths, or ``label=path``, comma-separated.
+    """label -> where to find it, from ``$HETRAIN_MODELS``: names, paths or ``label=path``, comma-separated.
 
     A list, not whatever a message asks for: a message must not choose which files this machine opens.
     """

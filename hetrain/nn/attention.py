@@ -1,14 +1,18 @@
 """Attention over several rows packed into one sequence of tokens: no row ever sees another.
 
-Registered with transformers as an attention implementation. Rows of similar length are gathered into one batch,
-padded inside attention only; with causal attention and padding at the end no valid token attends to padding.
+Registered with transformers as an attention implementation; how the tokens divide into rows it learns from
+`packed_rows`, because not every architecture hands foreign arguments down to its attention. Rows of similar
+length are gathered into one batch, padded inside attention only; with causal attention and padding at the end
+no valid token attends to padding.
 The cost is Σ L² over rows instead of (Σ L)².
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +67,19 @@ class RowLayout:
         return RowLayout(tuple(buckets), inverse.to(device))
 
 
+_LAYOUT: ContextVar[RowLayout | None] = ContextVar("row layout", default=None)
+
+
+@contextmanager
+def packed_rows(layout: RowLayout) -> Iterator[None]:
+    """Within this context, and this thread, `row_attention` keeps the rows of `layout` apart."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
 def row_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -70,7 +87,6 @@ def row_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    row_layout: RowLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -80,32 +96,38 @@ def row_attention(
 
     Args:
         module: the attention module; named in errors.
-        query: [1, heads, T, head dimension]; `key` and `value` may have fewer heads (grouped-query attention).
-        attention_mask: ignored; `row_layout` says all.
+        query: [1, heads, T, head dimension]; `key`, `value` may have fewer heads (grouped queries).
+        attention_mask: ignored; `packed_rows` says all.
         scaling: defaults to 1/√(head dimension).
-        row_layout: the micro-batch's rows.
         sliding_window: a token sees at most that many tokens, itself included.
         softcap: scores s become softcap·tanh(s/softcap) (Gemma 2).
         s_aux: attention sinks, which are not supported.
 
     Returns:
         [1, T, heads, head dimension] and no weights.
+
+    Raises:
+        UnsupportedArchitecture: the attention has sinks or looks ahead.
     """
-    if row_layout is None or s_aux is not None:
-        reason = "has attention sinks" if s_aux is not None else "does not pass its arguments to attention"
+    layout = _LAYOUT.get()
+    if layout is None:
+        raise RuntimeError("row_attention runs within packed_rows only")
+    if s_aux is not None:
+        raise UnsupportedArchitecture("attention sinks are not supported", where=type(module).__name__)
+    if not getattr(module, "is_causal", True):
         raise UnsupportedArchitecture(
-            f"this model {reason}, so its rows cannot be kept apart", where=type(module).__name__
+            "this attention is not causal", where=type(module).__name__, hint="only decoders can be split"
         )
     module.row_attention_seen = True
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pieces = []
-    for bucket in row_layout.buckets:
+    for bucket in layout.buckets:
         q, k, v = (_batch(tensor, bucket) for tensor in (query, key, value))
         out = _causal(q, k, v, scaling, sliding_window, softcap)
         pieces.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.valid))
-    return torch.cat(pieces).index_select(0, row_layout.inverse)[None], None
+    return torch.cat(pieces).index_select(0, layout.inverse)[None], None
 
 
 def _batch(tensor: torch.Tensor, bucket: _Bucket) -> torch.Tensor:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.split import SplitModel
 from hetrain.public.errors import UsageError
 
@@ -20,7 +22,7 @@ ALL_LINEAR = "all-linear"
 class LoraSettings:
     """LoRA (arXiv 2106.09685): y += dropout(x)·Aᵀ·Bᵀ·(alpha/r) on every target module.
 
-    `target_modules` are module name suffixes as peft takes them; ``("all-linear",)`` is every outsourced linear.
+    `target_modules` are module name suffixes as peft takes them; ``("all-linear",)`` is all outsourced ones.
     """
 
     r: int = 16
@@ -68,8 +70,8 @@ def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftMod
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        exclude_modules=_client_linears(split.causal) if targets == ALL_LINEAR else None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=split.plan.model,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -81,6 +83,9 @@ def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftMod
                 where="--lora-target-modules",
                 hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
             ) from error
+    _require_outsourced(model)
+    # peft sees plain linears here, but who loads the adapter with the original model sees a Conv1D.
+    config.fan_in_fan_out = split.conv1d
     _seed_dropouts(model)
     return model
 
@@ -89,11 +94,14 @@ def load_adapter(split: SplitModel, directory: Path) -> PeftModel:
     """The adapter in `directory`, on the split model, frozen.
 
     Raises:
-        UsageError: there is no adapter, or it was made for another architecture.
+        UsageError: there is no adapter, it was made for another architecture, or it is no plain LoRA.
     """
     if not (directory / "adapter_config.json").is_file():
-        raise UsageError("no adapter_config.json there", where=str(directory), hint="give the output of `hetrain submit`")
+        raise UsageError(
+            "no adapter_config.json there", where=str(directory), hint="give the output of `hetrain submit`"
+        )
     try:
+        _require_lora(directory)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(split.causal, str(directory))
@@ -108,6 +116,36 @@ def load_adapter(split: SplitModel, directory: Path) -> PeftModel:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _client_linears(causal: nn.Module) -> list[str] | None:
+    """Linears outside the blocks, which stay with the client and get no adapter."""
+    names = [
+        name
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, RemoteLinear)
+    ]
+    return names or None
+
+
+def _require_outsourced(model: PeftModel) -> None:
+    # Another adapter would stay without gradients: the loss and the output head are one step.
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), RemoteLinear):
+            raise UsageError(
+                f"{name.removeprefix('base_model.model.')} is no linear of a decoder block",
+                where="--lora-target-modules",
+                hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
+            )
+
+
+def _require_lora(directory: Path) -> None:
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise UsageError(
+            "only plain LoRA adapters can be used: others need the matrices that are not here",
+            where=str(directory),
+        )
 
 
 def _seed_dropouts(model: PeftModel) -> None:

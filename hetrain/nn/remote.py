@@ -1,7 +1,7 @@
 """Linears whose frozen product runs on a worker: what stands in their place on the client.
 
-    forward   y  = x·Wᵀ + bias          x·Wᵀ on the worker
-    backward  dx = dy·W                 on the worker, with the gradients of the whole group side by side
+forward   y  = x·Wᵀ + bias          x·Wᵀ on the worker
+backward  dx = dy·W                 on the worker, with the gradients of the whole group side by side
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -119,6 +120,14 @@ class RemoteGroup:
         return y
 
 
+class Product(Protocol):
+    """What a `RemoteLinear` asks for its products."""
+
+    def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What linear `index` makes of x, without bias."""
+        ...
+
+
 class RemoteLinear(nn.Linear):
     """A linear without its matrix. A subclass of `nn.Linear`, so that peft wraps it as one.
 
@@ -130,7 +139,7 @@ class RemoteLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.zeros(1, 1).expand(out_features, in_features), requires_grad=False)
         self.register_parameter("bias", bias)
-        self.group: RemoteGroup | Tracer | None = None
+        self.group: Product | None = None
         self.index = 0
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteLinear:
@@ -147,33 +156,3 @@ class RemoteLinear(nn.Linear):
             raise UnsupportedArchitecture("this linear belongs to no group", where=repr(self))
         y = self.group.output(input, self.index)
         return y if self.bias is None else y + self.bias
-
-
-class Tracer:
-    """Stands in for a group while tracing: notes who shares an input, and answers zeros."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, torch.Tensor]] = []
-        self._widths: dict[int, int] = {}
-
-    def watch(self, index: int, linear: RemoteLinear) -> None:
-        """Records calls of `linear` under `index`."""
-        linear.group, linear.index = self, index
-        self._widths[index] = linear.out_features
-
-    def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """Zeros of the right shape. Keeps x alive, so that identity tells inputs apart."""
-        self.calls.append((index, x))
-        return x.new_zeros(*x.shape[:-1], self._widths[index])
-
-    def groups(self) -> list[list[int]]:
-        """Indices that were called with the very same tensor, in order of first call."""
-        found: list[tuple[torch.Tensor, list[int]]] = []
-        for index, x in self.calls:
-            for seen, members in found:
-                if seen is x:
-                    members.append(index)
-                    break
-            else:
-                found.append((x, [index]))
-        return [members for _, members in found]

@@ -1,4 +1,4 @@
-"""Replicas: several micro-batches in flight, each on its own copy of the adapter, all on one set of weights."""
+"""Replicas: several micro-batches in flight, each on a copy of the adapter, all on one set of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
 from hetrain.nn.loss import output_head, summed_loss
 from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
-from hetrain.nn.split import SplitModel, hidden_states
+from hetrain.nn.split import SplitModel
+from hetrain.nn.trace import hidden_states
 from hetrain.secret.engine import ClientEngine
 from hetrain.transport.channel import Channel
 

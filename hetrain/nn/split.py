@@ -1,29 +1,35 @@
 """Splitting a model: what the client loads, which linears leave, and how they group.
 
 The architecture comes from transformers and is built without weights. Linears inside the decoder's blocks are
-replaced by `RemoteLinear`; everything else is loaded. A forward pass of a few tokens then shows which of them
-share an input.
+replaced by `RemoteLinear`; everything else is loaded. A trial on a few tokens then shows which of them share
+an input, and that the model stays what it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as _VERSION
 from transformers.pytorch_utils import Conv1D
 
-from hetrain.nn.attention import IMPLEMENTATION, RowLayout
-from hetrain.nn.remote import RemoteLinear, Tracer
+from hetrain.nn.attention import IMPLEMENTATION
+from hetrain.nn.names import tensor_names
+from hetrain.nn.remote import RemoteLinear
+from hetrain.nn.trace import NO_INTERFACE, shared_inputs
 from hetrain.public.checkpoints import Checkpoint
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, WireError
 from hetrain.public.plan import Group, Member, Plan, stack_group
 from hetrain.public.weights import matrix_digest, max_l1
 
-_TRACE_ROWS = (3, 2)
+# Layers that `row_attention` computes. Others may look like these on the few tokens of a trial.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_BLOCK_HINT = "mixtures of experts, convolutions and state-space blocks cannot be split yet"
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,20 @@ def split_model(checkpoint: Checkpoint) -> SplitModel:
     """
     causal = _skeleton(checkpoint)
     originals = dict(_block_linears(causal))
+    _refuse_layer_types(causal)
+    tensors = tensor_names(causal, checkpoint)
+    members = {
+        name: _member(name, linear, _tensor(tensors, checkpoint, f"{name}.weight"))
+        for name, linear in originals.items()
+    }
     remotes = {name: _replace(causal, name, linear) for name, linear in originals.items()}
-    _load_rest(causal, checkpoint)
-    grouped = _trace(causal, remotes)
+    _load_rest(causal, checkpoint, tensors)
+    causal.eval()
     groups, scales = [], {}
-    for names in grouped:
-        group, scale = _plan_group([_member(causal, checkpoint, name, originals[name]) for name in names], checkpoint)
+    for names in shared_inputs(causal, remotes):
+        group, scale = _plan_group([members[name] for name in names], checkpoint)
         groups.append(group)
         scales[group.name] = scale
-    causal.eval()
     causal.requires_grad_(False)
     held = {id(p): p.numel() for n, p in causal.named_parameters() if not _is_remote_weight(causal, n)}
     return SplitModel(
@@ -77,19 +88,56 @@ def split_model(checkpoint: Checkpoint) -> SplitModel:
 
 
 def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    config = _config(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory)
         # Buffers (rotary frequencies, for one) are computed for real: no checkpoint has them.
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
+            causal = AutoModelForCausalLM.from_config(
                 config, attn_implementation=IMPLEMENTATION, dtype=torch.float32
             )
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
+        # Older architectures look their attention up in a table of their own.
+        reason = (
+            NO_INTERFACE
+            if error.args == (IMPLEMENTATION,)
+            else f"transformers {_VERSION} cannot build it: {_first_line(error)}"
+        )
         raise UnsupportedArchitecture(
-            f"transformers cannot build this model with row-wise attention: {error}",
-            where=checkpoint.label,
+            reason,
+            where=", ".join(config.architectures or [type(config).__name__]),
             hint="only decoder-only language models can be split",
         ) from error
+    causal.tie_weights()
+    return causal
+
+
+def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+    where = str(checkpoint.directory / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"transformers {_VERSION} cannot use it: {_first_line(error)}", where=where
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedArchitecture(
+            "the checkpoint is quantised already",
+            where=where,
+            hint="give the original weights: bf16, fp16 or fp32",
+        )
+    return config
+
+
+def _refuse_layer_types(causal: PreTrainedModel) -> None:
+    for index, kind in enumerate(getattr(causal.config, "layer_types", None) or ()):
+        if kind not in _LAYER_TYPES:
+            raise UnsupportedArchitecture(
+                f"layer {index} is of type {kind!r}", where=type(causal.base_model).__name__, hint=_BLOCK_HINT
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _block_linears(causal: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
@@ -101,6 +149,7 @@ def _block_linears(causal: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | C
             continue
         for name, module in blocks.named_modules(prefix=list_name):
             if isinstance(module, nn.Linear | Conv1D):
+                _refuse_own_product(name, module)
                 found = True
                 yield name, module
             else:
@@ -115,14 +164,26 @@ def _base_prefix(causal: PreTrainedModel) -> str:
     return next(name for name, module in causal.named_modules() if module is causal.base_model)
 
 
+def _refuse_own_product(name: str, module: nn.Module) -> None:
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise UnsupportedArchitecture(
+            f"{type(module).__name__} computes its product in its own way", where=name
+        )
+
+
 def _refuse_hidden_matrix(name: str, module: nn.Module) -> None:
     for parameter_name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
+        # Some norms have one row per attention head.
+        if (
+            parameter.dim() >= 2
+            and not isinstance(module, nn.Embedding)
+            and "Norm" not in type(module).__name__
+        ):
             raise UnsupportedArchitecture(
-                f"parameter {parameter_name!r} of shape {tuple(parameter.shape)} in a {type(module).__name__} "
-                "is neither an nn.Linear nor a Conv1D",
+                f"parameter {parameter_name!r} of shape {tuple(parameter.shape)} "
+                f"in a {type(module).__name__} is neither an nn.Linear nor a Conv1D",
                 where=name,
-                hint="mixtures of experts, convolutions and state-space blocks cannot be split yet",
+                hint=_BLOCK_HINT,
             )
 
 
@@ -142,41 +203,43 @@ def _is_remote_weight(causal: PreTrainedModel, parameter: str) -> bool:
     return leaf == "weight" and isinstance(causal.get_submodule(owner), RemoteLinear)
 
 
-def _load_rest(causal: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    causal.tie_weights()
+def _load_rest(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[str, str]) -> None:
     for name, parameter in list(causal.named_parameters()):
         if parameter.is_meta:
-            value = checkpoint.read(_tensor_name(causal, checkpoint, name)).to(torch.float32)
-            if value.shape != parameter.shape:
-                raise ModelError(
-                    f"tensor {name} has shape {tuple(value.shape)}, the architecture says {tuple(parameter.shape)}",
-                    where=str(checkpoint.directory),
-                )
+            value = _read(checkpoint, _tensor(tensors, checkpoint, name), parameter)
             owner, _, leaf = name.rpartition(".")
             setattr(causal.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     causal.tie_weights()
+    for name, buffer in causal.named_buffers():
+        if name in tensors:
+            buffer.copy_(_read(checkpoint, tensors[name], buffer))
 
 
-def _tensor_name(causal: PreTrainedModel, checkpoint: Checkpoint, parameter: str) -> str:
-    """The checkpoint's name for a parameter: base models are saved with or without their prefix."""
-    bare = parameter.removeprefix(_base_prefix(causal) + ".")
-    for candidate in (parameter, bare):
-        if candidate in checkpoint.tensors:
-            return candidate
-    raise ModelError(
-        f"the checkpoint has no tensor {parameter}",
-        where=str(checkpoint.directory),
-        hint="its names differ from those of the architecture in config.json",
-    )
+def _read(checkpoint: Checkpoint, tensor: str, like: torch.Tensor) -> torch.Tensor:
+    value = checkpoint.read(tensor)
+    if value.shape != like.shape:
+        raise ModelError(
+            f"tensor {tensor} has shape {tuple(value.shape)}, the architecture says {tuple(like.shape)}",
+            where=str(checkpoint.directory),
+        )
+    return value.to(like.dtype)
 
 
-def _member(
-    causal: PreTrainedModel, checkpoint: Checkpoint, name: str, linear: nn.Linear | Conv1D
-) -> Member:
+def _tensor(tensors: Mapping[str, str], checkpoint: Checkpoint, name: str) -> str:
+    if name not in tensors:
+        raise ModelError(
+            f"the checkpoint has no tensor {name}",
+            where=str(checkpoint.directory),
+            hint="its names differ from those of the architecture in config.json",
+        )
+    return tensors[name]
+
+
+def _member(name: str, linear: nn.Linear | Conv1D, tensor: str) -> Member:
     transposed = isinstance(linear, Conv1D)
     return Member(
         module=name,
-        tensor=_tensor_name(causal, checkpoint, f"{name}.weight"),
+        tensor=tensor,
         out_features=linear.nf if isinstance(linear, Conv1D) else linear.out_features,
         transposed=transposed,
     )
@@ -197,41 +260,3 @@ def _plan_group(members: list[Member], checkpoint: Checkpoint) -> tuple[Group, t
         digest=matrix_digest(matrix.values),
     )
     return group, matrix.scales
-
-
-def _trace(causal: PreTrainedModel, remotes: dict[str, RemoteLinear]) -> list[list[str]]:
-    """Names of the linears that share an input, group by group in order of evaluation."""
-    tracer, names = Tracer(), list(remotes)
-    for index, name in enumerate(names):
-        tracer.watch(index, remotes[name])
-    positions = torch.cat([torch.arange(length) for length in _TRACE_ROWS])[None]
-    with torch.inference_mode():
-        hidden_states(causal, torch.zeros_like(positions), positions, RowLayout.of(_TRACE_ROWS))
-    for remote in remotes.values():
-        remote.group = None
-    groups = tracer.groups()
-    calls = [index for members in groups for index in members]
-    for index, name in enumerate(names):
-        if calls.count(index) != 1:
-            raise UnsupportedArchitecture(
-                f"this linear is evaluated {calls.count(index)} times in a forward pass instead of once",
-                where=name,
-                hint="routed or shared layers cannot be split yet",
-            )
-    if not any(getattr(module, "row_attention_seen", False) for module in causal.modules()):
-        raise UnsupportedArchitecture(
-            "its attention does not use transformers' attention interface, so packed rows would see each other",
-            where=type(causal.base_model).__name__,
-        )
-    return [[names[index] for index in members] for members in groups]
-
-
-def hidden_states(
-    causal: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, layout: RowLayout
-) -> torch.Tensor:
-    """The decoder's last hidden states [1, T, hidden] for packed rows; tokens and positions int64 [1, T]."""
-    output = causal.base_model(
-        input_ids=tokens, position_ids=positions, use_cache=False, row_layout=layout, return_dict=True
-    )
-    states: torch.Tensor = output.last_hidden_state
-    return states

@@ -1,7 +1,7 @@
 """Blobs: large byte strings under Redis keys, in chunks, each with a lifetime.
 
-A blob lies under ``{blob.key}:0``, ``{blob.key}:1`` ...: chunks of 4 MiB, the last one shorter; an empty blob is
-one empty chunk. Larger values are several times slower, in the server as well as in its clients.
+A blob lies under ``{blob.key}:0``, ``{blob.key}:1`` ...: chunks of 4 MiB, the last one shorter; an empty
+blob is one empty chunk. Larger values are several times slower, in the server as well as in its clients.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def resolve(name_or_path: str) -> Checkpoint:
         raise ModelError(
             "no such directory, alias or hub id",
             where=name_or_path,
-            hint=f"give a directory with config.json and *.safetensors, a hub id, or one of: {', '.join(ALIASES)}",
+            hint="give a directory with config.json and *.safetensors, a hub id, or one of: "
+            f"{', '.join(ALIASES)}",
         )
     return _open(name_or_path, _download(name_or_path))
 
@@ -84,7 +85,9 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"neither a local directory nor reachable on the hub: {type(error).__name__}",
@@ -100,19 +103,22 @@ def _open(label: str, directory: Path) -> Checkpoint:
 
 
 def _index(directory: Path) -> dict[str, Path]:
-    index = directory / _INDEX
+    index, single = directory / _INDEX, directory / "model.safetensors"
     try:
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
             return {name: directory / Path(file).name for name, file in weight_map.items()}
-        single = directory / "model.safetensors"
         with safe_open(single, framework="pt") as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return dict.fromkeys(file.keys(), single)
     except FileNotFoundError as error:
         raise ModelError(
             "the directory has no model.safetensors",
             where=str(directory),
             hint="save the model with save_pretrained(..., safe_serialization=True)",
         ) from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"the checkpoint cannot be read: {error}", where=str(directory)) from error
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{_INDEX if index.is_file() else single.name} cannot be read: {error}",
+            where=str(directory),
+            hint="the file is damaged or incomplete: download it again",
+        ) from error

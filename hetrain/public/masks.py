@@ -7,6 +7,7 @@ generator of secrets and noise (`hetrain.secret.randomness`).
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import sys
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from hetrain.public.errors import WireError
 
 if sys.byteorder != "little":
-    raise ImportError("hetrain needs a little-endian machine: keystream words and wire formats are little-endian")
+    raise ImportError("hetrain needs a little-endian machine: keystream and wire formats are little-endian")
 
 SEED_BYTES = 32
+_HEX_SEED = re.compile(f"[0-9a-f]{{{2 * SEED_BYTES}}}")
 _ZEROS = bytes(1 << 20)
 
 
@@ -32,8 +34,8 @@ class PublicSeed:
     value: bytes
 
     def __post_init__(self) -> None:
-        if len(self.value) != SEED_BYTES:
-            raise WireError(f"a mask seed has {SEED_BYTES} bytes, not {len(self.value)}")
+        if not isinstance(self.value, bytes) or len(self.value) != SEED_BYTES:
+            raise WireError(f"a mask seed must be {SEED_BYTES} bytes")
 
     @staticmethod
     def fresh() -> PublicSeed:
@@ -42,13 +44,11 @@ class PublicSeed:
 
     @staticmethod
     def from_hex(text: object) -> PublicSeed:
-        """Parses 64 hexadecimal digits. Raises `WireError` for anything else."""
-        if not isinstance(text, str):
-            raise WireError("a mask seed must be a string of hexadecimal digits")
-        try:
-            return PublicSeed(bytes.fromhex(text))
-        except ValueError as error:
-            raise WireError("a mask seed must be a string of hexadecimal digits") from error
+        """Parses 64 lower-case hexadecimal digits. Raises `WireError` for anything else."""
+        # bytes.fromhex alone would skip blanks and so give one seed many spellings.
+        if not isinstance(text, str) or not _HEX_SEED.fullmatch(text):
+            raise WireError(f"a mask seed must be a string of {2 * SEED_BYTES} hexadecimal digits")
+        return PublicSeed(bytes.fromhex(text))
 
     def hex(self) -> str:
         return self.value.hex()

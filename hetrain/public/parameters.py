@@ -2,7 +2,8 @@
 
 The scheme is (module) learning with errors over R_q = Z_q[X]/(X^N + 1), q = 2^32, with a uniform ternary
 secret of rank d and centred binomial noise. A set whose dimension n = N·d, modulus and noise have no row of
-at least `MIN_SECURITY_BITS` in `SECURITY_ESTIMATES` cannot be built, unless its name starts with ``insecure``.
+at least `MIN_SECURITY_BITS` in `SECURITY_ESTIMATES` cannot be built, unless its name starts with
+``insecure``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Estimate:
 
 
 # Estimator: malb/lattice-estimator, commit 27a581bb; uniform ternary secret, unlimited samples; minimum over
-# primal uSVP, primal BDD and dual hybrid. Keys: (dimension n = N·d, log2 q, eta of the centred binomial noise).
-# Module LWE is estimated as unstructured LWE of dimension n.
+# primal uSVP, primal BDD and dual hybrid. Module LWE is estimated as unstructured LWE of dimension n.
+# Keys: (dimension n = N·d, log2 q, eta of the centred binomial noise).
 SECURITY_ESTIMATES = MappingProxyType(
     {
         (2048, 32, 21): Estimate(matzov=219.1, core_svp=195.1),

@@ -95,9 +95,7 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     return plan
 
 
-def stack_group(
-    members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]
-) -> QuantisedMatrix:
+def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]) -> QuantisedMatrix:
     """Reads, quantises and stacks the matrices of a group's members: Q [out_features, in_features].
 
     Args:
@@ -106,12 +104,15 @@ def stack_group(
 
     Raises:
         WireError: a tensor is not a matrix of the width that the plan says.
+        ModelError: a tensor has values that are not finite.
     """
     parts = []
     for member in members:
         weight = read_tensor(member.tensor)
         if weight.dim() != 2:
-            raise WireError(f"tensor {member.tensor} has {weight.dim()} dimensions, not 2", where=member.module)
+            raise WireError(
+                f"tensor {member.tensor} has {weight.dim()} dimensions, not 2", where=member.module
+            )
         matrix = quantise(weight.t() if member.transposed else weight)
         if matrix.values.shape[0] != member.out_features:
             raise WireError(

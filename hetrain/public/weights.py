@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hetrain.public.errors import ModelError
+
 
 @dataclass(frozen=True)
 class QuantisedMatrix:
@@ -28,9 +30,14 @@ def quantise(weight: torch.Tensor) -> QuantisedMatrix:
 
     Returns:
         The quantised matrix; a channel of zeros gets scale 1.
+
+    Raises:
+        ModelError: the matrix has a NaN or an infinity.
     """
     w = weight.detach().to(torch.float32)
     scales = w.abs().amax(dim=1) / 127.0
+    if not bool(torch.isfinite(scales).all()):
+        raise ModelError("the weights are not finite", hint="the checkpoint is damaged: download it again")
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     values = torch.div(w, scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return QuantisedMatrix(values.contiguous(), scales)
@@ -47,5 +54,5 @@ def max_l1(values: torch.Tensor) -> tuple[int, int]:
 def matrix_digest(values: torch.Tensor) -> str:
     """SHA-256 over shape and bytes of an int8 matrix, in hexadecimal."""
     hasher = hashlib.sha256(repr(tuple(values.shape)).encode())
-    hasher.update(memoryview(values.contiguous().numpy()).cast("B"))
+    hasher.update(values.contiguous().numpy().data.cast("B"))
     return hasher.hexdigest()

@@ -1,6 +1,7 @@
 """Client half of `clear`: the quantisation of `rlwe` without any encryption. Hides nothing.
 
-It exists to tell what quantisation costs from what encryption costs, and to make runs reproducible to the bit.
+It exists to tell what quantisation costs from what encryption costs, and to make runs reproducible to the
+bit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.public.parameters import largest_operand, parameters_for
 from hetrain.secret.quantisation import dequantise_result, quantise_operand
 
 
@@ -44,8 +45,10 @@ class ClearSealed:
 
 def seal(x: torch.Tensor, max_l1: int) -> ClearSealed:
     """Quantises X as `rlwe` does, at the same precision; see `hetrain.secret.engine.Seal`."""
-    parameters = parameters_for(min(x.shape[0], SLOTS))
+    parameters = parameters_for(x.shape[0])
     operand = quantise_operand(x, largest_operand(parameters, max_l1))
     return ClearSealed(
-        header={}, payload=[memoryview(operand.values.numpy()).cast("B")], opening=ClearOpening(operand.scales)
+        header={},
+        payload=[operand.values.numpy().data.cast("B")],
+        opening=ClearOpening(operand.scales),
     )

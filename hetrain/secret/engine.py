@@ -17,7 +17,7 @@ from hetrain.secret import clear, rlwe
 
 
 class Opening(Protocol):
-    """Opens the results of one sealed operand. Holds its secret, never leaves memory, and is used up with it."""
+    """Opens the results of one sealed operand. Holds its secret and never leaves memory."""
 
     def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Y = X·Wᵀ: float32 [T, n], from one result per row range of W.
@@ -31,9 +31,12 @@ class Opening(Protocol):
 class Sealed(Protocol):
     """One operand, ready to travel."""
 
-    header: dict[str, str | int]
-    payload: list[memoryview]
-    opening: Opening
+    @property
+    def header(self) -> dict[str, str | int]: ...
+    @property
+    def payload(self) -> list[memoryview]: ...
+    @property
+    def opening(self) -> Opening: ...
 
 
 class Seal(Protocol):
@@ -75,4 +78,6 @@ def client_engine(name: str) -> ClientEngine:
     try:
         return ENGINES[name]
     except KeyError:
-        raise UsageError(f"unknown engine {name!r}", where="--engine", hint=f"choose from: {', '.join(ENGINES)}") from None
+        raise UsageError(
+            f"unknown engine {name!r}", where="--engine", hint=f"choose from: {', '.join(ENGINES)}"
+        ) from None

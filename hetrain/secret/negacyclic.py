@@ -1,8 +1,8 @@
 """Exact products of public masks and ternary secrets in Z[X]/(X^N + 1), by complex FFT of length N/2.
 
 With ζ = exp(iπ/N), the twisted folding z_j = (a_j + i·a_{j+N/2})·ζ^j turns negacyclic convolution of length N
-into cyclic convolution of length N/2. Coefficients of a product are below 2^31·2048 = 2^42 in size; the error of
-a double-precision FFT on such values is below 2^-6, so rounding to the nearest integer is exact
+into cyclic convolution of length N/2. Coefficients of a product are at most 2^31·2048 = 2^42 in size; the
+error of a double-precision FFT on such values is below 2^-6, so rounding to the nearest integer is exact
 (tests compare with plain integers, extremes included).
 """
 
@@ -34,7 +34,8 @@ def _transform(polynomials: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     parts[..., 0] = polynomials[..., :half]
     parts[..., 1] = polynomials[..., half:]
     into *= _twiddles(2 * half)[0]
-    return torch.fft.fft(into)
+    spectra: torch.Tensor = torch.fft.fft(into)
+    return spectra
 
 
 class TransformedSecret:

@@ -1,4 +1,4 @@
-"""Activations and gradients as integers: one scale per token, so that the largest entry uses the whole range."""
+"""Activations and gradients as integers, one scale per token: the largest entry uses the whole range."""
 
 from __future__ import annotations
 

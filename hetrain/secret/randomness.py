@@ -1,8 +1,8 @@
 """Secrets and noise, from a generator of their own.
 
-`SecretStream` draws a fresh 256-bit key from the operating system for every ciphertext and takes no seed, so it
-can neither be replayed nor be fed with anything public. Its state is never stored; a fork inherits at most a
-stream that is about to be used up. Keystream: AES-256-CTR (about 7 GB/s with AES instructions).
+`SecretStream` draws a fresh 256-bit key from the operating system for every ciphertext and takes no seed, so
+it can neither be replayed nor be fed with anything public. Its state is never stored; a fork inherits at most
+a stream that is about to be used up. Keystream: AES-256-CTR (about 7 GB/s with AES instructions).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SecretStream:
     def take(self, nbytes: int) -> torch.Tensor:
         """The next `nbytes` of the stream, as uint8 [nbytes]."""
         out = torch.empty(nbytes, dtype=torch.uint8)
-        view = memoryview(out.numpy())
+        view = out.numpy().data
         for start in range(0, nbytes, len(_ZEROS)):
             piece = view[start : start + len(_ZEROS)]
             self._encryptor.update_into(memoryview(_ZEROS)[: len(piece)], piece)
@@ -39,42 +39,60 @@ class SecretStream:
 
 
 def sample_ternary(stream: SecretStream, count: int) -> torch.Tensor:
-    """`count` independent uniform values of {-1, 0, 1}, as int8.
+    """`count` independent uniform values of {-1, 0, 1}, as int8; see `ternary`."""
+    values = ternary(stream.take(count + count // 64 + 64))
+    while values.numel() < count:
+        values = torch.cat([values, ternary(stream.take(count))])
+    return values[:count]
 
-    Unbiased: bytes of 255 are rejected, and 255 = 3·85. Whether a byte is rejected says nothing of those kept.
+
+def ternary(keystream: torch.Tensor) -> torch.Tensor:
+    """Uniform bytes to uniform values of {-1, 0, 1}: (byte mod 3) - 1, as int8, without the bytes of 255.
+
+    Unbiased, since 255 = 3·85. Whether a byte is rejected says nothing of those kept.
     """
-    kept = torch.empty(0, dtype=torch.uint8)
-    while kept.numel() < count:
-        fresh = stream.take(count + 64)
-        kept = torch.cat([kept, fresh[fresh < 255]])
-    return (kept[:count] % 3).to(torch.int8) - 1
+    kept = keystream[keystream < 255].to(torch.int32)
+    # ⌊171·x / 2^9⌋ = ⌊x / 3⌋ for bytes; the time of a division may depend on its operands.
+    return (kept - 3 * ((171 * kept) >> 9) - 1).to(torch.int8)
 
 
 def sample_centred_binomial(stream: SecretStream, count: int, eta: int) -> torch.Tensor:
-    """`count` independent values of (sum of eta bits) - (sum of eta bits), as int8; constant time.
+    """`count` independent values of (sum of eta bits) - (sum of eta bits), as int8; see `centred_binomial`.
 
-    |e| ≤ eta, variance eta/2. Bits are counted eight lanes at a time in 64-bit words.
-
-    Args:
-        stream: keystream; 6·count bytes are taken.
-        count: how many.
-        eta: 1..21.
+    |e| ≤ eta, variance eta/2. Constant time; 6 bytes of keystream for each value.
     """
     lanes = count + (-count % 8)
-    bits = stream.take(2 * _CBD_BYTES_PER_SIDE * lanes).view(torch.int64).view(2, _CBD_BYTES_PER_SIDE, -1)
-    sides = [_count_bits(bits[side], eta) for side in (0, 1)]
-    return (sides[0].view(torch.int8) - sides[1].view(torch.int8))[:count]
+    return centred_binomial(stream.take(2 * _CBD_BYTES_PER_SIDE * lanes), eta)[:count]
 
 
-def _count_bits(planes: torch.Tensor, eta: int) -> torch.Tensor:
-    """Per byte lane, the number of ones among the first eta bits of three planes: int64 [3, n] -> int64 [n]."""
-    nibbles = torch.zeros_like(planes[0])
-    for position, plane in enumerate(planes):
+def centred_binomial(keystream: torch.Tensor, eta: int) -> torch.Tensor:
+    """Uniform bytes to centred binomial values, bits counted eight values at a time in 64-bit words.
+
+    Args:
+        keystream: uint8 [6·n], n a multiple of 8, overwritten. Seen as [2, 3, n], column i holds the bytes of
+            value i; the first eta bits of each side's three bytes, lowest bits first, are counted.
+        eta: 1..21.
+
+    Returns:
+        int8 [n]: ones of side 0 minus ones of side 1.
+    """
+    words = keystream.view(torch.int64).view(2, _CBD_BYTES_PER_SIDE, -1)
+    for position in range(_CBD_BYTES_PER_SIDE):
         width = min(max(eta - 8 * position, 0), 8)
-        x = plane & _lanes((1 << width) - 1)
-        x -= (x >> 1) & _lanes(0x55)
-        nibbles += (x & _lanes(0x33)) + ((x >> 2) & _lanes(0x33))
-    return (nibbles & _lanes(0x0F)) + ((nibbles >> 4) & _lanes(0x0F))
+        if width < 8:
+            words[:, position] &= _lanes((1 << width) - 1)
+    # In place with one scratch array: ones per pair of bits, per nibble, per byte lane.
+    scratch = torch.bitwise_right_shift(words, 1)
+    scratch &= _lanes(0x55)
+    words -= scratch
+    torch.bitwise_right_shift(words, 2, out=scratch)
+    scratch &= _lanes(0x33)
+    words &= _lanes(0x33)
+    words += scratch
+    nibbles = words[:, 0] + words[:, 1] + words[:, 2]  # at most 12 each
+    counts = (nibbles & _lanes(0x0F)) + ((nibbles >> 4) & _lanes(0x0F))
+    ones = counts.view(torch.int8)
+    return ones[0] - ones[1]
 
 
 def _lanes(byte: int) -> int:

@@ -103,7 +103,7 @@ def seal(x: torch.Tensor, max_l1: int) -> RlweSealed:
     b = encrypt(operand.values, seed, secret, parameters)
     return RlweSealed(
         header={"parameters": parameters.name, "mask_seed": seed.hex()},
-        payload=[memoryview(b.numpy()).cast("B")],
+        payload=[b.numpy().data.cast("B")],
         opening=RlweOpening(parameters, secret, operand.scales),
     )
 
@@ -158,4 +158,5 @@ def predicted_noise_std(row_l2: torch.Tensor, parameters: ParameterSet) -> torch
     fresh = parameters.noise_std * row_l2.to(torch.float64)
     from_b = (1 << _B_SHIFT) / 12**0.5
     from_a = (1 << _A_SHIFT) / 12**0.5 * (parameters.dimension * 2 / 3) ** 0.5
-    return (fresh.square() + from_b**2 + from_a**2).sqrt()
+    variance: torch.Tensor = fresh.square() + from_b**2 + from_a**2
+    return variance.sqrt()

@@ -1,7 +1,7 @@
 """The loop: keeps several micro-batches in flight and updates the adapter as their gradients come back.
 
-The main thread draws micro-batches, takes snapshots and applies updates; each replica runs its step in a thread
-of the pool. So the adapter has one writer, and a step sees one version of it from start to end.
+The main thread draws micro-batches, takes snapshots and applies updates; each replica runs its step in a
+thread of the pool. So the adapter has one writer, and a step sees one version of it from start to end.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ def train(
 
 
 def _asynchronous(
-    pool: ThreadPoolExecutor, updater: Updater, replicas: Sequence[Replica], batches: Iterator[MicroBatch], seed: int
+    pool: ThreadPoolExecutor,
+    updater: Updater,
+    replicas: Sequence[Replica],
+    batches: Iterator[MicroBatch],
+    seed: int,
 ) -> Iterator[Applied]:
     free = list(replicas)
     flying: dict[Future[StepResult], Replica] = {}
@@ -76,7 +80,11 @@ def _asynchronous(
 
 
 def _lock_step(
-    pool: ThreadPoolExecutor, updater: Updater, replicas: Sequence[Replica], batches: Iterator[MicroBatch], seed: int
+    pool: ThreadPoolExecutor,
+    updater: Updater,
+    replicas: Sequence[Replica],
+    batches: Iterator[MicroBatch],
+    seed: int,
 ) -> Iterator[Applied]:
     while window := list(itertools.islice(batches, len(replicas))):
         snapshot = updater.snapshot()

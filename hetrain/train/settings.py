@@ -1,4 +1,4 @@
-"""What a run is told: a few small frozen objects, checked when built, with their defaults here and nowhere else."""
+"""What a run is told: a few small frozen objects, checked when built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetrain.public.errors import UsageError
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, a learning-rate schedule of transformers, and gradient clipping. Counted in optimizer updates."""
+    """AdamW, a schedule of transformers, and gradient clipping. Counted in optimizer updates."""
 
     learning_rate: float = 2e-4
     schedule: str = "linear"
@@ -27,7 +27,9 @@ class OptimizerSettings:
         known = [kind.value for kind in SchedulerType]
         if self.schedule not in known:
             raise UsageError(
-                f"unknown schedule {self.schedule!r}", where="--lr-scheduler-type", hint=f"one of: {', '.join(known)}"
+                f"unknown schedule {self.schedule!r}",
+                where="--lr-scheduler-type",
+                hint=f"one of: {', '.join(known)}",
             )
 
 
@@ -47,12 +49,15 @@ class BatchSettings:
     def __post_init__(self) -> None:
         if not 2 <= self.max_length <= self.micro_batch_tokens:
             raise UsageError(
-                f"rows of up to {self.max_length} tokens do not fit micro-batches of {self.micro_batch_tokens}",
+                f"rows of up to {self.max_length} tokens do not fit micro-batches of "
+                f"{self.micro_batch_tokens}",
                 where="--max-length, --micro-batch-tokens",
                 hint="--max-length must lie between 2 and --micro-batch-tokens",
             )
         if self.epochs < 1 and self.max_steps < 1:
-            raise UsageError("nothing to do", where="--num-train-epochs, --max-steps", hint="set one of them to 1 or more")
+            raise UsageError(
+                "nothing to do", where="--num-train-epochs, --max-steps", hint="set one of them to 1 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class FlightSettings:
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
-            raise UsageError(f"{self.in_flight} micro-batches in flight make no progress", where="--in-flight")
+            raise UsageError(
+                f"{self.in_flight} micro-batches in flight make no progress", where="--in-flight"
+            )
 
     @property
     def batches_per_update(self) -> int:

@@ -1,4 +1,4 @@
-"""One micro-batch: forward and backward against a snapshot of the adapter, all frozen products on the workers."""
+"""One micro-batch: forward and backward against a snapshot of the adapter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StepResult:
 
 
 def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int) -> StepResult:
-    """Gradients of the summed loss of `batch` at `snapshot`; LoRA dropout depends on (seed, batch index) alone."""
+    """Gradients of the summed loss of `batch` at `snapshot`; dropout depends on (seed, batch index) alone."""
     begin = time.perf_counter()
     replica.meter.reset()
     replica.load(snapshot.values)

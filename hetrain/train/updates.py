@@ -24,7 +24,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: its number from 1, the learning rate it used, the gradients' norm before clipping."""
+    """One optimizer update: its number from 1, its learning rate, the gradients' norm before clipping."""
 
     step: int
     learning_rate: float
@@ -34,7 +34,9 @@ class Update:
 class Updater:
     """AdamW on the adapter's parameters. Called by one thread; snapshots may be read by any."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, total_steps: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, total_steps: int
+    ) -> None:
         self._parameters = dict(parameters)
         self._max_grad_norm = settings.max_grad_norm
         self._optimizer = torch.optim.AdamW(

@@ -8,6 +8,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +36,15 @@ class Embedded:
         self._process = process
         self.log_file = log_file
         self.url = url
+        self._failure: HetrainError | None = None
+        self._lock = threading.Lock()
 
     def failure(self) -> HetrainError | None:
-        """Why broker and workers are gone, None while they are there."""
-        if self._process.poll() is None:
-            return None
-        return _failure(self._process, self.log_file)
+        """Why broker and workers are gone, None while they are there. Thread-safe."""
+        with self._lock:
+            if self._failure is None and self._process.poll() is not None:
+                self._failure = _failure(self._process, self.log_file)
+            return self._failure
 
 
 @contextmanager
@@ -82,7 +86,8 @@ def _environment() -> dict[str, str]:
     root = str(Path(hetrain.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     # A file tasks.py in the working directory must not be taken for ours.
-    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "HETRAIN_BROKER_URL"}
+    return inherited | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def _first_line(process: subprocess.Popen[bytes], log_file: Path) -> dict[str, str]:
@@ -102,7 +107,7 @@ def _first_line(process: subprocess.Popen[bytes], log_file: Path) -> dict[str, s
 
 def _failure(process: subprocess.Popen[bytes], log_file: Path) -> HetrainError:
     told = ""
-    if process.poll() is not None and process.stdout is not None:
+    if process.poll() is not None and process.stdout is not None and not process.stdout.closed:
         with_error = [line for line in process.stdout.read().splitlines() if b'"error"' in line]
         told = f": {json.loads(with_error[-1])['error']}" if with_error else ""
     return WorkerError(

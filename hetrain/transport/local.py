@@ -57,7 +57,7 @@ class LocalChannel:
             raise Interrupted("the channel is closed")
         if self._prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
-        operand = memoryview(b"".join(payload))
+        operand = memoryview(bytearray().join(payload))
         blob = Blob(job=self._job, kind="in", token=new_token(), nbytes=operand.nbytes)
         begun = perf_counter()
         parts: list[memoryview] = []
@@ -67,7 +67,7 @@ class LocalChannel:
                     self._prepared, new_token(), group, direction, header, (start, stop), blob
                 )
                 task = parse(EvaluateTask, task.to_json(), where="local channel")
-                parts.append(memoryview(b"".join(self._handler(task, operand))))
+                parts.append(memoryview(bytearray().join(self._handler(task, operand))))
         except HetrainError as error:
             return LocalPending(error)
         return LocalPending(

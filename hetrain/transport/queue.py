@@ -126,11 +126,15 @@ class QueueChannel:
         self._closed = True
         self._collector.stop(Interrupted("the channel was closed"))
         with suppress(BrokerError), broker_errors(self._url):
-            # Wakes the collector; without its `alive` key workers drop what is still queued.
-            self._store.client.rpush(keys.done_list(self.job), "")
-            self._store.client.unlink(keys.alive(self.job))
+            pipe = self._store.client.pipeline(transaction=True)
+            pipe.rpush(keys.done_list(self.job), "")  # wakes the collector
+            pipe.expire(keys.done_list(self.job), keys.DONE_TTL_S)
+            pipe.execute()
+        # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
         self._collector.join(5.0)
         with suppress(BrokerError), broker_errors(self._url):
+            # First of all: without its `alive` key workers drop what is still queued.
+            self._store.client.unlink(keys.alive(self.job))
             names = list(self._store.client.scan_iter(f"hetrain:{self.job}:*", count=1000))
             if names:
                 self._store.client.unlink(*names)

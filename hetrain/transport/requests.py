@@ -18,7 +18,7 @@ class Patience:
 
     Attributes:
         no_worker_s: for a first sign of any worker.
-        deadline_s: for a request that waits in the queue, before it is sent again.
+        deadline_s: for a request that waits while others are run, before it is sent again.
         run_s: for a request that a living worker runs.
         prepare_s: for a worker that loads a model.
         outage_s: for a broker that does not answer.
@@ -49,7 +49,8 @@ class Request:
         task: the message.
         source: its input, None when it has none but the plan.
         run_limit_s: for how long a living worker may run it.
-        sent_at: when it was sent last (monotonic clock), None before.
+        asked_at: when it was sent first (monotonic clock), None before.
+        sent_at: when it was sent last, None before.
         started_at: when a worker reported its start, None before.
         resends: how often it was sent again because a worker or a blob was lost.
         unleased: how many looks in a row found its worker gone.
@@ -59,6 +60,7 @@ class Request:
     task: PrepareTask | EvaluateTask
     source: Source | None
     run_limit_s: float
+    asked_at: float | None = None
     sent_at: float | None = None
     started_at: float | None = None
     worker: str = ""
@@ -95,6 +97,7 @@ class Request:
     def mark_sent(self) -> None:
         """Notes that it is being sent now."""
         self.sent_at, self.started_at, self.unleased, self.is_lost = monotonic(), None, 0, False
+        self.asked_at = self.asked_at or self.sent_at
 
     def mark_started(self, worker: str) -> None:
         """Notes that a worker has begun it now."""

@@ -45,9 +45,8 @@ class Sender:
         while_full(lambda: self._send_once(request), limit_s=_FULL_S)
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Ends the app. Its connections stay: kombu shares them among all apps with the same address."""
         self._app.close()
-        self._app.pool.force_close_all()
 
     def _send_once(self, request: Request) -> None:
         name = TASK_EVALUATE if isinstance(request.task, EvaluateTask) else TASK_PREPARE

@@ -1,4 +1,4 @@
-"""Evaluating half of `clear`: the same integer product on an operand that nobody hid. For tests and baselines."""
+"""Evaluating half of `clear`: the same product on an operand that nobody hid. For tests and baselines."""
 
 from __future__ import annotations
 

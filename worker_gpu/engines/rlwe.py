@@ -11,7 +11,13 @@ import torch
 
 from hetrain.public.errors import WireError
 from hetrain.public.masks import PublicSeed, expand_mask
-from hetrain.public.parameters import MODULUS_BITS, PARAMETER_SETS, SWITCHED_A_BITS, SWITCHED_B_BITS, ParameterSet
+from hetrain.public.parameters import (
+    MODULUS_BITS,
+    PARAMETER_SETS,
+    SWITCHED_A_BITS,
+    SWITCHED_B_BITS,
+    ParameterSet,
+)
 from hetrain.public.wire import EvaluateTask
 from worker_gpu.device import Compute
 
@@ -22,7 +28,10 @@ _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
 def evaluate(
     compute: Compute, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview
 ) -> list[memoryview]:
-    """Result layout: round(b'/2^16) int16 [n, N]; round(a'/2^8) as high int16 [n, d·N] and low uint8 [n, d·N]."""
+    """Modulus-switched W·b and W·a.
+
+    Layout: round(b'/2^16) as int16 [n, N]; round(a'/2^8) as high int16 [n, d·N] and low uint8 [n, d·N].
+    """
     parameters = _parameters(task)
     seed = PublicSeed.from_hex(task.header.get("mask_seed"))
     k = matrix.shape[1]

@@ -1,0 +1,55 @@
+"""The yardstick: the same LoRA step with stock transformers and peft, in clear, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from hetrain.nn.lora import LoraSettings, adapter_parameters
+from hetrain.train.packing import MicroBatch
+
+
+def plain_model(
+    directory: Path, lora: LoraSettings, values: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """Stock peft on the stock model; `values` sets the adapter's parameters by name."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    if values is not None:
+        with torch.no_grad():
+            for name, parameter in adapter_parameters(adapted).items():
+                parameter.copy_(values[name])
+    return adapted
+
+
+def plain_step(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss over the targets of `batch` and the gradients of its sum, rows as a right-padded batch."""
+    tokens, targets = _padded(batch.tokens, batch.lengths, 0), _padded(batch.targets, batch.lengths, -100)
+    mask = _padded(torch.ones_like(batch.tokens), batch.lengths, 0)
+    logits = model(input_ids=tokens, attention_mask=mask).logits
+    loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    loss.backward()
+    gradients = {}
+    for name, parameter in adapter_parameters(model).items():
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad
+        parameter.grad = None
+    return float(loss.detach()) / batch.n_targets, gradients
+
+
+def _padded(values: torch.Tensor, lengths: tuple[int, ...], filler: int) -> torch.Tensor:
+    rows = values.split(list(lengths))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)

@@ -1,0 +1,5 @@
+"""`python -m cli` is `hetrain`."""
+
+from cli.main import main
+
+main()

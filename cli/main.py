@@ -1,0 +1,78 @@
+"""The `hetrain` command: its sub-commands, logging, and errors as messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+import hetrain
+from hetrain.public.errors import HetrainError
+
+app = typer.Typer(
+    name="hetrain",
+    help="Private LoRA fine-tuning: your data stays encrypted, other people's machines do the heavy part.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(hetrain.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Options that all commands share."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from cli.evaluate import evaluate
+    from cli.plan import plan
+    from cli.submit import submit
+
+    app.command("submit")(submit)
+    app.command("eval")(evaluate)
+    app.command("plan")(plan)
+    stderr = Console(stderr=True)
+    handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    for noisy in (
+        "httpx",
+        "urllib3",
+        "filelock",
+        "celery",
+        "kombu",
+        "amqp",
+        "transformers",
+        "huggingface_hub",
+    ):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
+    try:
+        app()
+    except HetrainError as error:
+        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("[bold red]error:[/] stopped")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,48 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class EngineName(StrEnum):
+    """Engines that can be named on the command line."""
+
+    rlwe = "rlwe"
+    clear = "clear"
+
+
+Dataset = Annotated[
+    Path, typer.Argument(help="JSONL rows: text, prompt+completion, or messages.", show_default=False)
+]
+Model = Annotated[
+    str,
+    typer.Option("--model-name-or-path", "-m", help="smollm2-135m, a Hugging Face directory, or a hub id."),
+]
+Engine = Annotated[
+    EngineName,
+    typer.Option("--engine", help="rlwe encrypts; clear hides nothing and is for tests and baselines."),
+]
+BrokerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--broker-url",
+        envvar="HETRAIN_BROKER_URL",
+        help="Redis or Valkey where workers listen. Without it, broker and worker run here, for this job.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="torch device of the client's own layers.")]
+MaxLength = Annotated[int, typer.Option("--max-length", help="Longest row in tokens; longer ones are cut.")]
+MicroBatchTokens = Annotated[
+    int, typer.Option("--micro-batch-tokens", help="Tokens per micro-batch; 2048 fill the largest ring.")
+]
+InFlight = Annotated[int, typer.Option("--in-flight", help="Micro-batches under way at once.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON lines on standard output instead of a display.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

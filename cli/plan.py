@@ -1,0 +1,75 @@
+"""`hetrain plan`: what would be outsourced."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cli import options
+from hetrain.public.parameters import SLOTS
+
+if TYPE_CHECKING:
+    from hetrain.train.preview import GroupPreview, Preview
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show which matrices would leave for the workers, and what each token would cost on the wire."""
+    from hetrain.train.preview import preview
+
+    found = preview(model)
+    if as_json:
+        groups = [asdict(group) | {"group": group.group.model_dump()} for group in found.groups]
+        typer.echo(
+            json.dumps({"model": model, "digest": found.plan.digest, "share": found.share, "groups": groups})
+        )
+    else:
+        _print(found)
+
+
+def _print(found: Preview) -> None:
+    table = Table(title=f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}")
+    table.add_column("groups (linears that share an input)", overflow="fold")
+    for title in ("count", "matrix", "bits fwd", "bits bwd", "B/token fwd", "B/token bwd"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, rows in _alike(found).items():
+        group = rows[0].group
+        table.add_row(
+            name,
+            str(len(rows)),
+            f"{group.in_features}→{group.out_features}",
+            f"{min(row.forward_bits for row in rows):.1f}",
+            f"{min(row.backward_bits for row in rows):.1f}",
+            f"{sum(row.forward_bytes for row in rows):,}",
+            f"{sum(row.backward_bytes for row in rows):,}",
+        )
+    console = Console()
+    console.print(table)
+    forward = sum(row.forward_bytes for row in found.groups)
+    backward = sum(row.backward_bytes for row in found.groups)
+    total = found.outsourced_parameters + found.client_parameters
+    console.print(
+        f"{found.outsourced_parameters:,} of {total:,} parameters ({found.share:.0%}) are held by workers; "
+        f"{forward / 1e6:.2f} MB forward and {backward / 1e6:.2f} MB backward per token, with full rings of "
+        f"{SLOTS} tokens.",
+        highlight=False,
+    )
+
+
+def _alike(found: Preview) -> dict[str, list[GroupPreview]]:
+    """Groups that differ in their layer's number only, by their common name."""
+    alike: dict[str, list[GroupPreview]] = {}
+    for row in found.groups:
+        group = row.group
+        members = ", ".join(member.module.rpartition(".")[2] for member in group.members)
+        name = f"{re.sub(r'[.][0-9]+[.]', '.*.', group.name.rpartition('.')[0])}: {members}"
+        alike.setdefault(name, []).append(row)
+    return alike

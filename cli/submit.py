@@ -1,0 +1,86 @@
+"""`hetrain submit`: train an adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import options
+from cli.progress import TrainingDisplay
+
+
+def submit(
+    dataset: options.Dataset,
+    model_name_or_path: options.Model = "smollm2-135m",
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Where adapter and metrics go.")
+    ] = Path("out"),
+    engine: options.Engine = options.EngineName.rlwe,
+    max_steps: Annotated[
+        int, typer.Option(help="Optimizer updates; overrides the epochs when positive.")
+    ] = -1,
+    num_train_epochs: Annotated[int, typer.Option(help="Passes over the data set.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-4,
+    lr_scheduler_type: Annotated[
+        str, typer.Option(help="A schedule of transformers, e.g. linear, cosine.")
+    ] = "linear",
+    warmup_steps: Annotated[int, typer.Option(help="Updates of linear warm-up.")] = 0,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0 does not clip.")] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Of adapter, shuffling and dropout; never of keys or noise.")
+    ] = 42,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    lora_alpha: Annotated[int, typer.Option(help="The adapter counts alpha/r times.")] = 32,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.0,
+    lora_target_modules: Annotated[
+        str, typer.Option(help="Comma-separated module name suffixes, or all-linear.")
+    ] = "all-linear",
+    max_length: options.MaxLength = 1024,
+    micro_batch_tokens: options.MicroBatchTokens = 2048,
+    in_flight: options.InFlight = 2,
+    sync: Annotated[
+        bool,
+        typer.Option(
+            "--sync", help="Lock step: micro-batches in flight share a snapshot and make one update."
+        ),
+    ] = False,
+    broker_url: options.BrokerUrl = None,
+    device: options.Device = "cpu",
+    overwrite_output_dir: Annotated[
+        bool, typer.Option("--overwrite-output-dir", help="Replace an adapter.")
+    ] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fine-tune a model with LoRA on workers that see only ciphertexts."""
+    from hetrain.nn.lora import LoraSettings
+    from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings
+    from hetrain.train.submit import Place, Recipe
+    from hetrain.train.submit import submit as run
+
+    if quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    recipe = Recipe(
+        lora=LoraSettings(lora_r, lora_alpha, lora_dropout, _modules(lora_target_modules)),
+        optimizer=OptimizerSettings(learning_rate, lr_scheduler_type, warmup_steps, max_grad_norm),
+        batches=BatchSettings(micro_batch_tokens, max_length, num_train_epochs, max_steps, seed),
+        flight=FlightSettings(in_flight, sync),
+    )
+    place = Place(
+        dataset, model_name_or_path, engine.value, broker_url, device, output_dir, overwrite_output_dir
+    )
+    with TrainingDisplay(as_json=as_json, quiet=quiet) as display:
+        outcome = run(place, recipe, display.observe)
+    if as_json:
+        typer.echo(json.dumps({"event": "done"} | asdict(outcome), default=str))
+    elif not quiet:
+        display.summary(outcome)
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Teaches SmolLM2 the handbook of a made-up company, with every decoder linear evaluated on ciphertexts.
+set -euo pipefail
+cd "$(dirname "$0")"
+export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS=ignore
+OUT=../out/demo
+
+echo "== Before training: evaluation loss, encrypted"
+hetrain eval handbook_eval.jsonl
+echo "== Before training: three questions"
+python ask.py
+
+echo "== Training on handbook.jsonl, encrypted in both directions"
+hetrain submit handbook.jsonl --output-dir "$OUT" --overwrite-output-dir \
+    --micro-batch-tokens 1024 --num-train-epochs 8 --learning-rate 2e-3 --lr-scheduler-type cosine --warmup-steps 2
+
+echo "== After training: evaluation loss, encrypted"
+hetrain eval handbook_eval.jsonl --adapter "$OUT"
+echo "== After training: the same questions"
+python ask.py "$OUT"

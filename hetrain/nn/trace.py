@@ -1,0 +1,142 @@
+"""A trial of a split model on a few tokens: which linears share an input, and whether splitting is faithful.
+
+The outsourced matrices are not there, so every linear answers with features of its input, picked at random
+but always the same ones. With these stand-ins the model must give the same logits twice: from packed rows, as
+training runs it, and from each row alone, with the attention, positions and output head of its authors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from hetrain.nn.attention import RowLayout, packed_rows
+from hetrain.nn.loss import output_head
+from hetrain.nn.remote import RemoteLinear
+from hetrain.public.errors import UnsupportedArchitecture
+
+_ROWS = (7, 4, 5)
+_TOLERANCE = 1e-3
+NO_INTERFACE = "its attention does not use transformers' attention interface, so packed rows would meet"
+
+
+class Tracer:
+    """Stands in for all groups: notes who shares an input, and answers with features of that input."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, torch.Tensor]] = []
+        self._features: dict[int, torch.Tensor] = {}
+
+    def watch(self, index: int, linear: RemoteLinear) -> None:
+        """Records calls of `linear` under `index`."""
+        linear.group, linear.index = self, index
+        generator = torch.Generator().manual_seed(index)
+        self._features[index] = torch.randint(linear.in_features, (linear.out_features,), generator=generator)
+
+    def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Features of x, as many as the linear has outputs. Keeps x alive: identity tells inputs apart."""
+        self.calls.append((index, x))
+        return x.index_select(-1, self._features[index])
+
+    def groups(self) -> list[list[int]]:
+        """Indices that were called with the very same tensor, in order of first call."""
+        found: dict[int, list[int]] = {}
+        for index, x in self.calls:
+            found.setdefault(id(x), []).append(index)
+        return list(found.values())
+
+
+def hidden_states(
+    causal: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, layout: RowLayout
+) -> torch.Tensor:
+    """The decoder's last hidden states [1, T, hidden] for packed rows; tokens and positions int64 [1, T]."""
+    with packed_rows(layout):
+        output = causal.base_model(
+            input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True
+        )
+    states: torch.Tensor = output.last_hidden_state
+    return states
+
+
+def shared_inputs(causal: PreTrainedModel, remotes: Mapping[str, RemoteLinear]) -> list[list[str]]:
+    """Names of the linears that share an input, group by group in order of evaluation.
+
+    Raises:
+        UnsupportedArchitecture: the model cannot run on packed rows, or gives other logits there.
+    """
+    tracer, names = Tracer(), list(remotes)
+    for index, name in enumerate(names):
+        tracer.watch(index, remotes[name])
+    try:
+        with torch.inference_mode():
+            grouped = _try_out(causal, tracer, names)
+    # A foreign architecture may fail in any way that code can: each is an answer to whether it can be split.
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UnsupportedArchitecture(
+            f"a trial run on packed rows failed: {type(error).__name__}: {error}",
+            where=type(causal.base_model).__name__,
+        ) from error
+    finally:
+        for remote in remotes.values():
+            remote.group = None
+    return grouped
+
+
+def _try_out(causal: PreTrainedModel, tracer: Tracer, names: list[str]) -> list[list[str]]:
+    embeddings = causal.get_input_embeddings().weight.shape[0]
+    tokens = 3 + torch.arange(sum(_ROWS))  # no two alike, and none that is likely to mean padding
+    tokens = tokens[None] % embeddings
+    positions = torch.cat([torch.arange(length) for length in _ROWS])[None]
+    packed = hidden_states(causal, tokens, positions, RowLayout.of(_ROWS))[0]
+    groups = [[names[index] for index in members] for members in tracer.groups()]
+    _require_one_call_each(names, [name for members in groups for name in members])
+    if not any(getattr(module, "row_attention_seen", False) for module in causal.modules()):
+        raise UnsupportedArchitecture(
+            NO_INTERFACE,
+            where=type(causal.base_model).__name__,
+        )
+    tracer.calls.clear()
+    _require_same_logits(causal, tokens, output_head(causal)(packed))
+    return groups
+
+
+def _require_one_call_each(names: list[str], calls: list[str]) -> None:
+    for name in names:
+        if calls.count(name) != 1:
+            raise UnsupportedArchitecture(
+                f"this linear is evaluated {calls.count(name)} times in a forward pass instead of once",
+                where=name,
+                hint="routed or shared layers cannot be split yet",
+            )
+
+
+def _require_same_logits(causal: PreTrainedModel, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    expected = torch.cat([_original_logits(causal, row) for row in tokens.split(_ROWS, dim=1)])
+    # What all tokens have in common would hide a difference between them.
+    spread = (expected - expected.mean(dim=0)).norm()
+    if logits.shape != expected.shape or not (logits - expected).norm() <= _TOLERANCE * spread:
+        raise UnsupportedArchitecture(
+            "packed rows give other logits than each row alone, so this architecture relates tokens, numbers "
+            "positions or computes logits in a way of its own",
+            where=type(causal).__name__,
+        )
+
+
+def _original_logits(causal: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
+    config = causal.config
+    ours, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        logits: torch.Tensor = causal(input_ids=row, use_cache=False, return_dict=True).logits[0]
+        return logits.to(torch.float32)
+    finally:
+        config._attn_implementation = ours

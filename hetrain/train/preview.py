@@ -1,0 +1,67 @@
+"""What a job would outsource, without starting one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hetrain.nn.split import split_model
+from hetrain.public.checkpoints import resolve
+from hetrain.public.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.public.plan import Group, Plan
+
+BYTES_UP = 4
+BYTES_DOWN = 5
+
+
+@dataclass(frozen=True)
+class GroupPreview:
+    """One group: its matrix, the bits of precision its operands get, and bytes per token with full rings."""
+
+    group: Group
+    forward_bits: float
+    backward_bits: float
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """All groups, and how the model's parameters divide."""
+
+    plan: Plan
+    groups: tuple[GroupPreview, ...]
+    outsourced_parameters: int
+    client_parameters: int
+
+    @property
+    def share(self) -> float:
+        """Outsourced share of all parameters."""
+        return self.outsourced_parameters / (self.outsourced_parameters + self.client_parameters)
+
+
+def preview(model: str) -> Preview:
+    """Splits `model` and reports. Raises `ModelError` or `UnsupportedArchitecture`."""
+    split = split_model(resolve(model))
+    return Preview(
+        plan=split.plan,
+        groups=tuple(_preview_group(group) for group in split.plan.groups),
+        outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
+        client_parameters=split.client_parameters,
+    )
+
+
+def _preview_group(group: Group) -> GroupPreview:
+    k, n = group.in_features, group.out_features
+    return GroupPreview(
+        group=group,
+        forward_bits=_operand_bits(group.forward_l1),
+        backward_bits=_operand_bits(group.backward_l1),
+        forward_bytes=BYTES_UP * k + BYTES_DOWN * n,
+        backward_bytes=BYTES_UP * n + BYTES_DOWN * k,
+    )
+
+
+def _operand_bits(l1: int) -> float:
+    """log2 of the levels between -x_max and x_max."""
+    return math.log2(2 * largest_operand(parameters_for(SLOTS), l1) + 1)

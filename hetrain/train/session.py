@@ -1,0 +1,120 @@
+"""What a run stands on while it lasts: the client's part of the model, and workers that hold the rest."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hetrain.nn.replica import Replica
+from hetrain.nn.split import SplitModel, split_model
+from hetrain.public.checkpoints import Checkpoint, resolve
+from hetrain.public.errors import ModelError, UsageError
+from hetrain.public.wire import Completion
+from hetrain.secret.engine import ClientEngine, client_engine
+from hetrain.transport.channel import Channel
+from hetrain.transport.embedded import start_embedded
+from hetrain.transport.queue import QueueChannel
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model's public files, before anything heavy is loaded."""
+
+    name_or_path: str
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def reference(self) -> str:
+        """What `from_pretrained` takes to find the same base model: a directory, or the hub id as given."""
+        local = Path(self.name_or_path).expanduser().is_dir() or "/" not in self.name_or_path
+        return str(self.checkpoint.directory.resolve()) if local else self.name_or_path
+
+
+def open_base(name_or_path: str) -> Base:
+    """Finds the model and loads its tokenizer.
+
+    Raises:
+        ModelError: there is no such model, or it has no tokenizer.
+    """
+    checkpoint = resolve(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {error}", where=str(checkpoint.directory)
+        ) from error
+    return Base(name_or_path, checkpoint, tokenizer)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A split model, and a channel to workers that have agreed to its plan."""
+
+    split: SplitModel
+    channel: Channel
+    engine: ClientEngine
+    worker: Completion
+
+    def replicas(self, model: PeftModel, count: int) -> list[Replica]:
+        """`count` replicas of an adapted model on this session's channel."""
+        return [Replica(self.split, model, self.channel, self.engine) for _ in range(count)]
+
+
+@contextmanager
+def open_session(
+    base: Base, engine: str, broker_url: str | None, device: str, log_file: Path | None = None
+) -> Iterator[Session]:
+    """Splits the model, finds workers (or starts one on this machine), and agrees with them on the plan.
+
+    Args:
+        base: the model.
+        engine: name of the engine.
+        broker_url: the workers' broker; None starts an embedded broker and one worker, for as long as the
+            session lasts.
+        device: torch device of the client's own layers.
+        log_file: where embedded broker and worker write; None writes beside temporary files.
+
+    Raises:
+        HetrainError: any of its kinds but `DatasetError`.
+    """
+    half = client_engine(engine)
+    if not half.hides:
+        _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine)
+    target = _device(device)
+    with ExitStack() as stack:
+        if broker_url is None:
+            if log_file is None:
+                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
+                log_file = Path(scratch) / "worker.log"
+            embedded = stack.enter_context(start_embedded(base.name_or_path, log_file))
+            channel = QueueChannel(embedded.url, watch=embedded.failure)
+        else:
+            channel = QueueChannel(broker_url)
+        stack.callback(channel.close)
+        split = split_model(base.checkpoint)  # meanwhile an embedded worker imports and tests its kernels
+        split.causal.to(target)
+        worker = channel.prepare(split.plan.model, engine, split.plan.to_bytes(), split.plan.digest)
+        _log.info("worker %s on %s serves %s", worker.worker, worker.device, split.plan.model)
+        yield Session(split, channel, half, worker)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {name!r} cannot be used here", where="--device", hint=str(error).splitlines()[0]
+        ) from error
+    return device

@@ -1,0 +1,54 @@
+"""Encrypted and plain training agree, on the real model over the real queue."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from benchmarks.convergence import (
+    SEED,
+    Curve,
+    cosine,
+    engine_curve,
+    initial_values,
+    largest_difference,
+    plain_curve,
+)
+from benchmarks.data import HANDBOOK
+from hetrain.train.packing import epochs
+from hetrain.train.rows import read_rows
+from hetrain.train.session import open_base
+
+TOKENS, STEPS = 2048, 2
+
+
+@pytest.fixture(scope="module")
+def curves() -> dict[str, Curve]:
+    """Two steps over 2048 tokens each, with stock peft in fp32 and with both engines."""
+    base = open_base("smollm2-135m")
+    rows = read_rows(HANDBOOK, base.tokenizer, TOKENS)
+    batches = list(islice(epochs(rows, TOKENS, SEED, None), STEPS))
+    assert batches[0].n_tokens > TOKENS - 40
+    values = initial_values(base)
+    return {
+        "plain": plain_curve(base, values, batches),
+        "clear": engine_curve(base, "clear", values, batches),
+        "rlwe": engine_curve(base, "rlwe", values, batches),
+    }
+
+
+def test_the_first_loss_is_that_of_plain_peft(curves: dict[str, Curve]) -> None:
+    plain, encrypted = curves["plain"].losses[0], curves["rlwe"].losses[0]
+    assert abs(encrypted - plain) / plain < 0.005
+
+
+def test_encryption_leaves_the_gradients_alone(curves: dict[str, Curve]) -> None:
+    assert cosine(curves["rlwe"].first_gradients, curves["clear"].first_gradients) > 0.99
+    assert cosine(curves["rlwe"].first_gradients, curves["plain"].first_gradients) > 0.98
+
+
+def test_the_curves_stay_together(curves: dict[str, Curve]) -> None:
+    assert curves["plain"].losses[1] < curves["plain"].losses[0]
+    assert largest_difference(curves["rlwe"], curves["plain"]) < 0.01
+    assert largest_difference(curves["clear"], curves["plain"]) < 0.01

@@ -1,0 +1,532 @@
+"""Splitting every supported architecture: faithful to transformers and peft, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter, load_adapter
+from hetrain.nn.remote import RemoteLinear
+from hetrain.nn.replica import Replica
+from hetrain.nn.split import SplitModel, split_model
+from hetrain.public.checkpoints import resolve
+from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
+from hetrain.public.weights import quantise
+from hetrain.public.wire import EvaluateTask
+from hetrain.secret.engine import client_engine
+from hetrain.train.packing import MicroBatch, micro_batches
+from hetrain.train.rows import Row
+from hetrain.train.step import run_evaluation, run_step
+from hetrain.train.updates import Snapshot
+from hetrain.transport.local import LocalChannel
+from worker_gpu.device import Compute
+from worker_gpu.kernels import KERNELS
+from worker_gpu.service import Service
+from worker_gpu.weights import WeightStore
+
+VOCABULARY = 101
+WINDOW = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+WIDE_HEADS = {**GROUPED, "head_dim": 16}
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+OPT_SIZES = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 24}
+DEEPSEEK_SIZES = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture: transformers' model type and a tiny configuration."""
+
+    model_type: str
+    config: Mapping[str, Any]
+
+
+FAMILIES = {
+    "llama": Family("llama", GROUPED),
+    "llama-biased": Family("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": Family("qwen2", GROUPED),
+    "qwen3": Family("qwen3", WIDE_HEADS),
+    "mistral": Family("mistral", {**GROUPED, "sliding_window": WINDOW}),
+    "ministral": Family("ministral", {**WIDE_HEADS, **ALTERNATING}),
+    "gemma": Family("gemma", WIDE_HEADS),
+    "gemma2": Family("gemma2", {**WIDE_HEADS, **ALTERNATING, "attn_logit_softcapping": 5.0}),
+    "gemma3": Family("gemma3_text", {**WIDE_HEADS, **ALTERNATING}),
+    "phi": Family("phi", GROUPED),
+    "phi3": Family("phi3", {**GROUPED, "sliding_window": WINDOW}),
+    "stablelm": Family("stablelm", GROUPED),
+    "stablelm-parallel": Family("stablelm", {**GROUPED, "qk_layernorm": True, "use_parallel_residual": True}),
+    "olmo": Family("olmo", GROUPED),
+    "olmo2": Family("olmo2", GROUPED),
+    "olmo3": Family("olmo3", {**GROUPED, **ALTERNATING}),
+    "granite": Family(
+        "granite", {**GROUPED, "logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
+    ),
+    "cohere": Family("cohere", {**GROUPED, "use_qk_norm": True}),
+    "cohere2": Family("cohere2", {**GROUPED, **ALTERNATING}),
+    "gpt-neox": Family("gpt_neox", SIZES),
+    "gpt-neox-serial": Family("gpt_neox", {**SIZES, "use_parallel_residual": False}),
+    "gpt2": Family("gpt2", GPT2_SIZES),
+    "gpt-bigcode": Family("gpt_bigcode", GPT2_SIZES),
+    "opt": Family("opt", OPT_SIZES),
+    "starcoder2": Family("starcoder2", {**GROUPED, "sliding_window": WINDOW}),
+    "smollm3": Family("smollm3", GROUPED),
+    "glm4": Family("glm4", {**WIDE_HEADS, "num_key_value_heads": 2}),
+    "nemotron": Family("nemotron", GROUPED),
+    "exaone4": Family("exaone4", {**GROUPED, **ALTERNATING}),
+    "deepseek-v3-dense": Family("deepseek_v3", DEEPSEEK_SIZES),
+}
+
+# The members of each group of the second block, without the block's own prefix.
+QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+GROUPS = {
+    "llama": [QKV, "self_attn.o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"],
+    "gemma2": [QKV, "self_attn.o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"],
+    "phi": [f"{QKV} mlp.fc1", "self_attn.dense", "mlp.fc2"],
+    "phi3": ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+    "cohere": [f"{QKV} mlp.gate_proj mlp.up_proj", "self_attn.o_proj", "mlp.down_proj"],
+    "gpt-neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+}
+
+REFUSED = {
+    "falcon": (Family("falcon", SIZES), "FalconForCausalLM", "attention interface"),
+    "gptj": (Family("gptj", {**GPT2_SIZES, "rotary_dim": 4}), "GPTJForCausalLM", "attention interface"),
+    "codegen": (Family("codegen", {**GPT2_SIZES, "rotary_dim": 4}), "CodeGenModel", "attention interface"),
+    "bloom": (
+        Family("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}),
+        "BloomModel",
+        "attention interface",
+    ),
+    "mpt": (
+        Family("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": VOCABULARY}),
+        "MptModel",
+        "trial run",
+    ),
+    "mixtral": (
+        Family("mixtral", {**GROUPED, "num_local_experts": 4}),
+        "model.layers.0.mlp",
+        "MixtralTopKRouter",
+    ),
+    "qwen3-moe": (
+        Family("qwen3_moe", {**GROUPED, "num_experts": 4, "moe_intermediate_size": 16}),
+        "model.layers.0.mlp.experts",
+        "Qwen3MoeExperts",
+    ),
+    "mamba": (
+        Family("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY}),
+        "backbone.layers.0.mixer",
+        "MambaMixer",
+    ),
+    "bert": (Family("bert", SIZES), "BertSelfAttention", "not causal"),
+    "modernbert-decoder": (
+        Family("modernbert-decoder", {**SIZES, "cls_token_id": 1, "sep_token_id": 2}),
+        "ModernBertDecoderForCausalLM",
+        "other logits",
+    ),
+    "llama4": (
+        Family("llama4_text", {**GROUPED, "moe_layers": [], "head_dim": 8, "intermediate_size_mlp": 48}),
+        "Llama4",
+        "chunked_attention",
+    ),
+}
+
+
+def save_model(family: Family, directory: Path, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A random model whose biases and norms are random too, saved to `directory`."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family.model_type, **family.config, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    save_model(FAMILIES["llama"], directory)
+    return directory
+
+
+class Bench:
+    """A split model with a random adapter, on the real worker service, counting what it is asked for."""
+
+    def __init__(self, directory: Path, settings: LoraSettings | None = None) -> None:
+        self.directory = directory
+        checkpoint = resolve(str(directory))
+        self.split: SplitModel = split_model(checkpoint)
+        self.model = add_adapter(self.split, settings or LoraSettings(r=4, alpha=8), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in adapter_parameters(self.model).values():
+                parameter.normal_(std=0.2, generator=generator)
+        self.asked: list[tuple[str, str]] = []
+        compute = Compute(torch.device("cpu"), "int8", KERNELS["int8"])
+        self._service = Service(compute, WeightStore(compute.device, {checkpoint.label: str(directory)}))
+        self._plan = self.split.plan.to_bytes()
+        self.channel = LocalChannel(
+            self._evaluate, lambda task, plan: self._service.prepare(task, lambda: plan)
+        )
+        self.channel.prepare(self.split.plan.model, "clear", self._plan, self.split.plan.digest)
+
+    def _evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
+        self.asked.append((task.direction, task.group))
+        return self._service.evaluate(task, lambda: self._plan, memoryview(bytearray(payload)))
+
+    def replica(self) -> Replica:
+        return Replica(self.split, self.model, self.channel, client_engine("clear"))
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(0, {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()})
+
+    def stock(self) -> PreTrainedModel:
+        """The model as transformers loads it, its outsourced matrices rounded to int8 and back."""
+        model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
+        with torch.no_grad():
+            for member in (member for group in self.split.plan.groups for member in group.members):
+                linear = model.get_submodule(member.module)
+                assert member.transposed == isinstance(linear, Conv1D)
+                weight = linear.weight.t() if member.transposed else linear.weight
+                matrix = quantise(weight)
+                weight.copy_(matrix.values * matrix.scales[:, None])
+        return model.eval()
+
+    def stock_peft(self) -> PeftModel:
+        """`stock` with the same adapter, placed by peft alone."""
+        targets = sorted({member.module for group in self.split.plan.groups for member in group.members})
+        config = LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(self.stock(), config).eval()
+        parameters = adapter_parameters(model)
+        values = self.snapshot().values
+        assert parameters.keys() == values.keys()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+        return model
+
+
+def rows(lengths: tuple[int, ...] = (13, 6, 9)) -> list[Row]:
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for line, length in enumerate(lengths):
+        tokens = tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
+        found.append(Row(tokens, tuple(place >= 2 for place in range(length)), line))
+    return found
+
+
+def packed(some_rows: list[Row]) -> MicroBatch:
+    return next(micro_batches(some_rows, [range(len(some_rows))]))
+
+
+def stock_loss(model: torch.nn.Module, row: Row) -> torch.Tensor:
+    """Σ −log p over the row's targets, straight from the model's logits."""
+    logits = model(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0, :-1].float()
+    targets, counts = torch.tensor(row.tokens[1:]), torch.tensor(row.supervised[1:])
+    return cross_entropy(logits[counts], targets[counts], reduction="sum")
+
+
+def assert_faithful(bench: Bench) -> None:
+    """Loss and gradients of packed rows equal the sum of what stock peft gives for each row alone."""
+    result = run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
+    reference = bench.stock_peft()
+    losses = [stock_loss(reference, row) for row in rows()]
+    sum(losses).backward()
+    assert result.summed_loss == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
+    expected = {name: p.grad for name, p in adapter_parameters(reference).items()}
+    assert result.gradients.keys() == expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (result.gradients[name] - gradient).norm()
+        assert error <= 1e-3 * gradient.norm() + 1e-6 * largest, name
+
+
+def assert_nothing_held(bench: Bench) -> None:
+    """No outsourced matrix lies on the client."""
+    causal = bench.replica()._causal
+    outsourced = {member.module for group in bench.split.plan.groups for member in group.members}
+    hollow = {
+        name.removesuffix(".base_layer"): m
+        for name, m in causal.named_modules()
+        if isinstance(m, RemoteLinear)
+    }
+    assert hollow.keys() == outsourced
+    assert all(module.weight.untyped_storage().nbytes() == 4 for module in hollow.values())
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(bench.directory).parameters())
+    matrices = sum(module.in_features * module.out_features for module in hollow.values())
+    assert bench.split.client_parameters == total - matrices
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in causal.parameters()}
+    lora = sum(p.untyped_storage().nbytes() for p in adapter_parameters(causal).values())
+    assert sum(held.values()) <= 4 * (bench.split.client_parameters + len(hollow)) + lora
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_split_model_is_faithful(name: str, tmp_path: Path) -> None:
+    save_model(FAMILIES[name], tmp_path)
+    bench = Bench(tmp_path)
+    assert_faithful(bench)
+    assert_nothing_held(bench)
+    groups = [group.name for group in bench.split.plan.groups]
+    forward, backward = ([group for way, group in bench.asked if way == d] for d in ("forward", "backward"))
+    assert forward == groups
+    # Nobody needs the gradient of an input that nothing trainable lies below: that of the first group, and
+    # that of the first MLP where it stands beside attention with a norm of its own.
+    below = {groups[0], "gpt_neox.layers.0.mlp.dense_h_to_4h"} if name == "gpt-neox" else {groups[0]}
+    assert sorted(backward) == sorted(set(groups) - below)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_linears_that_share_an_input_form_a_group(name: str, tmp_path: Path) -> None:
+    save_model(FAMILIES[name], tmp_path)
+    groups = split_model(resolve(str(tmp_path))).plan.groups
+    second_block = groups[len(groups) // 2 :]
+    found = [" ".join(member.module.split(".1.")[1] for member in group.members) for group in second_block]
+    assert found == GROUPS[name]
+
+
+@pytest.mark.parametrize("form", ["sharded", "bf16", "bare"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_forms_of_a_checkpoint(form: str, name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    if form == "bare":
+        family = Family(family.model_type, {**family.config, "tie_word_embeddings": True})
+    model = save_model(family, tmp_path, **({"max_shard_size": "20KB"} if form == "sharded" else {}))
+    if form == "bf16":
+        model.to(torch.bfloat16).save_pretrained(tmp_path)
+    if form == "bare":
+        model.base_model.save_pretrained(tmp_path)
+    tensors = resolve(str(tmp_path)).tensors
+    assert (len(set(tensors.values())) > 1) == (form == "sharded")
+    assert any("lm_head" in t or t.startswith(("model.", "transformer.")) for t in tensors) == (
+        form != "bare"
+    )
+    assert_faithful(Bench(tmp_path))
+
+
+def test_tied_embeddings_may_be_saved_under_the_name_of_the_head(tmp_path: Path) -> None:
+    save_model(Family("llama", {**GROUPED, "tie_word_embeddings": True}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_faithful(Bench(tmp_path))
+
+
+def test_only_what_lies_above_an_adapter_is_differentiated(llama: Path) -> None:
+    bench = Bench(llama, LoraSettings(r=2, target_modules=("layers.1.self_attn.q_proj",)))
+    run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
+    block = "model.layers.1"
+    assert [group for way, group in bench.asked if way == "backward"] == [
+        f"{block}.mlp.down_proj",
+        f"{block}.mlp.gate_proj",
+        f"{block}.self_attn.o_proj",
+    ]
+
+
+def test_rows_longer_than_a_ciphertext_travel_in_blocks(tmp_path: Path) -> None:
+    save_model(
+        Family("llama", {**GROUPED, "num_hidden_layers": 1, "max_position_embeddings": 2048}), tmp_path
+    )
+    bench = Bench(tmp_path)
+    batch = packed(rows((1200, 900)))
+    loss = run_evaluation(bench.replica(), batch)
+    with torch.no_grad():
+        expected = sum(stock_loss(bench.stock_peft(), row).item() for row in rows((1200, 900)))
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert len(bench.asked) == 2 * len(bench.split.plan.groups)
+
+
+def test_dropout_is_a_function_of_seed_and_micro_batch(llama: Path) -> None:
+    bench = Bench(llama, LoraSettings(r=4, alpha=8, dropout=0.3))
+    first, second = micro_batches(rows() + rows(), [(0, 1, 2), (3, 4, 5)])
+    assert torch.equal(first.tokens, second.tokens)
+    one, other = bench.replica(), bench.replica()
+
+    def loss(replica: Replica, batch: MicroBatch, seed: int) -> float:
+        return run_step(replica, batch, bench.snapshot(), seed).summed_loss
+
+    expected = loss(one, first, 7)
+    others = {loss(one, second, 7), loss(one, first, 8), run_evaluation(one, first)}
+    assert len(others | {expected}) == 4
+    torch.manual_seed(12345)
+    assert loss(other, first, 7) == expected
+    assert run_evaluation(other, second) == run_evaluation(one, first)
+
+
+def test_adapter_is_seeded_and_starts_at_zero(llama: Path) -> None:
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    first, again, other = (
+        adapter_parameters(add_adapter(split_model(resolve(str(llama))), LoraSettings(r=4), seed))
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) == ("lora_B" in name) for name in first)
+    assert not any(parameter.any() for name, parameter in first.items() if "lora_B" in name)
+
+
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "opt"])
+def test_saved_adapter_loads_in_stock_peft_and_here(name: str, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_model(FAMILIES[name], base)
+    bench = Bench(base)
+    expected = run_evaluation(bench.replica(), packed(rows()))
+    bench.model.save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is (name == "gpt2")
+    stock = PeftModel.from_pretrained(bench.stock(), adapter)
+    with torch.no_grad():
+        loss = sum(stock_loss(stock, row).item() for row in rows())
+        untrained = sum(stock_loss(bench.stock(), row).item() for row in rows())
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert abs(untrained - loss) > 5e-3 * loss
+    fresh = split_model(resolve(str(base)))
+    replica = Replica(fresh, load_adapter(fresh, adapter), bench.channel, client_engine("clear"))
+    assert run_evaluation(replica, packed(rows())) == expected
+
+
+def test_adapter_on_what_stays_with_the_client_is_refused(llama: Path) -> None:
+    with pytest.raises(UsageError, match="lm_head is no linear of a decoder block"):
+        add_adapter(
+            split_model(resolve(str(llama))), LoraSettings(target_modules=("q_proj", "lm_head")), seed=0
+        )
+
+
+def test_adapter_that_needs_the_matrices_is_refused(llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="only plain LoRA"):
+        load_adapter(split_model(resolve(str(llama))), tmp_path)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_architecture_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    family, module, reason = REFUSED[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family.model_type, **family.config)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitecture) as caught:
+        split_model(resolve(str(tmp_path)))
+    assert caught.value.where.startswith(module)
+    assert reason in caught.value.what
+    assert "\n" not in str(caught.value)
+
+
+def _without_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _without_norm(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _other_shape(directory: Path) -> None:
+    _edit_config(directory, intermediate_size=64)
+
+
+def _edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _index(weight_map: object) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return write
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tensor missing": (_without_tensor, "no tensor model.layers.1.mlp.down_proj.weight"),
+    "norm missing": (_without_norm, "no tensor model.norm.weight"),
+    "other shape": (_other_shape, "output channels"),
+    "no safetensors": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
+    "config no json": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "unknown type": (lambda d: _edit_config(d, model_type="unheard_of"), "unheard_of"),
+    "own code": (
+        lambda d: _edit_config(d, model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"}),
+        "config.json",
+    ),
+    "invalid config": (lambda d: _edit_config(d, num_attention_heads=5), "config.json"),
+    "quantised": (
+        lambda d: _edit_config(d, quantization_config={"quant_method": "fp8"}),
+        "quantised already",
+    ),
+    "truncated": (_truncate, "model.safetensors cannot be read"),
+    "not safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), "cannot be read"),
+    "index of another form": (_index(["a"]), "index.json cannot be read"),
+    "index of no files": (_index({"model.embed_tokens.weight": 3}), "index.json cannot be read"),
+    "shard missing": (
+        lambda d: _index(dict.fromkeys(resolve(str(d)).tensors, "model-00001-of-00002.safetensors"))(d),
+        "model-00001-of-00002.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
+    save_model(FAMILIES["llama"], tmp_path)
+    spoil, message = DAMAGE[damage]
+    spoil(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        split_model(resolve(str(tmp_path)))
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or "." in caught.value.where
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,250 @@
+"""Blobs and broker addresses, against a real Valkey server and against a hostile one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redis.exceptions import RedisError
+
+from hetrain.public import keys
+from hetrain.public.blobs import CHUNK_BYTES, BlobStore
+from hetrain.public.broker import parse_broker_url, ping, redacted
+from hetrain.public.errors import (
+    BlobMissing,
+    BrokerError,
+    BrokerFull,
+    BrokerUnreachable,
+    UsageError,
+    WireError,
+)
+from hetrain.public.resp import Replies
+from hetrain.public.wire import Blob, new_token
+from tasks.processes import private_directory, start_server, stop
+
+JOB = new_token()
+LIMIT = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    directory = private_directory()
+    with open(directory / "log", "wb") as log:
+        server, address = start_server(directory, log, maxmemory=LIMIT)
+    yield address
+    stop([server])
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[BlobStore]:
+    blobs = BlobStore(url, full_s=0.3)
+    yield blobs
+    blobs.client.flushall()
+    blobs.close()
+
+
+SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 13_000_000]
+
+
+@pytest.mark.parametrize("nbytes", SIZES)
+def test_a_blob_comes_back_as_the_concatenation_of_its_parts(store: BlobStore, nbytes: int) -> None:
+    data = os.urandom(nbytes)
+    cuts = [0, nbytes // 3, nbytes // 3, nbytes - nbytes // 7, nbytes]
+    parts = [memoryview(data)[a:b] for a, b in pairwise(cuts)]
+    blob = store.put(JOB, "in", new_token(), parts)
+    assert blob.nbytes == nbytes
+    assert store.get(blob) == data
+    names = store.client.keys("hetrain:*")
+    assert len(names) == max(1, -(-nbytes // CHUNK_BYTES))
+    assert all(0 < store.client.ttl(name) <= keys.BLOB_TTL_S for name in names)
+    store.delete([blob])
+    assert store.client.dbsize() == 0
+    with pytest.raises(BlobMissing):
+        store.get(blob)
+
+
+def test_many_threads_share_a_store(store: BlobStore) -> None:
+    data = [os.urandom(200_000 + index) for index in range(8)]
+    wrong = []
+
+    def work(index: int) -> None:
+        for _ in range(10):
+            blob = store.put(JOB, "in", new_token(), [data[index]])
+            if store.get(blob) != data[index]:
+                wrong.append(index)
+            store.delete([blob])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert store.client.dbsize() == 0
+
+
+def test_damaged_blobs_are_refused_and_the_store_stays_usable(store: BlobStore) -> None:
+    blob = store.put(JOB, "in", new_token(), [bytes(3 * CHUNK_BYTES)])
+    store.client.delete(keys.chunk(blob, 1))
+    with pytest.raises(BlobMissing, match="expired"):
+        store.get(blob)
+    assert not store.refresh(blob)
+    for wrong in (b"", bytes(CHUNK_BYTES - 1), bytes(CHUNK_BYTES + 1)):
+        store.client.set(keys.chunk(blob, 1), wrong)
+        with pytest.raises(WireError, match="instead of"):
+            store.get(blob)
+    store.client.delete(keys.chunk(blob, 1))
+    store.client.rpush(keys.chunk(blob, 1), "a list")
+    with pytest.raises(BrokerError, match="WRONGTYPE"):
+        store.get(blob)
+    with pytest.raises(WireError, match="larger than"):
+        store.get(blob, limit=1000)
+    other = store.put(JOB, "in", new_token(), [b"fine"])
+    assert store.get(other) == b"fine"
+
+
+def test_a_false_size_costs_no_memory(store: BlobStore) -> None:
+    store.put(JOB, "in", token := new_token(), [b"x"])
+    with pytest.raises(WireError):
+        store.get(Blob(job=JOB, kind="in", token=token, nbytes=4 << 30))
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak_kb = int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+    assert peak_kb < 4 << 20
+
+
+def test_reading_leaves_the_lifetime_alone_and_refresh_renews_it(store: BlobStore) -> None:
+    blob = store.put(JOB, "in", new_token(), [b"abc"])
+    store.client.expire(keys.chunk(blob, 0), 10)
+    store.get(blob)
+    assert store.client.ttl(keys.chunk(blob, 0)) <= 10
+    assert store.refresh(blob)
+    assert store.client.ttl(keys.chunk(blob, 0)) > 10
+
+
+def test_a_full_broker_is_reported_and_keeps_nothing_of_the_blob(store: BlobStore) -> None:
+    with pytest.raises(BrokerFull, match="maxmemory"):
+        store.put(JOB, "in", new_token(), [bytes(LIMIT + CHUNK_BYTES)])
+    assert store.client.dbsize() == 0
+
+
+def test_a_full_broker_is_waited_for(store: BlobStore) -> None:
+    first = store.put(JOB, "in", new_token(), [bytes(LIMIT // 2)])
+    threading.Timer(0.5, store.delete, [[first]]).start()
+    data = os.urandom(LIMIT * 3 // 4)
+    blob = store.put(JOB, "in", new_token(), [data], full_s=20)
+    assert store.get(blob) == data
+
+
+def test_unreachable_brokers_are_named_without_their_password(url: str) -> None:
+    wrong = url.replace("redis+socket://:", "redis+socket://:not-")
+    for address in (wrong, "redis://:s3cret-not-@127.0.0.1:1/0", "unix://:s3cret-not-@/nowhere/at.all"):
+        with pytest.raises(BrokerUnreachable) as caught:
+            ping(address)
+        assert "not-" not in str(caught.value)
+        assert redacted(address) in str(caught.value)
+        with pytest.raises(BrokerUnreachable):
+            BlobStore(address).get(Blob(job=JOB, kind="in", token=JOB, nbytes=1))
+
+
+@pytest.mark.parametrize(
+    ("url", "redis", "celery"),
+    [
+        ("redis://localhost", "redis://localhost/0", "redis://localhost/0"),
+        ("redis://u:p%40@h:1/2", "redis://u:p%40@h:1/2", "redis://u:p%40@h:1/2"),
+        ("rediss://:p@h:1/0", "rediss://:p@h:1/0", "rediss://:p@h:1/0?ssl_cert_reqs=required"),
+        (
+            "rediss://h?ssl_cert_reqs=none&db=3",
+            "rediss://h/3?ssl_cert_reqs=none",
+            "rediss://h/3?ssl_cert_reqs=none",
+        ),
+        (
+            "unix://:p@/a/b.sock?db=1",
+            "unix://:p@/a/b.sock?db=1",
+            "redis+socket://:p@/a/b.sock?virtual_host=1",
+        ),
+        ("redis+socket:///a/b.sock", "unix:///a/b.sock?db=0", "redis+socket:///a/b.sock"),
+    ],
+)
+def test_broker_addresses(url: str, redis: str, celery: str) -> None:
+    parsed = parse_broker_url(url)
+    assert (parsed.for_redis(), parsed.for_celery()) == (redis, celery)
+    assert parse_broker_url(celery) == parse_broker_url(parsed.for_celery())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost",
+        "http://:s3cret@h",
+        "amqp://u:s3cret@h//",
+        "redis://",
+        "redis://:s3cret@h:port/0",
+        "redis://:s3cret@h:0/0",
+        "redis://:s3cret@h/x",
+        "redis://:pa/s3cret@h:1/0",
+        "unix://:s3cret@host/path",
+        "unix://",
+        "redis://h?password=s3cret",
+    ],
+)
+def test_senseless_addresses_are_refused_without_their_password(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_broker_url(url)
+    assert "s3cret" not in str(caught.value)
+
+
+_LINES = st.sampled_from(
+    [
+        b"+OK",
+        b"$-1",
+        b"$5",
+        b"$0",
+        b"$99999999999",
+        b"$4294967296",
+        b"$-5",
+        b"$ 5",
+        b"$5_0",
+        b"*3",
+        b":1",
+        b"-OOM x",
+    ]
+)
+_NOISE = st.binary(max_size=40) | st.builds(lambda line: line + b"\r\n", _LINES) | st.just(b"hello\r\n")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_NOISE, max_size=8).map(b"".join))
+def test_whatever_the_peer_sends_the_reader_ends(noise: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(noise)
+        theirs.shutdown(socket.SHUT_WR)
+        replies, target = Replies(ours), memoryview(bytearray(5))
+        try:
+            found = replies.value_into(target)
+            replies.ok()
+        except (WireError, RedisError, OSError):
+            return
+        assert noise.startswith(b"$5\r\n" + bytes(target) + b"\r\n+OK\r\n" if found else b"$-1\r\n+OK\r\n")
+
+
+def test_an_endless_line_is_cut_off() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"$" + b"1" * 20_000)
+        tracemalloc.start()
+        with pytest.raises(WireError, match="endless"):
+            Replies(ours).ok()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()

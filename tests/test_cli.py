@@ -1,0 +1,234 @@
+"""The command line as users meet it: from data set to adapter, and every way in which it can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hetrain.public.broker import parse_broker_url
+from tasks.processes import private_directory, start_server, start_worker, stop
+
+HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HETRAIN = (sys.executable, "-m", "cli")
+SMALL = ("--micro-batch-tokens", "256", "--max-length", "64")
+
+
+def hetrain(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "HETRAIN_BROKER_URL"}
+    return subprocess.run(
+        [*HETRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment
+    )
+
+
+def connect(url: str) -> redis.Redis:
+    return redis.Redis.from_url(parse_broker_url(url).for_redis())
+
+
+def message(result: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in result.stderr, result.stderr
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[str]:
+    """A broker without workers."""
+    with ExitStack() as stack:
+        directory = private_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        log = stack.enter_context((directory / "log").open("wb"))
+        server, url = start_server(directory, log)
+        stack.callback(stop, [server])
+        yield url
+
+
+def test_from_data_set_to_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = (
+        "--model-name-or-path",
+        tiny_llama,
+        "--output-dir",
+        output,
+        "--max-steps",
+        4,
+        "--json",
+        *SMALL,
+    )
+    result = hetrain("submit", HANDBOOK, *arguments, "--lora-dropout", "0.1")
+    assert result.returncode == 0, result.stderr
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [event.pop("event") for event in events] == ["micro_batch"] * 4 + ["done"]
+    assert events[:4] == records
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert 0 < record["tokens"] <= 256
+        # 2 layers, no dx below the first q, k, v: every value up takes 4 bytes, in rings of 256 slots.
+        operands = 2 * (64 + 64 + 64 + 96) + 2 * (64 + 192 + 64) + 128
+        assert record["bytes_up"] == operands * 256 * 4
+        assert (
+            min(record[part] for part in ("encrypt_s", "wait_s", "decrypt_s", "server_s", "bytes_down")) > 0
+        )
+        assert record["encrypt_s"] + record["wait_s"] + record["decrypt_s"] < record["seconds"]
+    job = json.loads((output / "job.json").read_text())
+    assert (job["status"], job["steps"], job["engine"]) == ("done", 4, "rlwe")
+    assert len(job["plan_digest"]) == 64
+
+    stock = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    adapted = PeftModel.from_pretrained(stock, str(output))
+    assert any(
+        parameter.abs().max() > 0 for name, parameter in adapted.named_parameters() if "lora_B" in name
+    )
+
+    again = hetrain("submit", HANDBOOK, *arguments)
+    assert again.returncode == 2
+    assert "--overwrite-output-dir" in message(again)
+    losses = [
+        json.loads(hetrain("eval", HANDBOOK, "-m", tiny_llama, "--json", *SMALL, *options).stdout)["loss"]
+        for options in ((), ("--adapter", output), ("--adapter", output, "--engine", "clear"))
+    ]
+    assert losses[1] < losses[0]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_plan_says_what_would_leave(tiny_llama: Path) -> None:
+    plan = json.loads(hetrain("plan", tiny_llama, "--json").stdout)
+    assert [len(group["group"]["members"]) for group in plan["groups"]] == [3, 1, 2, 1] * 2
+    assert plan["groups"][2]["forward_bytes"] == 4 * 64 + 5 * 192
+    text = hetrain("plan", tiny_llama)
+    assert text.returncode == 0
+    assert "tiny-llama" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--broker-url", "redis://:hunter2@127.0.0.1:1/0"), 7, "127.0.0.1:1"),
+        (("--model-name-or-path", "/nowhere/at all"), 4, "/nowhere/at all"),
+        (("--learning-rate", "0"), 2, "--learning-rate"),
+        (("--max-length", "512"), 2, "--max-length"),
+        (("--lora-target-modules", "nonsense"), 2, "--lora-target-modules"),
+        (("--device", "warp"), 2, "--device"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(
+    tiny_llama: Path, tmp_path: Path, arguments: Sequence[str], code: int, says: str
+) -> None:
+    defaults = ("-m", tiny_llama, "-o", tmp_path / "out", *SMALL, "--max-steps", 1)
+    result = hetrain("submit", HANDBOOK, *defaults, *arguments)
+    assert result.returncode == code, result.stderr
+    assert says in message(result)
+    assert "hunter2" not in result.stderr
+
+
+def test_a_bad_row_is_named_before_anything_starts(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "fine"}\n{"text": "fine", "txet": 1}\n')
+    result = hetrain("submit", data, "-o", tmp_path / "out")
+    assert result.returncode == 3
+    assert "rows.jsonl:2" in message(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_with_other_weights_is_refused_by_name(
+    tiny_llama: Path, tmp_path: Path, broker: str
+) -> None:
+    other = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_llama, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 1.0
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with (tmp_path / "log").open("wb") as log:
+        worker = start_worker(1, broker, str(other), log)
+        try:
+            common = ("--broker-url", broker, "-o", tmp_path / "out", *SMALL)
+            result = hetrain("submit", HANDBOOK, "-m", tiny_llama, *common)
+            assert result.returncode == 8
+            assert "model.layers.1.mlp.down_proj" in message(result)
+            unknown = hetrain("submit", HANDBOOK, "-m", "smollm2-135m", *common)
+            assert unknown.returncode == 8
+            assert "does not serve model 'smollm2-135m'" in message(unknown)
+        finally:
+            stop([worker])
+    assert not list(connect(broker).scan_iter("hetrain:*"))
+
+
+def test_a_full_broker_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        directory = private_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        log = stack.enter_context((directory / "log").open("wb"))
+        server, url = start_server(directory, log, maxmemory=4 << 20)
+        stack.callback(stop, [server])
+        worker = start_worker(1, url, str(tiny_llama), log)
+        stack.callback(stop, [worker])
+        # In rings of 2048 slots an operand takes 512 KiB and a result up to 2 MB: there is no room for them.
+        ballast = connect(url)
+        ballast.set("ballast", bytes(2_300_000))
+        result = hetrain("submit", HANDBOOK, "-m", tiny_llama, "--broker-url", url, "-o", tmp_path / "out")
+    assert result.returncode == 7
+    assert "memory" in message(result)
+
+
+@pytest.mark.parametrize("place", ["embedded", "broker"])
+def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
+    tiny_llama: Path, tmp_path: Path, broker: str, place: str
+) -> None:
+    output = tmp_path / "out"
+    with ExitStack() as stack:
+        extra: list[str] = []
+        if place == "broker":
+            log = stack.enter_context((tmp_path / "log").open("wb"))
+            worker = start_worker(1, broker, str(tiny_llama), log)
+            stack.callback(stop, [worker])
+            extra = ["--broker-url", broker]
+        command = [
+            *HETRAIN,
+            "submit",
+            str(HANDBOOK),
+            "-m",
+            str(tiny_llama),
+            "-o",
+            str(output),
+            *SMALL,
+            *extra,
+        ]
+        client = subprocess.Popen(
+            [*command, "--max-steps", "100000"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        stack.callback(client.kill)
+        metrics = output / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert client.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        family = psutil.Process(client.pid).children(recursive=True)
+        os.killpg(client.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+        _, errors = client.communicate(timeout=60)
+        assert client.returncode == 130, errors
+        assert "Traceback" not in errors
+        assert "the adapter as it stood was written" in " ".join(errors.split())
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+        if place == "broker":
+            keys = connect(broker)
+            left = [key for key in keys.scan_iter("hetrain:*") if keys.ttl(key) < 0]
+            assert not left
+    assert torch.isfinite(next(iter(load_file(output / "adapter_model.safetensors").values()))).all()
+    assert json.loads((output / "job.json").read_text())["status"] == "interrupted"

@@ -1,0 +1,353 @@
+"""Weak parameters cannot be built, products cannot wrap, a worker serves what the plan says or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hetrain.public.checkpoints import resolve
+from hetrain.public.errors import ModelError, ParameterError, WireError, WorkerRefused
+from hetrain.public.masks import PublicSeed
+from hetrain.public.parameters import (
+    MODULUS_BITS,
+    PARAMETER_SETS,
+    SECURITY_ESTIMATES,
+    ParameterSet,
+    largest_operand,
+    parameters_for,
+    switching_error_bound,
+)
+from hetrain.public.plan import Group, Member, Plan, parse_plan, stack_group
+from hetrain.public.weights import matrix_digest, max_l1, quantise
+from hetrain.public.wire import Blob, Direction, EvaluateTask, PrepareTask
+from worker_gpu.device import Compute
+from worker_gpu.kernels import float64_limbs
+from worker_gpu.service import Service
+from worker_gpu.weights import WeightStore
+
+TOKEN = "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("ring_degree", "rank", "eta"),
+    [(1024, 1, 21), (2048, 1, 1), (2048, 1, 20), (512, 2, 21), (4, 1, 21), (256, 7, 21), (4096, 1, 21)],
+)
+def test_sets_without_an_estimate_cannot_be_built(ring_degree: int, rank: int, eta: int) -> None:
+    with pytest.raises(ParameterError, match="no estimate") as error:
+        ParameterSet("rlwe-custom", ring_degree, rank, eta)
+    assert "insecure-" in error.value.hint
+    assert ParameterSet("insecure-custom", ring_degree, rank, eta).dimension == ring_degree * rank
+
+
+def test_a_strong_set_cannot_be_weakened() -> None:
+    strong = PARAMETER_SETS["rlwe-2048x1"]
+    with pytest.raises(ParameterError):
+        dataclasses.replace(strong, eta=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        strong.eta = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        PARAMETER_SETS["rlwe-weak"] = strong  # type: ignore[index]
+    with pytest.raises(TypeError):
+        SECURITY_ESTIMATES[(1024, 32, 21)] = SECURITY_ESTIMATES[(2048, 32, 21)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("ring_degree", "rank", "eta"), [(2, 1, 21), (0, 1, 1), (24, 1, 1), (16, 0, 1), (16, 1, 0), (16, 1, 22)]
+)
+def test_inconsistent_sets_cannot_be_built_under_any_name(ring_degree: int, rank: int, eta: int) -> None:
+    with pytest.raises(ParameterError):
+        ParameterSet("insecure-nonsense", ring_degree, rank, eta)
+
+
+def test_every_set_on_offer_is_strong() -> None:
+    for name, parameters in PARAMETER_SETS.items():
+        estimate = SECURITY_ESTIMATES[(parameters.dimension, MODULUS_BITS, parameters.eta)]
+        assert min(estimate.matzov, estimate.core_svp) >= 128
+        assert name == parameters.name == f"rlwe-{parameters.ring_degree}x{parameters.rank}"
+        assert parameters.dimension == 2048
+
+
+@pytest.mark.parametrize(
+    ("tokens", "degree"),
+    [(1, 256), (256, 256), (257, 512), (512, 512), (513, 1024), (1024, 1024), (1025, 2048), (2048, 2048)],
+)
+def test_the_smallest_ring_that_holds_the_tokens(tokens: int, degree: int) -> None:
+    assert parameters_for(tokens).ring_degree == degree
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 2049])
+def test_tokens_that_fit_no_ring(tokens: int) -> None:
+    with pytest.raises(ParameterError, match=str(tokens)):
+        parameters_for(tokens)
+
+
+def test_the_largest_operand_never_wraps_and_is_the_largest() -> None:
+    """All small matrices and all signs of messages and errors at their bounds, by plain integers."""
+    parameters = ParameterSet("insecure-4x1", 4, 1, eta=3)
+    assert switching_error_bound(parameters) == 2**15 + 2**7 * 4
+    scale = 2**20  # stands for many equal columns, so that ‖W_j‖₁ matters beside 2^31
+    for row in itertools.product((-2, -1, 0, 1, 3), repeat=3):
+        l1 = scale * sum(map(abs, row))
+        x_max = largest_operand(parameters, l1)
+        reach = [
+            scale * sum(w * (sx * x_max + se * parameters.eta) for w, sx, se in zip(row, xs, es, strict=True))
+            for xs in itertools.product((-1, 1), repeat=3)
+            for es in itertools.product((-1, 0, 1), repeat=3)
+        ]
+        worst = max(abs(value) for value in reach) + switching_error_bound(parameters)
+        assert worst < 2**31
+        if x_max < 2**24:
+            assert worst + l1 >= 2**31, "one more would have fitted"
+
+
+@pytest.mark.parametrize("parameters", PARAMETER_SETS.values(), ids=lambda p: p.name)
+def test_the_largest_operand_at_real_sizes(parameters: ParameterSet) -> None:
+    for l1 in (1, 97, 12_345, 127 * 2048, 5_000_000, 13_000_000):
+        x_max = largest_operand(parameters, l1)
+        reach = (x_max + parameters.eta) * l1 + switching_error_bound(parameters)
+        assert 127 <= x_max <= 2**24
+        assert reach < 2**31
+        assert x_max == 2**24 or reach + l1 >= 2**31
+    assert largest_operand(parameters, 0) == 2**24
+    with pytest.raises(ParameterError, match="levels"):
+        largest_operand(parameters, 2**31 // 140)
+
+
+def test_quantise_rounds_each_channel_to_127_levels() -> None:
+    w = torch.randn(20, 30) * torch.logspace(-6, 3, 20)[:, None]
+    w[4] = 0
+    matrix = quantise(w)
+    assert (matrix.values.dtype, matrix.scales.dtype) == (torch.int8, torch.float32)
+    assert matrix.values.abs().amax(1).tolist() == [0 if j == 4 else 127 for j in range(20)]
+    assert float(matrix.scales[4]) == 1
+    error = (matrix.values * matrix.scales[:, None] - w).abs()
+    assert bool((error <= 0.5001 * matrix.scales[:, None]).all())
+    assert torch.equal(quantise(w.t().contiguous().t()).values, matrix.values)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
+    w = torch.ones(3, 4)
+    w[1, 2] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        quantise(w)
+
+
+def test_max_l1_of_rows_and_columns() -> None:
+    values = torch.tensor([[127, -127, 127], [-128, 0, 1]], dtype=torch.int8)
+    assert max_l1(values) == (381, 255)
+    assert max_l1(torch.full((3, 5000), -128, dtype=torch.int8)) == (640_000, 384)
+
+
+def test_matrix_digest_covers_shape_and_bytes() -> None:
+    values = torch.arange(12, dtype=torch.int8).view(3, 4)
+    assert matrix_digest(values) == hashlib.sha256(b"(3, 4)" + bytes(range(12))).hexdigest()
+    assert (
+        matrix_digest(values.t())
+        == hashlib.sha256(b"(4, 3)" + bytes(values.t().flatten().tolist())).hexdigest()
+    )
+    changed = values.clone()
+    changed[2, 3] += 1
+    assert len({matrix_digest(v) for v in (values, values.view(4, 3), values.view(2, 6), changed)}) == 4
+
+
+# --- a checkpoint of two groups, its plan, and a worker that serves it ---
+
+
+WIDTHS = {"h.q": (12, 8), "h.v": (4, 8), "h.up": (8, 20)}  # h.up is stored transposed: [in, out]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in WIDTHS.items()}
+    tensors["bias"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def member(name: str, out_features: int, transposed: bool = False) -> Member:
+    return Member(module=name, tensor=f"{name}.weight", out_features=out_features, transposed=transposed)
+
+
+@pytest.fixture
+def plan(checkpoint: Path) -> Plan:
+    groups = []
+    for members in ((member("h.q", 12), member("h.v", 4)), (member("h.up", 20, transposed=True),)):
+        values = stack_group(members, resolve(str(checkpoint)).read).values
+        rows, columns = max_l1(values)
+        groups.append(
+            Group(
+                name=members[0].module,
+                members=members,
+                in_features=8,
+                forward_l1=rows,
+                backward_l1=columns,
+                digest=matrix_digest(values),
+            )
+        )
+    return Plan(model="tiny", groups=tuple(groups))
+
+
+@pytest.fixture
+def store(checkpoint: Path) -> WeightStore:
+    return WeightStore(torch.device("cpu"), models={"tiny": str(checkpoint)})
+
+
+@pytest.fixture
+def worker(store: WeightStore) -> Service:
+    return Service(Compute(torch.device("cpu"), "float64", float64_limbs), store)
+
+
+def prepare(worker: Service, plan: Plan, **changes: object) -> None:
+    blob = Blob(job=TOKEN, kind="plan", token=TOKEN, nbytes=len(plan.to_bytes()))
+    fields = {
+        "request": TOKEN,
+        "job": TOKEN,
+        "model": plan.model,
+        "engine": "rlwe",
+        "plan": blob,
+        "plan_digest": plan.digest,
+    }
+    worker.prepare(PrepareTask(**(fields | changes)), plan.to_bytes)  # type: ignore[arg-type]
+
+
+def evaluate(
+    worker: Service, plan: Plan, payload: bytes = bytes(4 * 8 * 256), **changes: object
+) -> list[memoryview]:
+    blob = Blob(job=TOKEN, kind="plan", token=TOKEN, nbytes=len(plan.to_bytes()))
+    header = {"parameters": "rlwe-256x8", "mask_seed": PublicSeed(bytes(32)).hex()}
+    fields = {
+        "request": TOKEN, "job": TOKEN, "model": plan.model, "engine": "rlwe", "plan": blob,
+        "plan_digest": plan.digest, "group": "h.q", "direction": "forward", "start": 0, "stop": 16,
+        "header": header, "input": blob,
+    }  # fmt: skip
+    task = EvaluateTask(**(fields | changes))  # type: ignore[arg-type]
+    return worker.evaluate(task, plan.to_bytes, memoryview(bytearray(payload)))
+
+
+def test_a_plan_survives_the_wire(plan: Plan) -> None:
+    assert parse_plan(plan.to_bytes(), plan.digest) == plan
+    assert parse_plan(memoryview(plan.to_bytes()), plan.digest).digest == plan.digest
+    group = plan.groups[0]
+    assert (group.out_features, group.operand_rows("forward"), group.operand_rows("backward")) == (16, 8, 16)
+    assert (group.result_rows("forward"), group.result_rows("backward")) == (16, 8)
+    assert group.max_l1("forward") == group.forward_l1 != group.backward_l1 == group.max_l1("backward")
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_tampered_plan_is_refused(plan: Plan) -> None:
+    good = plan.to_bytes()
+    with pytest.raises(WireError, match="digest"):
+        parse_plan(good.replace(b'"in_features":8', b'"in_features":9'), plan.digest)
+    twice = plan.model_copy(update={"groups": (plan.groups[0], plan.groups[0])}).to_bytes()
+    malformed = [
+        twice,
+        good[:-1],
+        b"",
+        b"[]",
+        good.replace(b'"in_features":8', b'"in_features":0'),
+        good.replace(b'"in_features":8', b'"in_features":"8"'),
+        good.replace(b'"version":1', b'"version":2'),
+        good.replace(b'"version":1', b'"version":1,"more":1'),
+        good.replace(b'"h.q.weight"', b'"/etc/passwd"'),
+    ]
+    for data in malformed:
+        assert data != good
+        with pytest.raises(WireError):
+            parse_plan(data, digest(data))
+
+
+def test_a_worker_multiplies_in_both_directions(worker: Service, plan: Plan, checkpoint: Path) -> None:
+    """With the engine that hides nothing, whose results are plain products."""
+    prepare(worker, plan, engine="clear")
+    read = resolve(str(checkpoint)).read
+    for group in plan.groups:
+        q = stack_group(group.members, read).values.to(torch.int32)
+        directions: tuple[tuple[Direction, torch.Tensor], ...] = (("forward", q), ("backward", q.t()))
+        for direction, matrix in directions:
+            operand = torch.randint(-1000, 1000, (group.operand_rows(direction), 5), dtype=torch.int32)
+            for start, stop in ((0, len(matrix)), (1, 4), (len(matrix) - 1, len(matrix))):
+                parts = evaluate(
+                    worker, plan, operand.numpy().tobytes(), engine="clear", header={}, group=group.name,
+                    direction=direction, start=start, stop=stop,
+                )  # fmt: skip
+                result = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.int32)
+                assert torch.equal(result.view(-1, 5), matrix[start:stop] @ operand)
+
+
+def test_a_worker_with_other_weights_refuses(worker: Service, plan: Plan) -> None:
+    first = plan.groups[0]
+    other = plan.model_copy(update={"groups": (first.model_copy(update={"digest": "ab" * 32}),)})
+    with pytest.raises(WorkerRefused, match="differ from the client's") as error:
+        prepare(worker, other)
+    assert error.value.where == "h.q"
+    for members in (
+        (member("h.q", 13),),
+        (member("h.absent", 12),),
+        (Member(module="h.q", tensor="bias", out_features=3),),
+        (member("h.q", 12), member("h.up", 8)),
+    ):
+        wrong = plan.model_copy(update={"groups": (first.model_copy(update={"members": members}),)})
+        with pytest.raises(WorkerRefused, match="does not fit"):
+            prepare(worker, wrong)
+
+
+def test_a_worker_serves_its_own_models_only(worker: Service, plan: Plan, checkpoint: Path) -> None:
+    for model in ("other", str(checkpoint).lstrip("/")):
+        with pytest.raises(WorkerRefused, match="does not serve"):
+            prepare(worker, plan.model_copy(update={"model": model}))
+    with pytest.raises(WorkerRefused, match="no engine"):
+        prepare(worker, plan, engine="nonsense")
+    with pytest.raises(WireError, match="model"):
+        prepare(worker, plan, model="other")
+    gone = WeightStore(torch.device("cpu"), models={"tiny": str(checkpoint / "absent")})
+    with pytest.raises(WorkerRefused, match="cannot load"):
+        gone.load_all(plan)
+
+
+SEED = "00" * 32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"group": "absent"},
+        {"start": 0, "stop": 17},
+        {"start": 4, "stop": 4},
+        {"start": 9, "stop": 4},
+        {"direction": "backward", "start": 0, "stop": 9},
+        {"direction": "backward", "stop": 8},  # an operand of the other direction's size
+        {"header": {}},
+        {"header": {"parameters": "rlwe-256x8"}},
+        {"header": {"mask_seed": SEED}},
+        {"header": {"parameters": "insecure-16x2", "mask_seed": SEED}},
+        {"header": {"parameters": 7, "mask_seed": SEED}},
+        {"header": {"parameters": "rlwe-512x4", "mask_seed": SEED}},
+        {"header": {"parameters": "rlwe-256x8", "mask_seed": SEED[2:]}},
+        {"header": {"parameters": "rlwe-256x8", "mask_seed": 12}},
+        {"payload": b""},
+        {"payload": bytes(4 * 8 * 256 - 1)},
+        {"payload": bytes(4 * 8 * 256 + 4)},
+        {"engine": "clear", "payload": b""},
+        {"engine": "clear", "payload": bytes(4 * 8 * 256 + 4)},
+    ],
+    ids=itertools.count(),
+)  # fmt: skip
+def test_a_task_that_does_not_fit_is_refused(worker: Service, plan: Plan, changes: dict[str, object]) -> None:
+    assert sum(part.nbytes for part in evaluate(worker, plan)) == 16 * (2 * 256 + 3 * 2048)
+    with pytest.raises(WireError):
+        evaluate(worker, plan, **changes)  # type: ignore[arg-type]

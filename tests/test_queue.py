@@ -1,0 +1,518 @@
+"""The queue, end to end: real broker, real supervisor, real worker processes, the `clear` engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic, sleep
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hetrain.public import keys
+from hetrain.public.blobs import BlobStore
+from hetrain.public.errors import (
+    BrokerError,
+    HetrainError,
+    Interrupted,
+    NoWorker,
+    TaskFailed,
+    UsageError,
+    WireError,
+    WorkerError,
+    WorkerRefused,
+)
+from hetrain.public.plan import Group, Member, Plan
+from hetrain.public.weights import matrix_digest, max_l1, quantise
+from hetrain.public.wire import (
+    QUEUE,
+    TASK_EVALUATE,
+    Blob,
+    Completion,
+    Direction,
+    EvaluateTask,
+    Failure,
+    new_token,
+)
+from hetrain.transport.channel import Reply
+from hetrain.transport.embedded import Embedded, start_embedded
+from hetrain.transport.failures import error_of
+from hetrain.transport.local import LocalChannel
+from hetrain.transport.queue import QueueChannel, QueuePending
+from hetrain.transport.requests import Patience
+from tasks.embedded import KeptWorker
+from tasks.processes import private_directory, start_server, start_worker, stop
+
+OUT, IN = 1536, 1024
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with one matrix."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+    save_file({"w.weight": weight}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def matrix(model: Path) -> np.ndarray:
+    """Its int8 form."""
+    from safetensors.torch import load_file
+
+    return quantise(load_file(model / "model.safetensors")["w.weight"]).values.numpy()
+
+
+@pytest.fixture(scope="module")
+def plan(matrix: np.ndarray) -> Plan:
+    values = torch.from_numpy(matrix)
+    forward_l1, backward_l1 = max_l1(values)
+    group = Group(
+        name="w",
+        members=(Member(module="w", tensor="w.weight", out_features=OUT),),
+        in_features=IN,
+        forward_l1=forward_l1,
+        backward_l1=backward_l1,
+        digest=matrix_digest(values),
+    )
+    return Plan(model="tiny", groups=(group,))
+
+
+@pytest.fixture(scope="module")
+def embedded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
+    with start_embedded(str(model), tmp_path_factory.mktemp("log") / "workers.log") as running:
+        yield running
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Where a server's socket may lie: pytest's own paths are too long."""
+    path = private_directory()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def channel(embedded: Embedded, plan: Plan) -> Iterator[QueueChannel]:
+    opened = QueueChannel(embedded.url, watch=embedded.failure, patience=Patience(no_worker_s=30))
+    opened.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+    yield opened
+    opened.close()
+
+
+def operand(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-(2**31), 2**31, (rows, tokens), dtype=np.int32)
+
+
+def product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """W·x modulo 2^32; float64 products are exact for 16-bit halves."""
+    wide, low = matrix.astype(np.float64), (x & 0xFFFF).astype(np.float64)
+    high = (x >> 16).astype(np.float64)
+    total = (wide @ low).astype(np.int64) + ((wide @ high).astype(np.int64) << 16)
+    return total.astype(np.uint32).view(np.int32)
+
+
+def send(
+    channel: QueueChannel, x: np.ndarray, direction: Direction = "forward", shards: int = 1
+) -> QueuePending:
+    stops = OUT if direction == "forward" else IN
+    step = -(-stops // shards)
+    rows = [(start, min(start + step, stops)) for start in range(0, stops, step)]
+    half = x.shape[0] // 2
+    parts = [memoryview(x[:half]).cast("B"), memoryview(x[half:]).cast("B")]
+    return channel.send("w", direction, {}, parts, rows)
+
+
+def send_into_queue(channel: QueueChannel, x: np.ndarray) -> QueuePending:
+    """Sends to a stopped worker, which may have one task handed to it already: so two, of which one stays."""
+    send(channel, x)
+    return send(channel, x)
+
+
+def values(reply: Reply, tokens: int) -> np.ndarray:
+    return np.concatenate([np.frombuffer(part, np.int32).reshape(-1, tokens) for part in reply.parts])
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    end = monotonic() + seconds
+    while not condition():
+        if monotonic() > end:
+            return False
+        sleep(0.02)
+    return True
+
+
+def worker_pids(supervisor: int) -> list[int]:
+    family = psutil.Process(supervisor).children(recursive=True)
+    return [child.pid for child in family if "tasks" in child.cmdline()]
+
+
+def test_products_come_back_exactly_and_nothing_is_left(channel: QueueChannel, matrix: np.ndarray) -> None:
+    x, g = operand(IN, 7), operand(OUT, 5, seed=1)
+    forward, backward = send(channel, x, shards=3), send(channel, g, "backward")
+    assert (values(backward.result(), 5) == product(matrix.T, g)).all()
+    reply = forward.result()
+    assert (values(reply, 7) == product(matrix, x)).all()
+    assert len(reply.parts) == 3
+    assert (reply.bytes_up, reply.bytes_down) == (4 * IN * 7, 4 * OUT * 7)
+    assert reply.server_s > 0
+    assert "kernel" in reply.device
+    client = channel._store.client
+    names = client.keys("hetrain:*")
+    kinds = {name.split(b":")[2] for name in names}
+    assert kinds <= {b"plan", b"fin", b"alive", b"done"}
+    assert all(client.ttl(name) > 0 for name in names)
+    with BlobStoreOf(channel) as store:
+        channel.close()
+        channel.close()
+        assert not store.client.keys(f"hetrain:{channel.job}:*")
+
+
+class BlobStoreOf:
+    """A store on a channel's broker that outlives the channel."""
+
+    def __init__(self, channel: QueueChannel) -> None:
+        self.store = BlobStore(channel._url)
+
+    def __enter__(self) -> BlobStore:
+        return self.store
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+
+def test_many_threads_share_a_channel(channel: QueueChannel, matrix: np.ndarray) -> None:
+    def work(seed: int) -> bool:
+        x = operand(IN, 9, seed)
+        return bool((values(send(channel, x, shards=2).result(), 9) == product(matrix, x)).all())
+
+    client, seen, lasting = channel._store.client, set(), set()
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(work, seed) for seed in range(40)]
+        while not all(result.done() for result in results):
+            for name in client.scan_iter("hetrain:*", count=1000):
+                seen.add(name.split(b":")[2])
+                if client.ttl(name) == -1:
+                    lasting.add(name)
+    assert all(result.result() for result in results)
+    assert {b"plan", b"in", b"alive", b"lease"} <= seen
+    assert not lasting
+
+
+def test_workers_refuse_by_name(embedded: Embedded, plan: Plan) -> None:
+    group = plan.groups[0].model_copy(update={"digest": "0" * 64})
+    other, changed = Plan(model="unknown", groups=(group,)), Plan(model="tiny", groups=(group,))
+    for refused, engine in ((other, "clear"), (changed, "clear"), (plan, "rot13")):
+        channel = QueueChannel(embedded.url)
+        with pytest.raises(WorkerRefused) as caught:
+            channel.prepare(refused.model, engine, refused.to_bytes(), refused.digest)
+        assert caught.value.hint
+        with pytest.raises(UsageError):
+            send(channel, operand(IN, 1))
+        channel.close()
+
+
+def test_a_bad_request_fails_alone(channel: QueueChannel, matrix: np.ndarray) -> None:
+    bad = channel.send("w", "forward", {}, [memoryview(b"odd")], [(0, OUT)])
+    nowhere = channel.send("v", "forward", {}, [memoryview(b"odd")], [(0, OUT)])
+    good = send(channel, x := operand(IN, 3))
+    for pending in (bad, nowhere):
+        with pytest.raises(WireError):
+            pending.result()
+    assert (values(good.result(), 3) == product(matrix, x)).all()
+
+
+def test_a_task_that_kills_its_workers_is_given_up(channel: QueueChannel) -> None:
+    worker = worker_pids(channel_process(channel))[0]
+    os.kill(worker, signal.SIGSTOP)
+    pending = send(channel, operand(IN, 3))
+    counter = keys.tries(channel.job, pending._requests[0].id)
+    channel._store.client.set(counter, keys.MAX_TRIES, ex=60)
+    os.kill(worker, signal.SIGCONT)
+    with pytest.raises(TaskFailed, match="killed its worker 3 times"):
+        pending.result()
+
+
+def channel_process(channel: QueueChannel) -> int:
+    """The supervisor's process id."""
+    return channel._collector._watch.__self__._process.pid  # type: ignore[attr-defined]
+
+
+def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
+    channel: QueueChannel, matrix: np.ndarray
+) -> None:
+    supervisor = channel_process(channel)
+    before = worker_pids(supervisor)
+    x = operand(IN, 4096)
+    pending = [send(channel, x) for _ in range(4)]
+    assert eventually(lambda: pending[0]._requests[0].started_at is not None)
+    os.kill(before[0], signal.SIGKILL)
+    expected = product(matrix, x)
+    assert all((values(each.result(), 4096) == expected).all() for each in pending)
+    assert set(worker_pids(supervisor)).isdisjoint(before)
+
+
+def test_malformed_tasks_are_answered_where_they_name_their_job(
+    channel: QueueChannel, matrix: np.ndarray
+) -> None:
+    app = channel._sender._app
+    x = operand(IN, 3)
+    worker = worker_pids(channel_process(channel))[0]
+    os.kill(worker, signal.SIGSTOP)
+    other = send_into_queue(channel, x)
+    task = other._requests[0].task
+    newer = task.model_copy(update={"version": 2})
+    channel._store.client.delete(QUEUE)  # the proper task: others come in its place
+    for message in ("", "[]", "{", 7, task.to_json()[:-1], '{"job": "../../etc", "request": "x"}'):
+        app.send_task(TASK_EVALUATE, args=[message], queue=QUEUE, ignore_result=True)
+    app.send_task(TASK_EVALUATE, args=[], queue=QUEUE, ignore_result=True)
+    app.send_task(TASK_EVALUATE, args=[newer.model_dump_json()], queue=QUEUE, ignore_result=True)
+    os.kill(worker, signal.SIGCONT)
+    with pytest.raises(WireError, match="version"):
+        other.result()
+    assert (values(send(channel, x).result(), 3) == product(matrix, x)).all()
+
+
+def test_a_lost_message_is_sent_again(embedded: Embedded, plan: Plan, matrix: np.ndarray) -> None:
+    channel = QueueChannel(embedded.url, watch=embedded.failure, patience=Patience(no_worker_s=6))
+    channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+    worker = worker_pids(channel_process(channel))[0]
+    os.kill(worker, signal.SIGSTOP)
+    pending = send_into_queue(channel, x := operand(IN, 3))
+    assert channel._store.client.delete(QUEUE)
+    os.kill(worker, signal.SIGCONT)
+    assert (values(pending.result(), 3) == product(matrix, x)).all()
+    channel.close()
+
+
+def test_a_lost_blob_is_uploaded_again(channel: QueueChannel, matrix: np.ndarray) -> None:
+    worker = worker_pids(channel_process(channel))[0]
+    os.kill(worker, signal.SIGSTOP)
+    pending = send(channel, x := operand(IN, 3), shards=2)
+    channel._store.delete([pending._operand])
+    os.kill(worker, signal.SIGCONT)
+    assert (values(pending.result(), 3) == product(matrix, x)).all()
+    finished = send(channel, x)
+    assert eventually(lambda: finished._requests[0].is_settled)
+    output = Blob(job=channel.job, kind="out", token=keys.output_token(finished._requests[0].id), nbytes=1)
+    channel._store.delete([output])
+    assert (values(finished.result(), 3) == product(matrix, x)).all()
+
+
+def test_ctrl_c_is_left_to_the_client(channel: QueueChannel, matrix: np.ndarray) -> None:
+    os.kill(channel_process(channel), signal.SIGINT)
+    assert (values(send(channel, x := operand(IN, 3)).result(), 3) == product(matrix, x)).all()
+
+
+def test_hostile_completions_do_no_harm(channel: QueueChannel, matrix: np.ndarray) -> None:
+    worker = worker_pids(channel_process(channel))[0]
+    os.kill(worker, signal.SIGSTOP)
+    good, bad = send(channel, x := operand(IN, 3)), send(channel, x)
+    foreign = Blob(job=channel.job, kind="in", token=new_token(), nbytes=1 << 32)
+    lies = [
+        "",
+        "{}",
+        '{"version": 2}',
+        Completion(request=new_token(), state="done", worker="w", output=foreign).to_json(),
+        Completion(request=new_token(), state="failed", worker="w").to_json(),
+        Completion(request=bad._requests[0].id, state="done", worker="w", output=foreign).to_json(),
+    ]
+    channel._store.client.rpush(keys.done_list(channel.job), *lies)
+    with pytest.raises(WireError, match="not this request's"):
+        bad.result()
+    os.kill(worker, signal.SIGCONT)
+    assert (values(good.result(), 3) == product(matrix, x)).all()
+
+
+def test_closing_interrupts_who_waits(embedded: Embedded, plan: Plan) -> None:
+    channel = QueueChannel(embedded.url, watch=embedded.failure)
+    channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+    worker = worker_pids(channel_process(channel))[0]
+    os.kill(worker, signal.SIGSTOP)
+    pending = send(channel, operand(IN, 3))
+    threading.Timer(0.3, channel.close).start()
+    with pytest.raises(Interrupted):
+        pending.result()
+    os.kill(worker, signal.SIGCONT)
+    with pytest.raises(Interrupted):
+        send(channel, operand(IN, 3))
+
+
+def test_a_restarted_broker_gets_everything_again(
+    model: Path, plan: Plan, matrix: np.ndarray, directory: Path
+) -> None:
+    with open(directory / "log", "wb") as log:
+        server, url = start_server(directory, log, password="pw")
+        worker = start_worker(1, url, str(model), log)
+        try:
+            channel = QueueChannel(url)
+            channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+            os.kill(worker.pid, signal.SIGSTOP)
+            pending = [send(channel, operand(IN, 5, seed)) for seed in range(5)]
+            server.kill()
+            server.wait()
+            os.kill(worker.pid, signal.SIGCONT)
+            sleep(0.5)
+            server, again = start_server(directory, log, password="pw")
+            assert again == url
+            for seed, each in enumerate(pending):
+                assert (values(each.result(), 5) == product(matrix, operand(IN, 5, seed))).all()
+            channel.close()
+        finally:
+            stop([worker])
+            stop([server])
+
+
+def test_a_broker_that_stays_away_and_a_queue_without_worker_are_reported(
+    plan: Plan, directory: Path
+) -> None:
+    with open(directory / "log", "wb") as log:
+        server, url = start_server(directory, log)
+        channel = QueueChannel(url, patience=Patience(no_worker_s=1.5, outage_s=1))
+        try:
+            with pytest.raises(NoWorker, match="no worker answered") as caught:
+                channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+            assert "celery -A tasks worker -Q gpu" in caught.value.hint
+        finally:
+            stop([server])
+        with pytest.raises(BrokerError) as gone:
+            channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+        assert url.split("@")[0].rsplit(":", 1)[1] not in str(gone.value)
+        channel.close()
+
+
+def test_a_worker_that_cannot_start_is_reported(
+    model: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HETRAIN_DEVICE", "no-such-device")
+    with start_embedded(str(model), tmp_path / "log") as running:
+        channel = QueueChannel(running.url, watch=running.failure)
+        with pytest.raises(WorkerError, match="cannot start") as caught:
+            channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+        assert "no-such-device" in caught.value.hint
+        channel.close()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(("script", "starts"), [("", 3), ("import os; os._exit(78)", 1)])
+def test_a_worker_that_dies_at_once_is_not_started_for_ever(script: str, starts: int) -> None:
+    ready: list[int] = []
+
+    def start(descriptor: int) -> subprocess.Popen[bytes]:
+        ready.append(descriptor)
+        return subprocess.Popen([sys.executable, "-c", script])
+
+    def tend() -> bool:
+        kept.tend()
+        return False
+
+    kept = KeptWorker(start)
+    with pytest.raises(WorkerError, match="start"):
+        eventually(tend)
+    assert len(ready) == starts
+
+
+PARENT = """
+    import sys, time
+    from pathlib import Path
+    from hetrain.transport.embedded import start_embedded
+    with start_embedded(sys.argv[1], Path(sys.argv[2])) as running:
+        print(running._process.pid, running.url.partition("@")[2], flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("victim", ["parent", "supervisor"])
+def test_no_process_survives(model: Path, tmp_path: Path, victim: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(model), str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    words = parent.stdout.readline().split()
+    supervisor, directory = int(words[0]), Path(words[1]).parent
+    assert eventually(lambda: len(psutil.Process(supervisor).children()) == 2)
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) >= 3
+    os.kill(parent.pid if victim == "parent" else supervisor, signal.SIGKILL)
+    try:
+        assert eventually(lambda: not any(map(is_alive, family)), seconds=10)
+    finally:
+        parent.kill()
+        parent.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_leaving_the_block_ends_everything(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.py").write_text("raise SystemExit('not this one')")
+    with start_embedded(str(model), tmp_path / "log") as running:
+        assert eventually(lambda: len(psutil.Process(running._process.pid).children()) == 2)
+        family = psutil.Process(running._process.pid).children(recursive=True)
+        directory = Path(running.url.partition("@")[2]).parent
+        assert directory.stat().st_mode & 0o777 == 0o700
+        password = running.url.rsplit("@", 1)[0].rsplit(":", 1)[1]
+        assert all(password not in " ".join(each.cmdline()) for each in family)
+    assert not any(each.is_running() for each in family)
+    assert not directory.exists()
+    assert password not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("name", ["WorkerRefused", "ModelError", "BrokerFull"])
+def test_failures_keep_their_class(name: str) -> None:
+    error = error_of(Failure(error=name, what="it broke", where="here", hint="mend it"))
+    assert (type(error).__name__, str(error)) == (name, "here: it broke. mend it")
+
+
+@pytest.mark.parametrize("name", ["Interrupted", "Exception", "annotations", "ClassVar", ""])
+def test_failures_of_no_class_of_ours_are_failed_tasks(name: str) -> None:
+    error = error_of(Failure(error=name, what="bad\x1b[31m\n", where="", hint=""))
+    assert type(error) is TaskFailed
+    assert error.what.isprintable()
+
+
+def test_the_local_channel_speaks_the_same_messages() -> None:
+    seen: list[EvaluateTask] = []
+
+    def handler(task: EvaluateTask, payload: memoryview) -> list[memoryview]:
+        seen.append(task)
+        if task.group == "bad":
+            raise WireError("no")
+        return [payload[task.start : task.stop]]
+
+    channel = LocalChannel(handler)
+    plan = b"{}"
+    channel.prepare("tiny", "clear", plan, "0" * 64)
+    parts = [memoryview(b"abc"), memoryview(b"def")]
+    reply = channel.send("g", "backward", {"seed": "1"}, parts, [(0, 2), (2, 6)]).result()
+    assert [bytes(part) for part in reply.parts] == [b"ab", b"cdef"]
+    assert (reply.bytes_up, reply.bytes_down, seen[0].header) == (6, 6, {"seed": "1"})
+    failed: HetrainError | None = None
+    pending = channel.send("bad", "forward", {}, parts, [(0, 1)])
+    try:
+        pending.result()
+    except WireError as error:
+        failed = error
+    assert failed is not None

@@ -1,0 +1,187 @@
+"""Nothing readable leaves the client: every byte to and from the broker is recorded and searched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.replica import Replica
+from hetrain.nn.split import split_model
+from hetrain.public.checkpoints import resolve
+from hetrain.public.parameters import largest_operand, parameters_for
+from hetrain.secret.engine import ClientEngine, client_engine
+from hetrain.secret.quantisation import quantise_operand
+from hetrain.train.packing import micro_batches
+from hetrain.train.rows import read_rows
+from hetrain.train.session import open_base
+from hetrain.train.settings import OptimizerSettings
+from hetrain.train.step import run_step
+from hetrain.train.updates import Updater
+from hetrain.transport.queue import QueueChannel
+from tasks.processes import private_directory, start_server, stop
+
+CANARY = "the canary sings at four o'clock behind the blue door"
+WINDOW = 16
+REPO = Path(__file__).resolve().parents[1]
+
+
+class Wiretap:
+    """A relay between a Unix socket and the broker's that keeps every byte of every connection."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self._target = str(target)
+        self._streams: list[bytearray] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def heard(self) -> bytes:
+        """All streams, one after the other."""
+        return b"\0\0\0\0".join(bytes(stream) for stream in self._streams)
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self._target)
+            for source, sink in ((near, far), (far, near)):
+                stream = bytearray()
+                self._streams.append(stream)
+                threading.Thread(target=self._relay, args=(source, sink, stream), daemon=True).start()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket, stream: bytearray) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                stream += data
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for end in (source, sink):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+class Witness:
+    """An engine's client half that remembers every operand it seals and every product it opens."""
+
+    def __init__(self, engine: ClientEngine) -> None:
+        self._seal = engine.seal
+        self.secrets: list[torch.Tensor] = []
+        self.engine = ClientEngine(engine.name, self.seal, engine.hides)
+
+    def seal(self, x: torch.Tensor, max_l1: int):  # type: ignore[no-untyped-def]
+        sealed = self._seal(x, max_l1)
+        x_max = largest_operand(parameters_for(x.shape[0]), max_l1)
+        operand = quantise_operand(x, x_max)
+        self.secrets += [x.detach().float(), operand.values, operand.scales]
+        opening, secrets = sealed.opening, self.secrets
+
+        class Recording:
+            def open(self, parts, rows):  # type: ignore[no-untyped-def]
+                y = opening.open(parts, rows)
+                secrets.append(y)
+                secrets.append((y / operand.scales[:, None]).round().to(torch.int32).t())
+                return y
+
+        return type(
+            "Sealed", (), {"header": sealed.header, "payload": sealed.payload, "opening": Recording()}
+        )()
+
+    def windows(self) -> Iterator[bytes]:
+        """Byte windows of all that must stay secret: by rows and by columns, as float32, half and int32."""
+        for tensor in self.secrets:
+            for laid_out in (tensor, tensor.t()) if tensor.dim() == 2 else (tensor,):
+                forms = [laid_out.contiguous()]
+                if laid_out.is_floating_point():
+                    forms += [forms[0].half(), forms[0].bfloat16().view(torch.int16)]
+                for form in forms:
+                    data = form.numpy().tobytes()
+                    for start in range(0, len(data) - WINDOW, max(len(data) // 8, WINDOW) // 4 * 4):
+                        window = data[start : start + WINDOW]
+                        if len(set(window)) > WINDOW // 2:  # runs of zeros are everywhere
+                            yield window
+
+
+@contextmanager
+def tapped_broker(model: Path, log: Path) -> Iterator[tuple[str, Wiretap]]:
+    """A broker behind a wiretap, with a worker started as a user would start one."""
+    with ExitStack() as stack:
+        directory = private_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        output = stack.enter_context(log.open("wb"))
+        server, url = start_server(directory, output)
+        stack.callback(stop, [server])
+        tap = Wiretap(directory / "tap.sock", directory / "broker.sock")
+        stack.callback(tap.close)
+        url = url.replace("broker.sock", "tap.sock")
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", "gpu"],
+            cwd=REPO,
+            env=os.environ | {"HETRAIN_BROKER_URL": url, "HETRAIN_MODELS": str(model)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        stack.callback(stop, [worker])
+        yield url, tap
+
+
+def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Witness]:
+    """One forward and backward over canary rows: all that was heard and logged, and what was secret."""
+    witness = Witness(client_engine(engine))
+    base = open_base(str(model))
+    data = scratch / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "{CANARY}, said {name}"}}\n' for name in ("ann", "bob", "cy")))
+    rows = read_rows(data, base.tokenizer, 64)
+    (batch,) = micro_batches(rows, [range(len(rows))])
+    log = scratch / "worker.log"
+    with tapped_broker(model, log) as (url, tap):
+        channel = QueueChannel(url)
+        try:
+            split = split_model(resolve(str(model)))
+            plan = split.plan
+            channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
+            adapted = add_adapter(split, LoraSettings(r=2, alpha=4), 0)
+            replica = Replica(split, adapted, channel, witness.engine)
+            updater = Updater(adapter_parameters(adapted), OptimizerSettings(), 1)
+            result = run_step(replica, batch, updater.snapshot(), 0)
+            assert result.summed_loss > 0
+            ids = batch.tokens
+            witness.secrets += [ids, ids.to(torch.int32)]
+        finally:
+            channel.close()
+        heard = tap.heard()
+    return heard + log.read_bytes(), witness
+
+
+@pytest.mark.parametrize(("engine", "readable"), [("rlwe", False), ("clear", True)])
+def test_what_leaves_the_client(tiny_llama: Path, tmp_path: Path, engine: str, readable: bool) -> None:
+    """With `rlwe` nothing is found; with `clear` the very same search finds plenty, so it can find."""
+    heard, witness = run_canary_step(tiny_llama, engine, tmp_path)
+    windows = list(witness.windows())
+    assert len(windows) > 500
+    assert b"hetrain.evaluate" in heard, "the wiretap heard nothing"
+    found = sum(window in heard for window in windows)
+    assert (found > 20) if readable else (found == 0)
+    assert CANARY.encode() not in heard
+    assert CANARY.split()[1].encode() not in heard
