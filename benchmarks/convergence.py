@@ -40,7 +40,7 @@ class Curve:
 
 
 def initial_values(base: Base) -> dict[str, torch.Tensor]:
-    """Adapter values that all runs start from; B is not zero, so that gradients reach A from the first step."""
+    """Adapter values that all runs start from. B is not zero: gradients reach A from the first step."""
     model = add_adapter(split_model(base.checkpoint), LoraSettings(), SEED)
     generator = torch.Generator().manual_seed(SEED)
     values = {}

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.step --json FILE``
 
-Plain: stock peft in fp32, the median of repeated steps over the same tokens. Encrypted: ``hetrain submit`` with
-default settings, embedded broker and worker included; seconds per update in the steady state, that is
+Plain: stock peft in fp32, the median of repeated steps over the same tokens. Encrypted: ``hetrain submit``
+with default settings, embedded broker and worker included; seconds per update in the steady state, that is
 between updates at which the pipeline is full.
 """
 

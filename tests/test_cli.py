@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -168,18 +168,27 @@ def test_a_worker_with_other_weights_is_refused_by_name(
     assert not list(connect(broker).scan_iter("hetrain:*"))
 
 
+def fill_but(url: str, room: int) -> None:
+    """Fills a broker up to its limit, but for about `room` bytes."""
+    ballast = connect(url)
+    with suppress(redis.exceptions.OutOfMemoryError):
+        for index in range(1000):
+            ballast.set(f"ballast:{index}", bytes(100_000))
+    assert 0 < ballast.dbsize() < 1000
+    for index in range(-(-room // 100_000)):
+        ballast.delete(f"ballast:{index}")
+
+
 def test_a_full_broker_is_said(tiny_llama: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         log = stack.enter_context((directory / "log").open("wb"))
-        server, url = start_server(directory, log, maxmemory=4 << 20)
+        server, url = start_server(directory, log, maxmemory=16 << 20)
         stack.callback(stop, [server])
         worker = start_worker(1, url, str(tiny_llama), log)
         stack.callback(stop, [worker])
-        # In rings of 2048 slots an operand takes 512 KiB and a result up to 2 MB: there is no room for them.
-        ballast = connect(url)
-        ballast.set("ballast", bytes(2_300_000))
+        fill_but(url, 300_000)  # room for messages and plan, but not for an operand of 64·2048·4 bytes
         result = hetrain("submit", HANDBOOK, "-m", tiny_llama, "--broker-url", url, "-o", tmp_path / "out")
     assert result.returncode == 7
     assert "memory" in message(result)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -299,6 +301,16 @@ def test_representations_show_no_secret() -> None:
             assert "tensor" not in text
             assert "array" not in text
             assert len(text) < 120
+
+
+def test_secrets_can_neither_be_pickled_nor_copied() -> None:
+    sealed = seal(torch.randn(3, 4), 500)
+    for holder in (sealed.opening, sealed.opening.secret):
+        for leak in (pickle.dumps, copy.copy, copy.deepcopy):
+            if holder is sealed.opening and leak is copy.copy:
+                continue  # a second reference to the same secret in the same memory
+            with pytest.raises(TypeError):
+                leak(holder)
 
 
 @pytest.mark.parametrize("change", [-1, 1, -8, 4096])

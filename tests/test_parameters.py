@@ -271,6 +271,21 @@ def test_a_tampered_plan_is_refused(plan: Plan) -> None:
             parse_plan(data, digest(data))
 
 
+def test_a_plan_that_names_a_tensor_twice_is_refused(plan: Plan) -> None:
+    first = plan.groups[0]
+    groups = (first, first.model_copy(update={"name": "again"}))
+    data = plan.model_copy(update={"groups": groups}).to_bytes()
+    with pytest.raises(WireError, match="share a tensor"):
+        parse_plan(data, digest(data))
+
+
+def test_a_plan_with_false_shapes_is_refused_also_for_loaded_matrices(worker: Service, plan: Plan) -> None:
+    prepare(worker, plan)
+    false = plan.groups[0].model_copy(update={"in_features": 1 << 20})
+    with pytest.raises(WorkerRefused, match="contradicts itself"):
+        prepare(worker, plan.model_copy(update={"groups": (false,)}))
+
+
 def test_a_worker_multiplies_in_both_directions(worker: Service, plan: Plan, checkpoint: Path) -> None:
     """With the engine that hides nothing, whose results are plain products."""
     prepare(worker, plan, engine="clear")

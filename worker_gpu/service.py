@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ class Service:
         self._compute = compute
         self._weights = weights
         self._plans: OrderedDict[str, Plan] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def description(self) -> str:
@@ -61,10 +63,11 @@ class Service:
             return evaluate(self._compute, rows[task.start : task.stop], task, payload)
 
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:
-        plan = self._plans.get(task.plan_digest)
-        if plan is None:
-            plan = parse_plan(load_plan(), task.plan_digest)
-            self._plans[task.plan_digest] = plan
+        with self._lock:
+            plan = self._plans.pop(task.plan_digest, None)
+            if plan is None:
+                plan = parse_plan(load_plan(), task.plan_digest)
+            self._plans[task.plan_digest] = plan  # now the youngest
             while len(self._plans) > _MAX_PLANS:
                 self._plans.popitem(last=False)
         if plan.model != task.model:

@@ -56,7 +56,15 @@ class WeightStore:
         with self._lock:
             if group.digest not in self._matrices:
                 self._matrices[group.digest] = self._load(model, group).to(self.device)
-            return self._matrices[group.digest]
+            matrix = self._matrices[group.digest]
+        if matrix.shape != (group.out_features, group.in_features):
+            raise WorkerRefused(
+                f"the plan says {group.out_features} × {group.in_features}, its matrix is "
+                f"{matrix.shape[0]} × {matrix.shape[1]}",
+                where=group.name,
+                hint="the plan contradicts itself",
+            )
+        return matrix
 
     def _load(self, model: str, group: Group) -> torch.Tensor:
         checkpoint = self._checkpoint(model)

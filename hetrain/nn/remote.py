@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -35,7 +35,8 @@ class Meter:
 
     def reset(self) -> None:
         """Sets all to zero."""
-        self.__init__()  # type: ignore[misc]
+        for field in fields(self):
+            setattr(self, field.name, field.default)
 
 
 @dataclass(frozen=True)

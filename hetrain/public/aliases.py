@@ -82,7 +82,7 @@ def _gguf_to_directory(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers draws a progress bar per tensor; a command line that is about to draw its own needs silence.
+    # transformers draws a progress bar per tensor, in the way of a command line's own display.
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(

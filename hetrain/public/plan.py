@@ -84,7 +84,7 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     """Parses a plan that came over the wire and checks that it is the one announced.
 
     Raises:
-        WireError: its digest differs, it is malformed, or two groups share a name.
+        WireError: its digest differs, it is malformed, or two groups share a name or a tensor.
     """
     raw = bytes(data)
     if hashlib.sha256(raw).hexdigest() != digest:
@@ -92,6 +92,9 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     plan = parse(Plan, raw, where="plan")
     if len({group.name for group in plan.groups}) != len(plan.groups):
         raise WireError("two groups of the plan share a name")
+    tensors = [member.tensor for group in plan.groups for member in group.members]
+    if len(set(tensors)) != len(tensors):
+        raise WireError("two linears of the plan share a tensor")
     return plan
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NoReturn
 
 import torch
 
@@ -46,6 +47,10 @@ class TransformedSecret:
         half = self.ring_degree // 2
         spectrum = _transform(secret, torch.empty(self.rank, half, dtype=torch.complex128))
         self._spectrum = spectrum / half  # folds in the inverse transform's scale
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied: a secret never leaves the memory it was drawn in."""
+        raise TypeError("a secret cannot be serialised or copied")
 
     @property
     def block_rows(self) -> int:
