@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -36,20 +37,19 @@ def plan(
 
 
 def _print(found: Preview) -> None:
-    table = Table(title=f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}")
-    table.add_column("groups (linears that share an input)", overflow="fold")
-    for title in ("count", "matrix", "bits fwd", "bits bwd", "B/token fwd", "B/token bwd"):
-        table.add_column(title, justify="right", no_wrap=True)
+    title = f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}"
+    table = Table(title=title, caption="forward / backward", box=SIMPLE)
+    table.add_column("linears that share an input", min_width=26, overflow="fold")
+    for heading in ("×", "matrix", "bits", "bytes/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, rows in _alike(found).items():
         group = rows[0].group
         table.add_row(
             name,
             str(len(rows)),
             f"{group.in_features}→{group.out_features}",
-            f"{min(row.forward_bits for row in rows):.1f}",
-            f"{min(row.backward_bits for row in rows):.1f}",
-            f"{sum(row.forward_bytes for row in rows):,}",
-            f"{sum(row.backward_bytes for row in rows):,}",
+            f"{min(row.forward_bits for row in rows):.1f} / {min(row.backward_bits for row in rows):.1f}",
+            f"{sum(row.forward_bytes for row in rows):,} / {sum(row.backward_bytes for row in rows):,}",
         )
     console = Console()
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import secrets
 import signal
@@ -123,12 +124,16 @@ def start_worker(
     Args:
         index: a number for its name.
         url: the broker's address.
-        model: the models it may serve, as in HETRAIN_MODELS.
+        model: name or path of the model that it serves.
         log: its output.
         threads: CPU threads it may use; 0 leaves the choice to torch.
         ready: a file descriptor it closes when it is ready to take tasks.
     """
-    environment = os.environ | {"HETRAIN_BROKER_URL": url, "HETRAIN_MODELS": model, "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {
+        "HETRAIN_BROKER_URL": url,
+        "HETRAIN_MODELS": json.dumps([model]),
+        "PYTHONSAFEPATH": "1",
+    }
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     if ready is not None:

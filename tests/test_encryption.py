@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetrain.public.errors import ParameterError, WireError
+from hetrain.public.errors import NotFinite, ParameterError, WireError
 from hetrain.public.masks import PublicSeed, expand_mask
 from hetrain.public.parameters import (
     PARAMETER_SETS,
@@ -331,7 +331,7 @@ def test_operands_that_cannot_be_sealed_are_refused(engine_seal: type[seal]) -> 
     for bad in (math.nan, math.inf, -math.inf):
         x = torch.ones(4, 8)
         x[2, 5] = bad
-        with pytest.raises(ParameterError, match="finite") as error:
+        with pytest.raises(NotFinite, match="finite") as error:
             engine_seal(x, 500)
         assert error.value.hint
     for tokens in (0, 2049):

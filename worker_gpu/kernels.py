@@ -11,10 +11,13 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import pad
 
+from hetrain.public.errors import ParameterError
+
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # What torch._int_mm asks for on CUDA: more than 16 rows, inner and outer widths in multiples of 8.
 _MIN_ROWS, _MULTIPLE = 17, 8
+_MAX_INNER = 1 << 17
 _DIGIT_OFFSET = -0x7F7F7F80  # 0x80808080 as int32
 
 
@@ -33,6 +36,8 @@ def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
     """
     n, k = weights.shape
     m = operand.shape[1]
+    if k >= _MAX_INNER:
+        raise ParameterError(f"an inner dimension of {k} would overflow, {_MAX_INNER - 1} at most")
     weights = pad(weights, (0, -k % _MULTIPLE, 0, max(_MIN_ROWS - n, 0)))
     operand = pad(operand, (0, -m % _MULTIPLE, 0, -k % _MULTIPLE))
     # Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from dataclasses import dataclass, field
@@ -17,12 +18,17 @@ DEFAULT_MODELS = "smollm2-135m"
 
 
 def served_models() -> dict[str, str]:
-    """label -> where to find it, from ``$HETRAIN_MODELS``: names, paths or ``label=path``, comma-separated.
+    """label -> where to find it, from ``$HETRAIN_MODELS``.
+
+    Names, paths or ``label=path``, comma-separated; or a JSON list of names and paths, whatever they contain.
 
     A list, not whatever a message asks for: a message must not choose which files this machine opens.
     """
+    text = os.environ.get("HETRAIN_MODELS", DEFAULT_MODELS)
+    if text.startswith("["):
+        return {label_of(str(path)): str(path) for path in json.loads(text)}
     models = {}
-    for entry in os.environ.get("HETRAIN_MODELS", DEFAULT_MODELS).split(","):
+    for entry in text.split(","):
         label, _, path = entry.strip().rpartition("=")
         if path:
             models[label or label_of(path)] = path

@@ -56,7 +56,9 @@ def cache_directory() -> Path:
 def label_of(name_or_path: str) -> str:
     """What messages call a model: an alias or hub id as it is, a local directory by its last name."""
     path = Path(name_or_path).expanduser()
-    return path.resolve().name if path.is_dir() else name_or_path
+    if not path.is_dir():
+        return name_or_path
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-._") or "model"
 
 
 def resolve(name_or_path: str) -> Checkpoint:

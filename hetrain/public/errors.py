@@ -15,6 +15,7 @@
     │   ├── NoWorker                     nobody serves the queue
     │   ├── WorkerRefused                a worker will not serve this job: other weights, unknown model
     │   └── TaskFailed                   a task failed on the worker
+    ├── NotFinite                    9   training has produced a NaN or an infinity
     └── Interrupted                  130 the user asked to stop
 
 Foreign exceptions are mapped to these once, at the edge where they arise (``raise ... from error``).
@@ -116,6 +117,12 @@ class WorkerRefused(WorkerError):
 
 class TaskFailed(WorkerError):
     """A task failed on the worker."""
+
+
+class NotFinite(HetrainError):
+    """Training has produced a NaN or an infinity."""
+
+    exit_code = 9
 
 
 class Interrupted(HetrainError):

@@ -21,6 +21,9 @@ MAX_BLOB_BYTES = 4 << 30
 
 Token = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/\-]{0,199}$")]
+# Text that a peer chose and that may end on a terminal: without control characters.
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Direction = Literal["forward", "backward"]
 
 
@@ -100,9 +103,9 @@ class Completion(_Message):
 
     request: Token
     state: Literal["started", "done", "failed"]
-    worker: Annotated[str, Field(max_length=200)]
-    device: Annotated[str, Field(max_length=200)] = ""
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    worker: Line
+    device: Line = ""
+    seconds: Seconds = 0.0
     output: Blob | None = None
     failure: Failure | None = None
 

@@ -50,7 +50,8 @@ class Seal(Protocol):
             max_l1: max_j ‖W_j‖₁ of the int8 matrix that it will meet.
 
         Raises:
-            ParameterError: x is not finite, or does not fit.
+            ParameterError: x does not fit.
+            NotFinite: x has a NaN or an infinity.
         """
         ...
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hetrain.public.errors import ParameterError
+from hetrain.public.errors import NotFinite
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ def quantise_operand(x: torch.Tensor, x_max: int) -> QuantisedOperand:
         x_max: largest integer allowed, from `hetrain.public.parameters.largest_operand`.
 
     Raises:
-        ParameterError: x has a NaN or an infinity.
+        NotFinite: x has a NaN or an infinity.
     """
     x = x.detach().to(device="cpu", dtype=torch.float32)
     largest = x.abs().amax(dim=1)
     if not bool(torch.isfinite(largest).all()):
-        raise ParameterError(
+        raise NotFinite(
             "the activations or gradients to encrypt are not finite",
             hint="training has diverged: lower --learning-rate or set --max-grad-norm",
         )

@@ -94,7 +94,8 @@ def seal(x: torch.Tensor, max_l1: int) -> RlweSealed:
             that no product wraps.
 
     Raises:
-        ParameterError: more than 2048 tokens, a value that is not finite, or a matrix with too large rows.
+        ParameterError: more than 2048 tokens, or a matrix with too large rows.
+        NotFinite: x has a NaN or an infinity.
     """
     parameters = parameters_for(x.shape[0])
     operand = quantise_operand(x, largest_operand(parameters, max_l1))

@@ -79,6 +79,9 @@ class OutputDirectory:
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         self.path = path
+        self._metrics: TextIO | None = (
+            None  # opened by the first record: a run that never starts costs no data
+        )
         if (path / ADAPTER_FILE).exists() and not overwrite:
             raise UsageError(
                 "there is an adapter already",
@@ -87,7 +90,6 @@ class OutputDirectory:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._metrics: TextIO = (path / "metrics.jsonl").open("w", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from error
 
@@ -98,6 +100,8 @@ class OutputDirectory:
 
     def add(self, record: MicroBatchRecord) -> None:
         """Appends a line to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
         self._metrics.write(json.dumps(asdict(record)) + "\n")
         self._metrics.flush()
 
@@ -126,4 +130,5 @@ class OutputDirectory:
 
     def close(self) -> None:
         """Closes metrics.jsonl."""
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()

@@ -65,7 +65,8 @@ class FlightSettings:
     """How many micro-batches run at once, and whether updates wait for all of them.
 
     Asynchronous (default): a micro-batch's gradients are applied as soon as they are complete, so others may
-    have moved the adapter since it took its snapshot (staleness, at most ``in_flight - 1``).
+    have moved the adapter since it took its snapshot (staleness: usually ``in_flight - 1``, more when one
+    micro-batch takes longer than the others; logged with every one).
     `sync`: ``in_flight`` micro-batches share a snapshot and form one update, whatever order they finish in.
     """
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from hetrain.public.errors import NotFinite
 from hetrain.train.settings import OptimizerSettings
 
 Tensors = Mapping[str, torch.Tensor]
@@ -61,6 +62,9 @@ class Updater:
         Args:
             gradients: by parameter name, one mapping per micro-batch.
             n_targets: supervised tokens of all of them: the loss that is minimised is their mean.
+
+        Raises:
+            NotFinite: the gradients have a NaN or an infinity; the adapter stays as it was.
         """
         for name, parameter in self._parameters.items():
             total = gradients[0][name].clone()
@@ -69,7 +73,11 @@ class Updater:
             parameter.grad = total.to(parameter.device) / n_targets
         # A limit of zero means no clipping, as in transformers' trainer; the norm is wanted all the same.
         limit = self._max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
+        if not bool(torch.isfinite(norm)):
+            raise NotFinite(
+                f"the gradients of update {self._version + 1} are not finite", hint="lower --learning-rate"
+            )
         learning_rate = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()

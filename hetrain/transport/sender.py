@@ -59,6 +59,7 @@ class Sender:
                     queue=QUEUE,
                     argsrepr=request.summary(),
                     kwargsrepr="",
+                    origin="hetrain",  # by default it tells the client's host and process
                     ignore_result=True,
                     retry=False,
                 )
