@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import hetrain
+from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
     try:
         app()

@@ -9,6 +9,7 @@ from typing import Any
 from celery import Celery, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 
+from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.broker import parse_broker_url, redacted
 from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.wire import QUEUE
@@ -86,6 +87,7 @@ def _tell_the_supervisor(**_: object) -> None:
 
 
 def _start_service() -> None:
+    keep_freed_memory()
     try:
         from worker_gpu.service import service
 

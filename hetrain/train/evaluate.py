@@ -18,7 +18,7 @@ from hetrain.train.packing import MicroBatch, micro_batches, pack
 from hetrain.train.rows import read_rows
 from hetrain.train.session import Session, open_base, open_session
 from hetrain.train.settings import BatchSettings
-from hetrain.train.step import run_evaluation
+from hetrain.train.step import run_evaluation, share_cores
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def evaluate(
 
 
 def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_flight: int) -> list[float]:
+    share_cores(in_flight)
     free: SimpleQueue[Replica] = SimpleQueue()
     for replica in session.replicas(model, in_flight):
         free.put(replica)

@@ -19,6 +19,7 @@ from hetrain.train.records import MicroBatchRecord, OutputDirectory, records_of
 from hetrain.train.rows import Row, read_rows
 from hetrain.train.session import Base, Session, open_base, open_session
 from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings
+from hetrain.train.step import share_cores
 from hetrain.train.updates import Updater
 
 _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
@@ -108,8 +109,9 @@ def _run(
 ) -> Outcome:
     seed = recipe.batches.seed
     model = add_adapter(session.split, recipe.lora, seed)
-    # Modules the base model shares with every replica are frozen; the updater alone writes the adapter.
+
     updater = Updater(adapter_parameters(model), recipe.optimizer, total_steps)
+    share_cores(recipe.flight.in_flight)
     replicas = session.replicas(model, recipe.flight.in_flight)
     batches = _draw(rows, recipe, total_steps)
     begin, tokens, last = time.perf_counter(), 0, None

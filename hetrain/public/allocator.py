@@ -1,0 +1,29 @@
+"""Keeping freed memory for the next ciphertext instead of handing it back to the system each time.
+
+A step allocates and frees buffers of megabytes thousands of times. By default glibc maps each of them afresh
+and the kernel zeroes every page: over eight updates, 85 s of system time against 51 s with these settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+# Parameters of mallopt(3), and the largest threshold that glibc accepts on 64-bit machines.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
+_MMAP_THRESHOLD_MAX = 32 << 20
+_KEEP_BYTES = (2 << 30) - 1
+_GROW_BYTES = 64 << 20
+
+
+def keep_freed_memory() -> None:
+    """Has glibc serve blocks of up to 32 MiB from one heap that is rarely trimmed; elsewhere does nothing.
+
+    One heap for all threads, since those of other threads end at 64 MiB. Call it before they start.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_ARENA_MAX, 1)
+        mallopt(_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+        mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
+        mallopt(_TOP_PAD, _GROW_BYTES)
