@@ -27,14 +27,14 @@ from hetrain.secret.negacyclic import TransformedSecret, reference_dot
 from hetrain.secret.quantisation import quantise_operand
 from hetrain.secret.randomness import SecretStream, sample_ternary
 from hetrain.secret.rlwe import RlweOpening, RlweSealed, encrypt, predicted_noise_std, seal
-from worker_gpu.device import Compute
+from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.engines import engine
-from worker_gpu.kernels import float64_limbs
+from worker_gpu.kernels import reference
 
 INSECURE = ParameterSet("insecure-16x2", 16, 2)
 REAL = list(PARAMETER_SETS.values())
 EVERY_SET = pytest.mark.parametrize("parameters", [INSECURE, *REAL], ids=lambda p: p.name)
-COMPUTE = Compute(torch.device("cpu"), "float64", float64_limbs)
+COMPUTE = choose_compute(choose_device())  # `make gpu-check` makes it CUDA
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 TOKEN = "0" * 32
 
@@ -143,7 +143,7 @@ def evaluate(matrix: torch.Tensor, sealed: RlweSealed | clear.ClearSealed, name:
         direction="forward", start=0, stop=len(matrix), header=sealed.header, input=blob,
     )  # fmt: skip
     payload = memoryview(bytearray(b"".join(sealed.payload)))
-    return memoryview(bytearray(b"".join(engine(name)(COMPUTE, matrix, task, payload))))
+    return memoryview(bytearray(b"".join(engine(name)(COMPUTE, matrix.to(COMPUTE.device), task, payload))))
 
 
 def exact_product(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool) -> Non
     assert abs(float((error / predicted).mean())) < 8 / math.sqrt(error.numel())
 
     b = torch.frombuffer(bytearray(sealed.payload[0]), dtype=torch.int32).view(k, -1)
-    unrounded = float64_limbs(matrix, b)[:, :tokens].to(torch.int64)
+    unrounded = reference(matrix, b)[:, :tokens].to(torch.int64)
     step = 1 << (32 - SWITCHED_B_BITS)
     rounding = (unrounded + step // 2) // step * step - unrounded
     rest = (predicted.square() - step**2 / 12).sqrt()

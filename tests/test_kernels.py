@@ -14,6 +14,7 @@ from worker_gpu.engines.rlwe import switch_a, switch_b
 from worker_gpu.kernels import KERNELS, Kernel, float64_limbs, int8_limbs, reference
 
 CPU = torch.device("cpu")
+DEVICE = choose_device()  # the one a worker would take here; `make gpu-check` makes it CUDA
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 ALL = pytest.mark.parametrize("kernel", [int8_limbs, float64_limbs, reference])
 SIZE = st.integers(1, 70)
@@ -24,6 +25,13 @@ def plain_product(weights: torch.Tensor, operand: torch.Tensor) -> list[list[int
     columns = operand.t().tolist()
     rows = weights.tolist()
     return [[signed(sum(w * x for w, x in zip(row, c, strict=True))) for c in columns] for row in rows]
+
+
+def run(kernel: Kernel, weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+    """The kernel's product on the device under test."""
+    if kernel is reference:
+        return kernel(weights, operand)
+    return kernel(weights.to(DEVICE), operand.to(DEVICE)).cpu()
 
 
 def signed(value: int) -> int:
@@ -45,7 +53,7 @@ def test_products_of_any_shape_are_exact(
 ) -> None:
     weights, operand = random_pair(n, k, m, seed)
     laid_out = weights.t().contiguous().t() if transposed else weights
-    result = kernel(laid_out, operand)
+    result = run(kernel, laid_out, operand)
     assert result.dtype == torch.int32
     assert result.tolist() == plain_product(weights, operand)
 
@@ -57,7 +65,8 @@ def test_products_of_any_shape_are_exact(
 )
 def test_extreme_products_are_exact(kernel: Kernel, weight: int, word: int) -> None:
     n, k, m = 3, 515, 9
-    result = kernel(torch.full((n, k), weight, dtype=torch.int8), torch.full((k, m), word, dtype=torch.int32))
+    weights = torch.full((n, k), weight, dtype=torch.int8)
+    result = run(kernel, weights, torch.full((k, m), word, dtype=torch.int32))
     assert result.tolist() == [[signed(k * weight * word)] * m] * n
 
 
@@ -66,18 +75,18 @@ def test_a_slice_of_a_transposed_matrix_is_exact(kernel: Kernel) -> None:
     """What a shard of a backward product passes: columns start:stop of a stored matrix."""
     weights, operand = random_pair(40, 64, 24, seed=1)
     shard = weights.t()[5:39]
-    assert kernel(shard, operand[:40]).tolist() == plain_product(shard, operand[:40])
+    assert run(kernel, shard, operand[:40]).tolist() == plain_product(shard, operand[:40])
 
 
 @pytest.mark.parametrize("kernel", [int8_limbs, float64_limbs])
 def test_products_of_real_size_agree_with_the_reference(kernel: Kernel) -> None:
     weights, operand = random_pair(96, 1536, 256, seed=2)
-    assert torch.equal(kernel(weights, operand), reference(weights, operand))
+    assert torch.equal(run(kernel, weights, operand), reference(weights, operand))
 
 
 def test_both_kernels_count_as_exact_and_one_is_chosen() -> None:
-    assert all(is_exact(kernel, CPU) for kernel in KERNELS.values())
-    compute = choose_compute(CPU)
+    assert all(is_exact(kernel, DEVICE) for kernel in KERNELS.values())
+    compute = choose_compute(DEVICE)
     assert compute.kernel is KERNELS[compute.kernel_name]
     assert compute.kernel_name in compute.description
 
