@@ -109,7 +109,6 @@ def _run(
 ) -> Outcome:
     seed = recipe.batches.seed
     model = add_adapter(session.split, recipe.lora, seed)
-
     updater = Updater(adapter_parameters(model), recipe.optimizer, total_steps)
     share_cores(recipe.flight.in_flight)
     replicas = session.replicas(model, recipe.flight.in_flight)
