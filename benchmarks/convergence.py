@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from benchmarks.data import HANDBOOK
+from benchmarks.data import HANDBOOK, write_text_rows
 from benchmarks.environment import environment
 from benchmarks.plain import plain_model, plain_step
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
@@ -24,11 +26,12 @@ from hetrain.train.packing import MicroBatch, epochs
 from hetrain.train.rows import read_rows
 from hetrain.train.session import Base, open_base, open_session
 from hetrain.train.settings import OptimizerSettings
-from hetrain.train.step import run_step
+from hetrain.train.step import run_step, share_cores
 from hetrain.train.updates import Tensors, Updater
 
 OPTIMIZER = OptimizerSettings(learning_rate=1e-3)
 SEED = 7
+ROW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class Curve:
 
     losses: list[float]
     first_gradients: Tensors
+
+
+def draw(base: Base, data: str, tokens: int, steps: int) -> list[MicroBatch]:
+    """Micro-batches of running text in full rows, or of the handbook's short questions and answers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rows.jsonl" if data == "text" else HANDBOOK
+        if data == "text":
+            write_text_rows(path, rows=4 * steps, tokens=ROW_TOKENS)
+        rows = read_rows(path, base.tokenizer, ROW_TOKENS)
+    return list(islice(epochs(rows, tokens, SEED, None), steps))
 
 
 def initial_values(base: Base) -> dict[str, torch.Tensor]:
@@ -66,6 +79,8 @@ def plain_curve(base: Base, values: Tensors, batches: list[MicroBatch]) -> Curve
 
 def engine_curve(base: Base, engine: str, values: Tensors, batches: list[MicroBatch]) -> Curve:
     """With one engine, over an embedded broker and worker."""
+    # One thread: client and worker take turns on this machine, and small operations gain nothing from two.
+    share_cores(os.cpu_count() or 1)
     with open_session(base, engine, None, "cpu") as session:
         model = add_adapter(session.split, LoraSettings(), SEED)
         parameters = adapter_parameters(model)
@@ -101,15 +116,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
+    parser.add_argument("--data", choices=("text", "handbook"), default="text")
     arguments = parser.parse_args()
     base = open_base("smollm2-135m")
-    rows = read_rows(HANDBOOK, base.tokenizer, arguments.tokens)
-    batches = list(islice(epochs(rows, arguments.tokens, SEED, None), arguments.steps))
+    batches = draw(base, arguments.data, arguments.tokens, arguments.steps)
     values = initial_values(base)
     before = environment()
     plain = plain_curve(base, values, batches)
     curves = {engine: engine_curve(base, engine, values, batches) for engine in ("clear", "rlwe")}
     figures = {
+        "data": arguments.data,
         "tokens": arguments.tokens,
         "losses": {"plain": plain.losses} | {engine: curve.losses for engine, curve in curves.items()},
         "first_step_difference": {
