@@ -179,17 +179,17 @@ def fill_but(url: str, room: int) -> None:
         ballast.delete(f"ballast:{index}")
 
 
-def test_a_full_broker_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_full_broker_is_said(tmp_path: Path) -> None:
     with ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         log = stack.enter_context((directory / "log").open("wb"))
         server, url = start_server(directory, log, maxmemory=16 << 20)
         stack.callback(stop, [server])
-        worker = start_worker(1, url, str(tiny_llama), log)
+        worker = start_worker(1, url, "smollm2-135m", log)
         stack.callback(stop, [worker])
-        fill_but(url, 300_000)  # room for messages and plan, but not for an operand of 64·2048·4 bytes
-        result = hetrain("submit", HANDBOOK, "-m", tiny_llama, "--broker-url", url, "-o", tmp_path / "out")
+        fill_but(url, 3_000_000)  # room for connections, messages and plan, but not for 576·2048·4 bytes
+        result = hetrain("submit", HANDBOOK, "--broker-url", url, "-o", tmp_path / "out")
     assert result.returncode == 7
     assert "memory" in message(result)
 
