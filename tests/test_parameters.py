@@ -25,7 +25,7 @@ from hetrain.public.parameters import (
     switching_error_bound,
 )
 from hetrain.public.plan import Group, Member, Plan, parse_plan, stack_group
-from hetrain.public.weights import matrix_digest, max_l1, quantise
+from hetrain.public.weights import input_scales, matrix_digest, max_l1, quantise
 from hetrain.public.wire import Blob, Direction, EvaluateTask, PrepareTask
 from worker_gpu.device import Compute
 from worker_gpu.kernels import float64_limbs
@@ -120,16 +120,34 @@ def test_the_largest_operand_at_real_sizes(parameters: ParameterSet) -> None:
         largest_operand(parameters, 2**31 // 140)
 
 
-def test_quantise_rounds_each_channel_to_127_levels() -> None:
+def test_quantise_rounds_each_output_channel_to_127_levels() -> None:
     w = torch.randn(20, 30) * torch.logspace(-6, 3, 20)[:, None]
     w[4] = 0
+    w[:, 7] = 0
     matrix = quantise(w)
-    assert (matrix.values.dtype, matrix.scales.dtype) == (torch.int8, torch.float32)
+    outputs, inputs = matrix.scales.outputs, matrix.scales.inputs
+    assert (matrix.values.dtype, outputs.dtype, inputs.dtype) == (torch.int8, torch.float32, torch.float32)
     assert matrix.values.abs().amax(1).tolist() == [0 if j == 4 else 127 for j in range(20)]
-    assert float(matrix.scales[4]) == 1
-    error = (matrix.values * matrix.scales[:, None] - w).abs()
-    assert bool((error <= 0.5001 * matrix.scales[:, None]).all())
+    assert (float(outputs[4]), not matrix.values[:, 7].any()) == (1, True)
+    error = (matrix.values * outputs[:, None] * inputs - w).abs()
+    assert bool((error <= 0.5001 * outputs[:, None] * inputs).all())
     assert torch.equal(quantise(w.t().contiguous().t()).values, matrix.values)
+
+
+def test_large_columns_do_not_cost_the_others_their_precision() -> None:
+    w = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
+    w[:, 5] *= 100
+    matrix = quantise(w)
+    step = (matrix.scales.outputs[:, None] * matrix.scales.inputs)[:, :5].mean()
+    by_row_alone = (w.abs().amax(dim=1) / 127).mean()
+    assert step < by_row_alone / 20
+
+
+def test_input_scales_do_not_depend_on_the_order_of_a_sum() -> None:
+    """Client and worker may add in another order; the scales, and so the int8 matrices, must be the same."""
+    w = torch.randn(2500, 300, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(2500, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(input_scales(w), input_scales(w[order]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

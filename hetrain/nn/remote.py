@@ -17,6 +17,7 @@ from torch import nn
 from hetrain.public.errors import UnsupportedArchitecture
 from hetrain.public.parameters import SLOTS
 from hetrain.public.plan import Group
+from hetrain.public.weights import Scales
 from hetrain.public.wire import Direction
 from hetrain.secret.engine import ClientEngine
 from hetrain.transport.channel import Channel
@@ -80,13 +81,14 @@ class Outsourcer:
 
 
 class _GroupProduct(torch.autograd.Function):
-    """(y_1, ..., y_m) = split((x·Qᵀ)·diag(scales)); dx = (cat(dy_i)·diag(scales))·Q."""
+    """(y_1, ..., y_m) = split(((x·diag(c))·Qᵀ)·diag(s)); dx = ((cat(dy_i)·diag(s))·Q)·diag(c)."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, remote: RemoteGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         ctx.remote, ctx.shape = remote, x.shape
-        flat = x.reshape(-1, x.shape[-1])
-        y = remote.outsourcer.multiply(remote.group, "forward", flat).to(x.device) * remote.scales
+        flat = x.reshape(-1, x.shape[-1]) * remote.scales.inputs
+        y = remote.outsourcer.multiply(remote.group, "forward", flat).to(x.device)
+        y *= remote.scales.outputs
         return tuple(part.view(*x.shape[:-1], -1) for part in y.split(remote.widths, dim=1))
 
     @staticmethod
@@ -94,15 +96,17 @@ class _GroupProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None
         remote = ctx.remote
-        g = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in gradients], dim=1) * remote.scales
-        dx = remote.outsourcer.multiply(remote.group, "backward", g)
-        return dx.to(g.device).view(ctx.shape), None
+        g = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in gradients], dim=1)
+        g *= remote.scales.outputs
+        dx = remote.outsourcer.multiply(remote.group, "backward", g).to(g.device)
+        dx *= remote.scales.inputs
+        return dx.view(ctx.shape), None
 
 
 class RemoteGroup:
     """The linears of one group in one replica: the first to be called evaluates for all."""
 
-    def __init__(self, group: Group, scales: torch.Tensor, outsourcer: Outsourcer) -> None:
+    def __init__(self, group: Group, scales: Scales, outsourcer: Outsourcer) -> None:
         self.group = group
         self.scales = scales
         self.outsourcer = outsourcer

@@ -25,7 +25,7 @@ from hetrain.nn.trace import NO_INTERFACE, shared_inputs
 from hetrain.public.checkpoints import Checkpoint
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, WireError
 from hetrain.public.plan import Group, Member, Plan, stack_group
-from hetrain.public.weights import matrix_digest, max_l1
+from hetrain.public.weights import Scales, matrix_digest, max_l1
 
 # Layers that `row_attention` computes. Others may look like these on the few tokens of a trial.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -39,14 +39,14 @@ class SplitModel:
     Attributes:
         causal: the transformers model; its outsourced linears are `RemoteLinear`, bound to nothing yet.
         plan: what client and workers agree on.
-        scales: per group, the float32 scale of each output channel [out_features].
+        scales: per group, the scales of its int8 matrix.
         client_parameters: numbers that the client holds.
         conv1d: whether the outsourced linears were GPT-2's ``Conv1D``.
     """
 
     causal: PreTrainedModel
     plan: Plan
-    scales: dict[str, torch.Tensor]
+    scales: dict[str, Scales]
     client_parameters: int
     conv1d: bool
 
@@ -245,7 +245,7 @@ def _member(name: str, linear: nn.Linear | Conv1D, tensor: str) -> Member:
     )
 
 
-def _plan_group(members: list[Member], checkpoint: Checkpoint) -> tuple[Group, torch.Tensor]:
+def _plan_group(members: list[Member], checkpoint: Checkpoint) -> tuple[Group, Scales]:
     try:
         matrix = stack_group(tuple(members), checkpoint.read)
     except WireError as error:

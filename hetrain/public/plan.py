@@ -99,7 +99,7 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
 
 
 def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]) -> QuantisedMatrix:
-    """Reads, quantises and stacks the matrices of a group's members: Q [out_features, in_features].
+    """Reads, stacks and quantises the matrices of a group's members: Q [out_features, in_features].
 
     Args:
         members: the group's linears, in order.
@@ -116,16 +116,14 @@ def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.
             raise WireError(
                 f"tensor {member.tensor} has {weight.dim()} dimensions, not 2", where=member.module
             )
-        matrix = quantise(weight.t() if member.transposed else weight)
-        if matrix.values.shape[0] != member.out_features:
+        part = weight.t() if member.transposed else weight
+        if part.shape[0] != member.out_features:
             raise WireError(
-                f"tensor {member.tensor} has {matrix.values.shape[0]} output channels, "
+                f"tensor {member.tensor} has {part.shape[0]} output channels, "
                 f"the plan says {member.out_features}",
                 where=member.module,
             )
-        parts.append(matrix)
-    if len({part.values.shape[1] for part in parts}) != 1:
+        parts.append(part)
+    if len({part.shape[1] for part in parts}) != 1:
         raise WireError("the members of a group differ in their input width", where=members[0].module)
-    return QuantisedMatrix(
-        torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
-    )
+    return quantise(torch.cat(parts))
