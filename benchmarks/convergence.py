@@ -25,7 +25,7 @@ from hetrain.nn.split import split_model
 from hetrain.train.packing import MicroBatch, epochs
 from hetrain.train.rows import read_rows
 from hetrain.train.session import Base, open_base, open_session
-from hetrain.train.settings import OptimizerSettings
+from hetrain.train.settings import OptimizerSettings, OutsourcingSettings
 from hetrain.train.step import run_step, share_cores
 from hetrain.train.updates import Tensors, Updater
 
@@ -81,7 +81,7 @@ def engine_curve(base: Base, engine: str, values: Tensors, batches: list[MicroBa
     """With one engine, over an embedded broker and worker."""
     # One thread: client and worker take turns on this machine, and small operations gain nothing from two.
     share_cores(os.cpu_count() or 1)
-    with open_session(base, engine, None, "cpu") as session:
+    with open_session(base, OutsourcingSettings(engine), None, "cpu") as session:
         model = add_adapter(session.split, LoraSettings(), SEED)
         parameters = adapter_parameters(model)
         with torch.no_grad():

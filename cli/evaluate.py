@@ -20,6 +20,8 @@ def evaluate(
     ] = None,
     model_name_or_path: options.Model = "smollm2-135m",
     engine: options.Engine = options.EngineName.rlwe,
+    activation_bits: options.ActivationBits = None,
+    outsource: options.Outsource = ("*",),
     max_length: options.MaxLength = 1024,
     micro_batch_tokens: options.MicroBatchTokens = 2048,
     in_flight: options.InFlight = 2,
@@ -30,14 +32,15 @@ def evaluate(
 ) -> None:
     """Loss and perplexity of a data set, on workers that see only ciphertexts."""
     from hetrain.train.evaluate import evaluate as run
-    from hetrain.train.settings import BatchSettings, FlightSettings
+    from hetrain.train.settings import BatchSettings, FlightSettings, OutsourcingSettings
 
     if quiet or as_json:
         logging.getLogger().setLevel(logging.ERROR)
     settings = BatchSettings(micro_batch_tokens, max_length)
     flight = FlightSettings(in_flight)
+    outsourcing = OutsourcingSettings(engine.value, activation_bits, tuple(outsource))
     result = run(
-        dataset, model_name_or_path, adapter, engine.value, broker_url, device, settings, flight.in_flight
+        dataset, model_name_or_path, adapter, outsourcing, broker_url, device, settings, flight.in_flight
     )
     if as_json:
         typer.echo(json.dumps(asdict(result)))

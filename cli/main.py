@@ -41,6 +41,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.plan import plan
     from cli.submit import submit
@@ -48,6 +49,7 @@ def main() -> None:
     app.command("submit")(submit)
     app.command("eval")(evaluate)
     app.command("plan")(plan)
+    app.command("doctor")(doctor)
     stderr = Console(stderr=True)
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])

@@ -13,6 +13,7 @@ class EngineName(StrEnum):
     """Engines that can be named on the command line."""
 
     rlwe = "rlwe"
+    concrete = "concrete"
     clear = "clear"
 
 
@@ -25,7 +26,26 @@ Model = Annotated[
 ]
 Engine = Annotated[
     EngineName,
-    typer.Option("--engine", help="rlwe encrypts; clear hides nothing and is for tests and baselines."),
+    typer.Option(
+        "--engine", help="rlwe encrypts; concrete too, exactly but slowly; clear hides nothing (for tests)."
+    ),
+]
+ActivationBits = Annotated[
+    int | None,
+    typer.Option(
+        "--activation-bits",
+        help="Most bits of an encrypted value; without it, as many as the engine has room for.",
+        show_default=False,
+    ),
+]
+Outsource = Annotated[
+    list[str],
+    typer.Option(
+        "--outsource",
+        metavar="PATTERN",
+        help="Glob on full module names, as in 'model.layers.*.mlp.*', repeatable: only matching linears of "
+        "the decoder blocks go to workers, the others run on the client.",
+    ),
 ]
 BrokerUrl = Annotated[
     str | None,

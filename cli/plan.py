@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,17 +22,25 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
+    outsource: options.Outsource = ("*",),
     as_json: options.AsJson = False,
 ) -> None:
     """Show which matrices would leave for the workers, and what each token would cost on the wire."""
     from hetrain.train.preview import preview
 
-    found = preview(model)
+    found = preview(model, tuple(outsource))
     if as_json:
-        groups = [asdict(group) | {"group": group.group.model_dump()} for group in found.groups]
-        typer.echo(
-            json.dumps({"model": model, "digest": found.plan.digest, "share": found.share, "groups": groups})
-        )
+        report = {
+            "model": model,
+            "outsource": list(outsource),
+            "digest": found.plan.digest,
+            "share": found.share,
+            "outsourced_parameters": found.outsourced_parameters,
+            "client_parameters": found.client_parameters,
+            "client_linears": found.kept,
+            "groups": [asdict(group) | {"group": group.group.model_dump()} for group in found.groups],
+        }
+        typer.echo(json.dumps(report))
     else:
         _print(found)
 
@@ -62,6 +71,13 @@ def _print(found: Preview) -> None:
         f"{SLOTS} tokens.",
         highlight=False,
     )
+    if found.kept:
+        alike = Counter(_starred(name) for name in found.kept)
+        console.print(
+            f"The client's {found.client_parameters:,} parameters include {len(found.kept)} linears of "
+            f"decoder blocks: {', '.join(f'{name} × {count}' for name, count in alike.items())}.",
+            highlight=False,
+        )
 
 
 def _alike(found: Preview) -> dict[str, list[GroupPreview]]:
@@ -70,6 +86,10 @@ def _alike(found: Preview) -> dict[str, list[GroupPreview]]:
     for row in found.groups:
         group = row.group
         members = ", ".join(member.module.rpartition(".")[2] for member in group.members)
-        name = f"{re.sub(r'[.][0-9]+[.]', '.*.', group.name.rpartition('.')[0])}: {members}"
+        name = f"{_starred(group.name).rpartition('.')[0]}: {members}"
         alike.setdefault(name, []).append(row)
     return alike
+
+
+def _starred(module: str) -> str:
+    return re.sub(r"[.][0-9]+[.]", ".*.", module)

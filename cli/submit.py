@@ -21,6 +21,8 @@ def submit(
         Path, typer.Option("--output-dir", "-o", help="Where adapter and metrics go.")
     ] = Path("out"),
     engine: options.Engine = options.EngineName.rlwe,
+    activation_bits: options.ActivationBits = None,
+    outsource: options.Outsource = ("*",),
     max_steps: Annotated[
         int, typer.Option(help="Optimizer updates; overrides the epochs when positive.")
     ] = -1,
@@ -59,7 +61,7 @@ def submit(
 ) -> None:
     """Fine-tune a model with LoRA on workers that see only ciphertexts."""
     from hetrain.nn.lora import LoraSettings
-    from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings
+    from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings, OutsourcingSettings
     from hetrain.train.submit import Place, Recipe
     from hetrain.train.submit import submit as run
 
@@ -70,10 +72,9 @@ def submit(
         optimizer=OptimizerSettings(learning_rate, lr_scheduler_type, warmup_steps, max_grad_norm),
         batches=BatchSettings(micro_batch_tokens, max_length, num_train_epochs, max_steps, seed),
         flight=FlightSettings(in_flight, sync),
+        outsourcing=OutsourcingSettings(engine.value, activation_bits, tuple(outsource)),
     )
-    place = Place(
-        dataset, model_name_or_path, engine.value, broker_url, device, output_dir, overwrite_output_dir
-    )
+    place = Place(dataset, model_name_or_path, broker_url, device, output_dir, overwrite_output_dir)
     with TrainingDisplay(as_json=as_json, quiet=quiet) as display:
         outcome = run(place, recipe, display.observe)
     if as_json:

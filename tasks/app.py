@@ -38,6 +38,9 @@ def _settings() -> dict[str, Any]:
         "broker_read_url": address,
         "broker_write_url": address,
         "broker_connection_retry_on_startup": True,
+        # Else a broker that is out of memory for a moment ends the worker.
+        "broker_channel_error_retry": True,
+        "worker_consumer": "tasks.consumer:Consumer",
         "broker_transport_options": {
             "visibility_timeout": _positive("HETRAIN_VISIBILITY_TIMEOUT", 120),
             "unacked_restore_interval": 1,
@@ -45,7 +48,7 @@ def _settings() -> dict[str, Any]:
             "unacked_mutex_expire": 5,
             "socket_keepalive": True,
         },
-        "include": ["tasks.evaluate"],
+        "include": ["tasks.evaluate", "tasks.about"],
         "task_default_queue": QUEUE,
         "accept_content": ["json"],
         "task_serializer": "json",

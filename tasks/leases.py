@@ -10,7 +10,7 @@ from time import sleep
 
 import redis
 
-from hetrain.public.broker import broker_errors, while_full
+from hetrain.public.broker import FULL_S, broker_errors, while_full
 from hetrain.public.keys import LEASE_RENEWAL_S, LEASE_TTL_MS
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Leases:
 
         The key itself goes with the report of the request's end, or runs out. Raises `BrokerError`.
         """
-        if not while_full(lambda: self._take(key), limit_s=LEASE_TTL_MS / 1000):
+        if not while_full(lambda: self._take(key), limit_s=FULL_S):
             yield False
             return
         with self._lock:
@@ -63,9 +63,9 @@ class Leases:
             # Under the lock: a lease must not come back after its request has ended.
             with self._lock:
                 try:
-                    for key in self._held:
-                        # PEXPIRE works also while the broker is out of memory.
-                        if not self._client.pexpire(key, LEASE_TTL_MS):
-                            self._client.set(key, self._owner, px=LEASE_TTL_MS)
+                    # PEXPIRE works also while the broker is out of memory, so these are renewed first.
+                    lost = [key for key in self._held if not self._client.pexpire(key, LEASE_TTL_MS)]
+                    for key in lost:
+                        self._client.set(key, self._owner, px=LEASE_TTL_MS)
                 except redis.RedisError as error:
                     logger.warning("leases could not be renewed: %s", error)

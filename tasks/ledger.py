@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from hetrain.public import keys
 from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import broker_errors, while_full
+from hetrain.public.broker import FULL_S, broker_errors, while_full
+from hetrain.public.errors import BrokerFull
 from hetrain.public.wire import Completion
-
-_FULL_S = 20.0
 
 
 class Ledger:
     """The bookkeeping of one worker process, in the broker. Methods raise `BrokerError`.
+
+    They wait for a full broker's memory for `FULL_S` seconds.
 
     Args:
         url: the broker's address.
@@ -45,7 +46,7 @@ class Ledger:
                 pipe.expire(keys.done_list(job), keys.DONE_TTL_S)
                 pipe.execute()
 
-        while_full(attempt, limit_s=_FULL_S)
+        while_full(attempt, limit_s=FULL_S)
 
     def begin(self, job: str, completion: Completion) -> int:
         """Reports the start of a request. Returns how often it has been begun, this time included."""
@@ -60,14 +61,14 @@ class Ledger:
                 pipe.expire(keys.done_list(job), keys.DONE_TTL_S)
                 return int(pipe.execute()[0])
 
-        return while_full(attempt, limit_s=_FULL_S)
+        return while_full(attempt, limit_s=FULL_S)
 
     def end(self, job: str, completion: Completion) -> None:
         """Reports the end of a request, and gives its lease back, in one transaction.
 
         Only success is final: a failed request may be asked for again, say after its input was lost.
         """
-        message = completion.to_json()
+        message, lease = completion.to_json(), keys.lease(job, completion.request)
 
         def attempt() -> None:
             with broker_errors(self._url):
@@ -77,7 +78,16 @@ class Ledger:
                     pipe.delete(keys.tries(job, completion.request))
                 pipe.rpush(keys.done_list(job), message)
                 pipe.expire(keys.done_list(job), keys.DONE_TTL_S)
-                pipe.delete(keys.lease(job, completion.request))
+                pipe.delete(lease)
                 pipe.execute()
 
-        while_full(attempt, limit_s=_FULL_S)
+        def attempt_and_keep_lease() -> None:
+            try:
+                attempt()
+            except BrokerFull:
+                with broker_errors(self._url):
+                    # It works without memory. A lease that ran out would mean that this worker has died.
+                    self._client.pexpire(lease, keys.LEASE_TTL_MS)
+                raise
+
+        while_full(attempt_and_keep_lease, limit_s=FULL_S)

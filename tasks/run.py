@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hetrain.public import keys
 from hetrain.public.blobs import BlobStore
-from hetrain.public.errors import BrokerUnreachable, HetrainError, TaskFailed, WireError
+from hetrain.public.errors import BrokerFull, BrokerUnreachable, HetrainError, TaskFailed, WireError
 from hetrain.public.wire import Completion, EvaluateTask, Failure, PrepareTask, Token, new_token, parse
 from tasks.app import broker_url
 from tasks.leases import Leases
@@ -77,9 +77,24 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> None:
     with tools.leases.held(keys.lease(task.job, task.request)) as mine:
         completion, error = _attempt(tools, worker, task, work) if mine else (None, None)
     if completion is not None:
-        tools.ledger.end(task.job, completion)
+        _report(tools, task.job, completion)
     if error is not None:
         raise error
+
+
+def _report(tools: Desk, job: str, completion: Completion) -> None:
+    try:
+        tools.ledger.end(job, completion)
+    except BrokerFull as error:
+        # The lease runs out, so a client that is still there will ask again.
+        logger.warning(
+            "request %s of job %s: state %r cannot be reported, as the broker stays out of memory (%s)",
+            completion.request,
+            job,
+            completion.state,
+            error.where,
+        )
+        raise
 
 
 def _report_malformed(message: str, worker: str, error: WireError) -> None:
@@ -88,7 +103,7 @@ def _report_malformed(message: str, worker: str, error: WireError) -> None:
     except WireError:
         return
     failed = Completion(request=address.request, worker=worker, state="failed", failure=_failure(error))
-    desk().ledger.end(address.job, failed)
+    _report(desk(), address.job, failed)
 
 
 def _attempt(
@@ -98,7 +113,7 @@ def _attempt(
     from worker_gpu.service import service
 
     report = functools.partial(
-        Completion, request=task.request, worker=worker, device=service().description[:200]
+        Completion, request=task.request, worker=worker, device=service().describe(task.engine)[:200]
     )
     try:
         if tools.ledger.begin(task.job, report(state="started")) > keys.MAX_TRIES:

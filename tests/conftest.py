@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hetrain.public.checkpoints import resolve
+
+pytest.register_assert_rewrite("tests.split_bench")
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,12 @@ def tiny_llama(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2_dir / name, directory)
     return directory
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

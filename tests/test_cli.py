@@ -87,6 +87,7 @@ def test_from_data_set_to_adapter(tiny_llama: Path, tmp_path: Path) -> None:
         assert record["encrypt_s"] + record["wait_s"] + record["decrypt_s"] < record["seconds"]
     job = json.loads((output / "job.json").read_text())
     assert (job["status"], job["steps"], job["engine"]) == ("done", 4, "rlwe")
+    assert [record["devices"] for record in records] == [[job["worker"]["device"]]] * 4
     assert len(job["plan_digest"]) == 64
 
     stock = AutoModelForCausalLM.from_pretrained(tiny_llama)

@@ -28,7 +28,7 @@ from hetrain.secret.quantisation import quantise_operand
 from hetrain.secret.randomness import SecretStream, sample_ternary
 from hetrain.secret.rlwe import RlweOpening, RlweSealed, encrypt, predicted_noise_std, seal
 from worker_gpu.device import choose_compute, choose_device
-from worker_gpu.engines import engine
+from worker_gpu.engines import open_engine
 from worker_gpu.kernels import reference
 
 INSECURE = ParameterSet("insecure-16x2", 16, 2)
@@ -143,7 +143,8 @@ def evaluate(matrix: torch.Tensor, sealed: RlweSealed | clear.ClearSealed, name:
         direction="forward", start=0, stop=len(matrix), header=sealed.header, input=blob,
     )  # fmt: skip
     payload = memoryview(bytearray(b"".join(sealed.payload)))
-    return memoryview(bytearray(b"".join(engine(name)(COMPUTE, matrix.to(COMPUTE.device), task, payload))))
+    half = open_engine(name, COMPUTE)
+    return memoryview(bytearray(b"".join(half.evaluate(matrix.to(COMPUTE.device), task, payload))))
 
 
 def exact_product(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from hetrain.public.wire import Direction
 from hetrain.train.loop import train
 from hetrain.train.packing import epochs
 from hetrain.train.rows import read_rows
-from hetrain.train.session import Session, open_base, open_session
-from hetrain.train.settings import FlightSettings, OptimizerSettings
+from hetrain.train.session import open_base, open_session
+from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
 from hetrain.train.updates import Tensors, Updater
 from hetrain.transport.channel import Channel, Header, Pending, Rows
 
@@ -64,14 +65,12 @@ def adapter_after(model: Path, engine: str, log: Path, victims: Sequence[int]) -
     base = open_base(str(model))
     rows = read_rows(HANDBOOK, base.tokenizer, 64)[:40]
     flight = FlightSettings(in_flight=2, sync=True)
-    with open_session(base, engine, None, "cpu", log) as session:
+    with open_session(base, OutsourcingSettings(engine), None, "cpu", log) as session:
         channel = Assassin(session.channel, victims)
         model = add_adapter(session.split, LoraSettings(r=4, alpha=8, dropout=0.1), 1)
         parameters = adapter_parameters(model)
         updater = Updater(parameters, OptimizerSettings(learning_rate=1e-2), UPDATES)
-        replicas = Session(session.split, channel, session.engine, session.worker).replicas(
-            model, flight.in_flight
-        )
+        replicas = replace(session, channel=channel).replicas(model, flight.in_flight)
         batches = islice(epochs(rows, 256, 1, None), UPDATES * flight.in_flight)
         applied = list(train(updater, replicas, batches, flight, 1, channel.close))
         assert len(applied) == UPDATES

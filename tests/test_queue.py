@@ -11,8 +11,10 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -24,6 +26,7 @@ from hetrain.public import keys
 from hetrain.public.blobs import BlobStore
 from hetrain.public.errors import (
     BrokerError,
+    BrokerFull,
     HetrainError,
     Interrupted,
     NoWorker,
@@ -52,9 +55,14 @@ from hetrain.transport.local import LocalChannel
 from hetrain.transport.queue import QueueChannel, QueuePending
 from hetrain.transport.requests import Patience
 from tasks.embedded import KeptWorker
-from tasks.processes import private_directory, start_server, start_worker, stop
+from tasks.ledger import Ledger
+from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
 
 OUT, IN = 1536, 1024
+GUARD_S = 60
+
+T = TypeVar("T")
+Lone = tuple[str, subprocess.Popen[bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +163,15 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     return True
 
 
+def within_guard(call: Callable[[], T]) -> T:
+    """What `call` returns or raises; a call that hangs fails the test."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(call).result(GUARD_S)
+    finally:
+        pool.shutdown(wait=False)
+
+
 def worker_pids(supervisor: int) -> list[int]:
     family = psutil.Process(supervisor).children(recursive=True)
     return [child.pid for child in family if "tasks" in child.cmdline()]
@@ -170,7 +187,7 @@ def test_products_come_back_exactly_and_nothing_is_left(channel: QueueChannel, m
     assert (reply.bytes_up, reply.bytes_down) == (4 * IN * 7, 4 * OUT * 7)
     assert reply.server_s > 0
     assert "kernel" in reply.device
-    client = channel._store.client
+    client = channel._link.store.client
     names = client.keys("hetrain:*")
     kinds = {name.split(b":")[2] for name in names}
     assert kinds <= {b"plan", b"fin", b"alive", b"done"}
@@ -185,7 +202,7 @@ class BlobStoreOf:
     """A store on a channel's broker that outlives the channel."""
 
     def __init__(self, channel: QueueChannel) -> None:
-        self.store = BlobStore(channel._url)
+        self.store = BlobStore(channel._link.url)
 
     def __enter__(self) -> BlobStore:
         return self.store
@@ -199,7 +216,7 @@ def test_many_threads_share_a_channel(channel: QueueChannel, matrix: np.ndarray)
         x = operand(IN, 9, seed)
         return bool((values(send(channel, x, shards=2).result(), 9) == product(matrix, x)).all())
 
-    client, seen, lasting = channel._store.client, set(), set()
+    client, seen, lasting = channel._link.store.client, set(), set()
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(work, seed) for seed in range(40)]
         while not all(result.done() for result in results):
@@ -240,7 +257,7 @@ def test_a_task_that_kills_its_workers_is_given_up(channel: QueueChannel) -> Non
     os.kill(worker, signal.SIGSTOP)
     pending = send(channel, operand(IN, 3))
     counter = keys.tries(channel.job, pending._requests[0].id)
-    channel._store.client.set(counter, keys.MAX_TRIES, ex=60)
+    channel._link.store.client.set(counter, keys.MAX_TRIES, ex=60)
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(TaskFailed, match="killed its worker 3 times"):
         pending.result()
@@ -268,14 +285,14 @@ def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
 def test_malformed_tasks_are_answered_where_they_name_their_job(
     channel: QueueChannel, matrix: np.ndarray
 ) -> None:
-    app = channel._sender._app
+    app = channel._link.sender._app
     x = operand(IN, 3)
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     other = send_into_queue(channel, x)
     task = other._requests[0].task
     newer = task.model_copy(update={"version": 2})
-    channel._store.client.delete(QUEUE)  # the proper task: others come in its place
+    channel._link.store.client.delete(QUEUE)  # the proper task: others come in its place
     for message in ("", "[]", "{", 7, task.to_json()[:-1], '{"job": "../../etc", "request": "x"}'):
         app.send_task(TASK_EVALUATE, args=[message], queue=QUEUE, ignore_result=True)
     app.send_task(TASK_EVALUATE, args=[], queue=QUEUE, ignore_result=True)
@@ -292,7 +309,7 @@ def test_a_lost_message_is_sent_again(embedded: Embedded, plan: Plan, matrix: np
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send_into_queue(channel, x := operand(IN, 3))
-    assert channel._store.client.delete(QUEUE)
+    assert channel._link.store.client.delete(QUEUE)
     os.kill(worker, signal.SIGCONT)
     assert (values(pending.result(), 3) == product(matrix, x)).all()
     channel.close()
@@ -302,13 +319,13 @@ def test_a_lost_blob_is_uploaded_again(channel: QueueChannel, matrix: np.ndarray
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send(channel, x := operand(IN, 3), shards=2)
-    channel._store.delete([pending._operand])
+    channel._link.store.delete([pending._operand])
     os.kill(worker, signal.SIGCONT)
     assert (values(pending.result(), 3) == product(matrix, x)).all()
     finished = send(channel, x)
     assert eventually(lambda: finished._requests[0].is_settled)
     output = Blob(job=channel.job, kind="out", token=keys.output_token(finished._requests[0].id), nbytes=1)
-    channel._store.delete([output])
+    channel._link.store.delete([output])
     assert (values(finished.result(), 3) == product(matrix, x)).all()
 
 
@@ -330,7 +347,7 @@ def test_hostile_completions_do_no_harm(channel: QueueChannel, matrix: np.ndarra
         Completion(request=new_token(), state="failed", worker="w").to_json(),
         Completion(request=bad._requests[0].id, state="done", worker="w", output=foreign).to_json(),
     ]
-    channel._store.client.rpush(keys.done_list(channel.job), *lies)
+    channel._link.store.client.rpush(keys.done_list(channel.job), *lies)
     with pytest.raises(WireError, match="not this request's"):
         bad.result()
     os.kill(worker, signal.SIGCONT)
@@ -392,6 +409,120 @@ def test_a_broker_that_stays_away_and_a_queue_without_worker_are_reported(
             channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
         assert url.split("@")[0].rsplit(":", 1)[1] not in str(gone.value)
         channel.close()
+
+
+@pytest.fixture(scope="module")
+def lone(model: Path) -> Iterator[Lone]:
+    """A broker's URL, and its only worker, which nobody restarts."""
+    directory = private_directory()
+    with open(directory / "log", "wb") as log:
+        server, url = start_server(directory, log)
+        worker = start_worker(1, url, str(model), log)
+        try:
+            yield url, worker
+        finally:
+            stop([worker])
+            stop([server])
+            shutil.rmtree(directory)
+
+
+@contextmanager
+def full(url: str) -> Iterator[None]:
+    """For the length of a block, the broker holds more than it may: it refuses even a byte.
+
+    Filling it up would not do: there is room again as soon as the server shrinks a client's buffers.
+    """
+    store = BlobStore(url)
+    with closing(store):
+        store.client.config_set("maxmemory", 1)
+        try:
+            yield
+        finally:
+            store.client.config_set("maxmemory", DEFAULT_MAXMEMORY)
+
+
+def keys_of(channel: QueueChannel) -> list[bytes]:
+    with BlobStoreOf(channel) as store:
+        return store.client.keys(f"hetrain:{channel.job}:*")
+
+
+IMPATIENT = Patience(full_s=1)
+
+
+def test_a_job_does_not_start_on_a_full_broker(lone: Lone, plan: Plan) -> None:
+    url, _ = lone
+    with full(url), pytest.raises(BrokerFull):
+        within_guard(lambda: QueueChannel(url, patience=IMPATIENT))
+    channel = QueueChannel(url, patience=IMPATIENT)
+    with full(url):
+        with pytest.raises(BrokerFull, match="maxmemory") as caught:
+            within_guard(lambda: channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
+        assert caught.value.exit_code == 7
+        assert keys_of(channel)
+        within_guard(channel.close)
+        assert not keys_of(channel)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
+    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool
+) -> None:
+    url, worker = lone
+    channel = QueueChannel(url, patience=IMPATIENT)
+    channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+    if not busy:
+        os.kill(worker.pid, signal.SIGSTOP)
+    pending = [send(channel, operand(IN, 4096)) for _ in range(4)]
+    assert eventually(lambda: pending[0]._requests[0].started_at is not None or not busy)
+    with full(url):
+        os.kill(worker.pid, signal.SIGCONT)
+        with pytest.raises(BrokerFull, match="maxmemory"):
+            within_guard(lambda: [each.result() for each in pending])
+        within_guard(channel.close)
+        assert not keys_of(channel)
+    with closing(QueueChannel(url)) as another:
+        within_guard(lambda: another.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
+        reply = within_guard(send(another, x := operand(IN, 3)).result)
+    assert (values(reply, 3) == product(matrix, x)).all()
+    assert worker.poll() is None
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_broker_that_is_full_for_a_while_is_waited_for(
+    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool
+) -> None:
+    url, worker = lone
+    # Only the end of the shortage, and no other wait, may bring back what the worker loses meanwhile.
+    patience = Patience(full_s=GUARD_S, no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
+    with closing(QueueChannel(url, patience=patience)) as channel:
+        channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
+        if not busy:
+            os.kill(worker.pid, signal.SIGSTOP)
+        x = operand(IN, 4096)
+        pending = [send(channel, x) for _ in range(4)]
+        assert eventually(lambda: pending[0]._requests[0].started_at is not None or not busy)
+        with full(url):
+            os.kill(worker.pid, signal.SIGCONT)
+            sleep(2)
+        replies = within_guard(lambda: [each.result() for each in pending])
+    expected = product(matrix, x)
+    assert all((values(reply, 4096) == expected).all() for reply in replies)
+    assert worker.poll() is None
+
+
+def test_a_worker_that_waits_to_report_is_not_taken_for_dead(lone: Lone) -> None:
+    url, _ = lone
+    job, done = new_token(), Completion(request=new_token(), state="done", worker="w")
+    lease = keys.lease(job, done.request)
+    with closing(BlobStore(url)) as store, ThreadPoolExecutor(1) as pool:
+        store.client.set(lease, "w", px=keys.LEASE_TTL_MS)
+        with full(url):
+            report = pool.submit(Ledger(url, store).end, job, done)
+            sleep(keys.LEASE_TTL_MS / 1000 + 1)
+            assert store.client.exists(lease)
+        report.result()
+        assert not store.client.exists(lease)
+        assert store.client.lpop(keys.done_list(job)) == done.to_json().encode()
 
 
 def test_a_worker_that_cannot_start_is_reported(

@@ -20,7 +20,9 @@ from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.checkpoints import resolve
 from hetrain.public.parameters import largest_operand, parameters_for
-from hetrain.secret.engine import ClientEngine, client_engine
+from hetrain.public.plan import Group
+from hetrain.public.wire import Direction
+from hetrain.secret.engine import Sealer, client_engine, open_sealer
 from hetrain.secret.quantisation import quantise_operand
 from hetrain.train.packing import micro_batches
 from hetrain.train.rows import read_rows
@@ -82,16 +84,16 @@ class Wiretap:
 
 
 class Witness:
-    """An engine's client half that remembers every operand it seals and every product it opens."""
+    """A sealer that remembers every operand it seals and every product it opens."""
 
-    def __init__(self, engine: ClientEngine) -> None:
-        self._seal = engine.seal
+    def __init__(self, sealer: Sealer) -> None:
+        self._sealer = sealer
+        self.setup = sealer.setup
         self.secrets: list[torch.Tensor] = []
-        self.engine = ClientEngine(engine.name, self.seal, engine.hides)
 
-    def seal(self, x: torch.Tensor, max_l1: int):  # type: ignore[no-untyped-def]
-        sealed = self._seal(x, max_l1)
-        x_max = largest_operand(parameters_for(x.shape[0]), max_l1)
+    def seal(self, x: torch.Tensor, group: Group, direction: Direction):  # type: ignore[no-untyped-def]
+        sealed = self._sealer.seal(x, group, direction)
+        x_max = largest_operand(parameters_for(x.shape[0]), group.max_l1(direction))
         operand = quantise_operand(x, x_max)
         self.secrets += [x.detach().float(), operand.values, operand.scales]
         opening, secrets = sealed.opening, self.secrets
@@ -148,7 +150,6 @@ def tapped_broker(model: Path, log: Path) -> Iterator[tuple[str, Wiretap]]:
 
 def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Witness]:
     """One forward and backward over canary rows: all that was heard and logged, and what was secret."""
-    witness = Witness(client_engine(engine))
     base = open_base(str(model))
     data = scratch / "rows.jsonl"
     data.write_text("".join(f'{{"text": "{CANARY}, said {name}"}}\n' for name in ("ann", "bob", "cy")))
@@ -160,9 +161,10 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Wit
         try:
             split = split_model(resolve(str(model)))
             plan = split.plan
+            witness = Witness(open_sealer(client_engine(engine), plan))
             channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
             adapted = add_adapter(split, LoraSettings(r=2, alpha=4), 0)
-            replica = Replica(split, adapted, channel, witness.engine)
+            replica = Replica(split, adapted, channel, witness)
             updater = Updater(adapter_parameters(adapted), OptimizerSettings(), 1)
             result = run_step(replica, batch, updater.snapshot(), 0)
             assert result.summed_loss > 0

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from hetrain.public.errors import WireError
+from hetrain.public.errors import WireError, WorkerRefused
 from hetrain.public.plan import Group, Plan, parse_plan
 from hetrain.public.wire import EvaluateTask, PrepareTask
 from worker_gpu.device import Compute, choose_compute, choose_device
-from worker_gpu.engines import engine
+from worker_gpu.engines import Engine, open_engine
 from worker_gpu.weights import WeightStore
 
 PlanLoader = Callable[[], bytes | bytearray | memoryview]
@@ -26,23 +26,41 @@ class Service:
     def __init__(self, compute: Compute, weights: WeightStore) -> None:
         self._compute = compute
         self._weights = weights
+        self._engines: dict[str, Engine] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def description(self) -> str:
-        """Device and kernel, for logs and results."""
+        """Device and kernel, for logs."""
         return self._compute.description
+
+    def describe(self, name: str) -> str:
+        """What the engine called `name` computes on; the device where there is no such engine."""
+        try:
+            return self.engine(name).description
+        except WorkerRefused:
+            return self.description
+
+    def engine(self, name: str) -> Engine:
+        """The engine called `name`, opened on first use. Raises `WorkerRefused` when there is none."""
+        with self._lock:
+            if name not in self._engines:
+                self._engines[name] = open_engine(name, self._compute)
+            return self._engines[name]
 
     def prepare(self, task: PrepareTask, load_plan: PlanLoader) -> None:
         """Loads and checks all that a job needs.
 
         Raises:
-            WorkerRefused: unknown engine or model, or other weights than the client's.
+            WorkerRefused: unknown engine or model, other weights than the client's, or a setup that this
+                worker cannot agree to.
             WireError: the plan is malformed.
         """
-        engine(task.engine)
-        self._weights.load_all(self._plan(task, load_plan))
+        half = self.engine(task.engine)
+        plan = self._plan(task, load_plan)
+        half.prepare(plan, task.setup)
+        self._weights.load_all(plan)
 
     def evaluate(self, task: EvaluateTask, load_plan: PlanLoader, payload: memoryview) -> list[memoryview]:
         """Multiplies the operand by rows ``start:stop`` of the group's matrix in the task's direction.
@@ -54,13 +72,13 @@ class Service:
             WorkerRefused: as `prepare`.
             WireError: the task does not fit the plan, or the operand does not fit the task.
         """
-        evaluate = engine(task.engine)
+        half = self.engine(task.engine)
         plan = self._plan(task, load_plan)
         group = _group(plan, task)
         matrix = self._weights.matrix(plan.model, group)
         rows = matrix if task.direction == "forward" else matrix.t()
         with torch.inference_mode():
-            return evaluate(self._compute, rows[task.start : task.stop], task, payload)
+            return half.evaluate(rows[task.start : task.stop], task, payload)
 
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:
         with self._lock:

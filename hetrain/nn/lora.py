@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.split import SplitModel
 from hetrain.public.errors import UsageError
 
@@ -22,7 +22,8 @@ ALL_LINEAR = "all-linear"
 class LoraSettings:
     """LoRA (arXiv 2106.09685): y += dropout(x)·Aᵀ·Bᵀ·(alpha/r) on every target module.
 
-    `target_modules` are module name suffixes as peft takes them; ``("all-linear",)`` is all outsourced ones.
+    `target_modules` are module name suffixes as peft takes them; ``("all-linear",)`` is all linears of the
+    decoder's blocks, outsourced or not.
     """
 
     r: int = 16
@@ -62,7 +63,7 @@ def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftMod
     """A fresh adapter on the split model: A random from `seed`, B zero.
 
     Raises:
-        UsageError: no module matches the targets, or one is not outsourced.
+        UsageError: no module matches the targets, or one is no linear of a decoder block.
     """
     targets = ALL_LINEAR if settings.target_modules == (ALL_LINEAR,) else list(settings.target_modules)
     config = LoraConfig(
@@ -70,10 +71,14 @@ def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftMod
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
-        exclude_modules=_client_linears(split.causal) if targets == ALL_LINEAR else None,
+        exclude_modules=_outer_linears(split) if targets == ALL_LINEAR else None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft warns wherever a Conv1D meets the plain linear that stands in for another.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # peft asks transformers under a name that will go.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         try:
             model = get_peft_model(split.causal, config)
@@ -83,8 +88,8 @@ def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftMod
                 where="--lora-target-modules",
                 hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
             ) from error
-    _require_outsourced(model)
-    # peft sees plain linears here, but who loads the adapter with the original model sees a Conv1D.
+    _require_block_linears(model, split)
+    # peft may see plain linears here, but who loads the adapter with the original model sees a Conv1D.
     config.fan_in_fan_out = split.conv1d
     _seed_dropouts(model)
     return model
@@ -118,22 +123,21 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _client_linears(causal: nn.Module) -> list[str] | None:
-    """Linears outside the blocks, which stay with the client and get no adapter."""
-    names = [
-        name
-        for name, module in causal.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, RemoteLinear)
-    ]
-    return names or None
+def _outer_linears(split: SplitModel) -> list[str] | None:
+    """Linears outside the blocks, which get no adapter."""
+    modules = split.causal.named_modules()
+    linears = {name for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+    return sorted(linears.difference(split.block_linears)) or None
 
 
-def _require_outsourced(model: PeftModel) -> None:
+def _require_block_linears(model: PeftModel, split: SplitModel) -> None:
     # Another adapter would stay without gradients: the loss and the output head are one step.
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), RemoteLinear):
+    allowed = frozenset(split.block_linears)
+    for module_name, module in model.named_modules():
+        name = module_name.removeprefix("base_model.model.")
+        if isinstance(module, BaseTunerLayer) and name not in allowed:
             raise UsageError(
-                f"{name.removeprefix('base_model.model.')} is no linear of a decoder block",
+                f"{name} is no linear of a decoder block",
                 where="--lora-target-modules",
                 hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
             )

@@ -19,13 +19,13 @@ from hetrain.public.parameters import SLOTS
 from hetrain.public.plan import Group
 from hetrain.public.weights import Scales
 from hetrain.public.wire import Direction
-from hetrain.secret.engine import ClientEngine
+from hetrain.secret.engine import Sealer
 from hetrain.transport.channel import Channel
 
 
 @dataclass
 class Meter:
-    """What one replica's remote products have cost since the last `reset`: seconds and bytes."""
+    """What one replica's remote products have cost since the last `reset`: seconds, bytes, and on what."""
 
     encrypt_s: float = 0.0
     wait_s: float = 0.0
@@ -33,6 +33,7 @@ class Meter:
     server_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    devices: tuple[str, ...] = ()
 
     def reset(self) -> None:
         """Sets all to zero."""
@@ -42,10 +43,10 @@ class Meter:
 
 @dataclass(frozen=True)
 class Outsourcer:
-    """Multiplies by outsourced matrices over one channel with one engine, and keeps count."""
+    """Multiplies by outsourced matrices over one channel under one job's keys, and keeps count."""
 
     channel: Channel
-    engine: ClientEngine
+    sealer: Sealer
     meter: Meter
 
     def multiply(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ class Outsourcer:
     def _block(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
         rows = [(0, group.result_rows(direction))]
         begin = time.perf_counter()
-        sealed = self.engine.seal(x, group.max_l1(direction))
+        sealed = self.sealer.seal(x, group, direction)
         sealed_at = time.perf_counter()
         reply = self.channel.send(group.name, direction, sealed.header, sealed.payload, rows).result()
         replied_at = time.perf_counter()
@@ -77,6 +78,8 @@ class Outsourcer:
         meter.server_s += reply.server_s
         meter.bytes_up += reply.bytes_up
         meter.bytes_down += reply.bytes_down
+        if reply.device not in meter.devices:
+            meter.devices = tuple(sorted((*meter.devices, reply.device)))
         return y
 
 

@@ -14,14 +14,14 @@ from hetrain.nn.loss import output_head, summed_loss
 from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
 from hetrain.nn.split import SplitModel
 from hetrain.nn.trace import hidden_states
-from hetrain.secret.engine import ClientEngine
+from hetrain.secret.engine import Sealer
 from hetrain.transport.channel import Channel
 
 
 class Replica:
     """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time."""
 
-    def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, engine: ClientEngine) -> None:
+    def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, sealer: Sealer) -> None:
         self.meter = Meter()
         self._model = _share_frozen_copy(model)
         self.parameters = adapter_parameters(self._model)
@@ -29,7 +29,7 @@ class Replica:
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
         self._head = output_head(self._causal)
         self._dropouts = [m for m in self._model.modules() if isinstance(m, SeededDropout)]
-        _bind(split, self._causal, Outsourcer(channel, engine, self.meter), self._device)
+        _bind(split, self._causal, Outsourcer(channel, sealer, self.meter), self._device)
 
     def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
         """Copies adapter values into this replica."""

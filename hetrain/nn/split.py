@@ -1,29 +1,26 @@
 """Splitting a model: what the client loads, which linears leave, and how they group.
 
-The architecture comes from transformers and is built without weights. Linears inside the decoder's blocks are
-replaced by `RemoteLinear`; everything else is loaded. A trial on a few tokens then shows which of them share
-an input, and that the model stays what it was.
+The architecture comes from transformers and is built without weights. Linears inside the decoder's blocks
+that are to be outsourced are replaced by `RemoteLinear`; everything else is loaded. A trial on a few tokens
+then shows which of them share an input, and that the model stays what it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers import __version__ as _VERSION
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hetrain.nn.attention import IMPLEMENTATION
+from hetrain.nn.loading import load_kept, skeleton, tensor_of
 from hetrain.nn.names import tensor_names
 from hetrain.nn.remote import RemoteLinear
-from hetrain.nn.trace import NO_INTERFACE, shared_inputs
+from hetrain.nn.trace import shared_inputs
 from hetrain.public.checkpoints import Checkpoint
-from hetrain.public.errors import ModelError, UnsupportedArchitecture, WireError
+from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError, WireError
 from hetrain.public.plan import Group, Member, Plan, stack_group
 from hetrain.public.weights import Scales, matrix_digest, max_l1
 
@@ -40,36 +37,45 @@ class SplitModel:
         causal: the transformers model; its outsourced linears are `RemoteLinear`, bound to nothing yet.
         plan: what client and workers agree on.
         scales: per group, the scales of its int8 matrix.
+        block_linears: names of all linears of the decoder's blocks, outsourced or not.
         client_parameters: numbers that the client holds.
-        conv1d: whether the outsourced linears were GPT-2's ``Conv1D``.
+        conv1d: whether the linears of the blocks were GPT-2's ``Conv1D``.
     """
 
     causal: PreTrainedModel
     plan: Plan
     scales: dict[str, Scales]
+    block_linears: tuple[str, ...]
     client_parameters: int
     conv1d: bool
 
 
-def split_model(checkpoint: Checkpoint) -> SplitModel:
+def split_model(checkpoint: Checkpoint, outsource: Iterable[str] = ("*",)) -> SplitModel:
     """Loads the client's part of `checkpoint` and plans the rest.
 
     The outsourced matrices are streamed through once, for their scales, bounds and digests, and not kept.
 
+    Args:
+        checkpoint: the whole model.
+        outsource: globs (`fnmatch.fnmatchcase`) on full module names, as in ``model.layers.*.mlp.down_proj``.
+            Linears of the decoder's blocks that match any are outsourced; the others are loaded as they are.
+
     Raises:
+        UsageError: a pattern matches no linear of the blocks.
         ModelError: the checkpoint lacks a tensor.
         UnsupportedArchitecture: the model has a part that can neither be outsourced nor kept apart.
     """
-    causal = _skeleton(checkpoint)
-    originals = dict(_block_linears(causal))
+    causal = skeleton(checkpoint)
+    linears = dict(_block_linears(causal))
     _refuse_layer_types(causal)
     tensors = tensor_names(causal, checkpoint)
+    leaving = {name: linears[name] for name in _matching(linears, outsource)}
     members = {
-        name: _member(name, linear, _tensor(tensors, checkpoint, f"{name}.weight"))
-        for name, linear in originals.items()
+        name: _member(name, linear, tensor_of(tensors, checkpoint, f"{name}.weight"))
+        for name, linear in leaving.items()
     }
-    remotes = {name: _replace(causal, name, linear) for name, linear in originals.items()}
-    _load_rest(causal, checkpoint, tensors)
+    remotes = {name: _replace(causal, name, linear) for name, linear in leaving.items()}
+    load_kept(causal, checkpoint, tensors)
     causal.eval()
     groups, scales = [], {}
     for names in shared_inputs(causal, remotes):
@@ -82,50 +88,27 @@ def split_model(checkpoint: Checkpoint) -> SplitModel:
         causal=causal,
         plan=Plan(model=checkpoint.label, groups=tuple(groups)),
         scales=scales,
+        block_linears=tuple(linears),
         client_parameters=sum(held.values()),
-        conv1d=any(isinstance(linear, Conv1D) for linear in originals.values()),
+        conv1d=any(isinstance(linear, Conv1D) for linear in linears.values()),
     )
 
 
-def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    config = _config(checkpoint)
-    try:
-        # Buffers (rotary frequencies, for one) are computed for real: no checkpoint has them.
-        with init_empty_weights(include_buffers=False):
-            causal = AutoModelForCausalLM.from_config(
-                config, attn_implementation=IMPLEMENTATION, dtype=torch.float32
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that match any of the patterns, in their order; refuses a pattern that matches none."""
+    known, chosen = list(names), set()
+    for pattern in patterns:
+        matches = [name for name in known if fnmatchcase(name, pattern)]
+        if not matches:
+            examples = {name.rpartition(".")[2]: name for name in reversed(known)}
+            raise UsageError(
+                f"{pattern!r} matches no linear of the decoder's blocks",
+                where="--outsource",
+                hint=f"patterns match whole names, here {', '.join(sorted(examples.values()))} and those of "
+                "the other blocks; `hetrain plan` shows what a pattern takes",
             )
-    except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
-        # Older architectures look their attention up in a table of their own.
-        reason = (
-            NO_INTERFACE
-            if error.args == (IMPLEMENTATION,)
-            else f"transformers {_VERSION} cannot build it: {_first_line(error)}"
-        )
-        raise UnsupportedArchitecture(
-            reason,
-            where=", ".join(config.architectures or [type(config).__name__]),
-            hint="only decoder-only language models can be split",
-        ) from error
-    causal.tie_weights()
-    return causal
-
-
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
-    where = str(checkpoint.directory / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ModelError(
-            f"transformers {_VERSION} cannot use it: {_first_line(error)}", where=where
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedArchitecture(
-            "the checkpoint is quantised already",
-            where=where,
-            hint="give the original weights: bf16, fp16 or fp32",
-        )
-    return config
+        chosen.update(matches)
+    return [name for name in known if name in chosen]
 
 
 def _refuse_layer_types(causal: PreTrainedModel) -> None:
@@ -134,10 +117,6 @@ def _refuse_layer_types(causal: PreTrainedModel) -> None:
             raise UnsupportedArchitecture(
                 f"layer {index} is of type {kind!r}", where=type(causal.base_model).__name__, hint=_BLOCK_HINT
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _block_linears(causal: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
@@ -201,38 +180,6 @@ def _replace(causal: PreTrainedModel, name: str, linear: nn.Linear | Conv1D) -> 
 def _is_remote_weight(causal: PreTrainedModel, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
     return leaf == "weight" and isinstance(causal.get_submodule(owner), RemoteLinear)
-
-
-def _load_rest(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[str, str]) -> None:
-    for name, parameter in list(causal.named_parameters()):
-        if parameter.is_meta:
-            value = _read(checkpoint, _tensor(tensors, checkpoint, name), parameter)
-            owner, _, leaf = name.rpartition(".")
-            setattr(causal.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    causal.tie_weights()
-    for name, buffer in causal.named_buffers():
-        if name in tensors:
-            buffer.copy_(_read(checkpoint, tensors[name], buffer))
-
-
-def _read(checkpoint: Checkpoint, tensor: str, like: torch.Tensor) -> torch.Tensor:
-    value = checkpoint.read(tensor)
-    if value.shape != like.shape:
-        raise ModelError(
-            f"tensor {tensor} has shape {tuple(value.shape)}, the architecture says {tuple(like.shape)}",
-            where=str(checkpoint.directory),
-        )
-    return value.to(like.dtype)
-
-
-def _tensor(tensors: Mapping[str, str], checkpoint: Checkpoint, name: str) -> str:
-    if name not in tensors:
-        raise ModelError(
-            f"the checkpoint has no tensor {name}",
-            where=str(checkpoint.directory),
-            hint="its names differ from those of the architecture in config.json",
-        )
-    return tensors[name]
 
 
 def _member(name: str, linear: nn.Linear | Conv1D, tensor: str) -> Member:

@@ -1,8 +1,9 @@
 """A trial of a split model on a few tokens: which linears share an input, and whether splitting is faithful.
 
-The outsourced matrices are not there, so every linear answers with features of its input, picked at random
-but always the same ones. With these stand-ins the model must give the same logits twice: from packed rows, as
-training runs it, and from each row alone, with the attention, positions and output head of its authors.
+The outsourced matrices are not there, so their linears answer with features of their input, picked at random
+but always the same ones; the client's own linears compute what they always do. Like this the model must give
+the same logits twice: from packed rows, as training runs it, and from each row alone, with the attention,
+positions and output head of its authors.
 """
 
 from __future__ import annotations

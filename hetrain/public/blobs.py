@@ -15,7 +15,7 @@ import numpy as np
 import redis
 
 from hetrain.public import keys
-from hetrain.public.broker import broker_errors, client, connection_pool, redacted, while_full
+from hetrain.public.broker import FULL_S, broker_errors, client, connection_pool, redacted, while_full
 from hetrain.public.errors import BlobMissing, WireError
 from hetrain.public.resp import Replies, send_get, send_set
 from hetrain.public.wire import MAX_BLOB_BYTES, Blob
@@ -37,7 +37,7 @@ class BlobStore:
     All methods raise `BrokerUnreachable` when the broker cannot be reached.
     """
 
-    def __init__(self, url: str, *, ttl_s: int = keys.BLOB_TTL_S, full_s: float = 20.0) -> None:
+    def __init__(self, url: str, *, ttl_s: int = keys.BLOB_TTL_S, full_s: float = FULL_S) -> None:
         self._url = url
         self._ttl_s = ttl_s
         self._full_s = full_s

@@ -22,6 +22,9 @@ _REACH_HINT = "check that the server runs and that the address and the password 
 _TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 5.0
 
+FULL_S = 20.0
+"""How long writers wait for a full broker's memory, unless they are told otherwise."""
+
 T = TypeVar("T")
 
 

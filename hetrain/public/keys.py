@@ -11,6 +11,8 @@ DONE_TTL_S = 900
 FINISHED_TTL_S = 900
 TRIES_TTL_S = 900
 ALIVE_TTL_S = 60
+# As long as a task's message: a broker without memory for that one refuses this value too.
+ALIVE_VALUE = "." * 4096
 LEASE_TTL_MS = 4000
 LEASE_RENEWAL_S = 1.0
 MAX_TRIES = 3

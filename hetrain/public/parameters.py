@@ -99,16 +99,21 @@ PARAMETER_SETS = MappingProxyType(
 )
 
 
+def require_tokens(tokens: int) -> None:
+    """Raises `ParameterError` unless `tokens` is in 1..2048."""
+    if not 1 <= tokens <= SLOTS:
+        raise ParameterError(
+            f"{tokens} tokens do not fit one ciphertext of 1 to {SLOTS}", hint="split them into blocks"
+        )
+
+
 def parameters_for(tokens: int) -> ParameterSet:
     """The set with the smallest ring degree N ≥ `tokens`.
 
     Raises:
         ParameterError: `tokens` is not in 1..2048.
     """
-    if not 1 <= tokens <= SLOTS:
-        raise ParameterError(
-            f"{tokens} tokens do not fit one ciphertext of 1 to {SLOTS}", hint="split them into blocks"
-        )
+    require_tokens(tokens)
     return next(p for p in PARAMETER_SETS.values() if p.ring_degree >= tokens)
 
 

@@ -7,6 +7,7 @@ values outside their range are refused, since each side treats what the other se
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -16,6 +17,7 @@ from hetrain.public.errors import WireError
 VERSION: Literal[1] = 1
 TASK_EVALUATE = "hetrain.evaluate"
 TASK_PREPARE = "hetrain.prepare"
+CONTROL_ABOUT = "hetrain_about"
 QUEUE = "gpu"
 MAX_BLOB_BYTES = 4 << 30
 
@@ -23,8 +25,12 @@ Token = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/\-]{0,199}$")]
 # Text that a peer chose and that may end on a terminal: without control characters.
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)]
+Paragraph = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1000)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+Header = Mapping[str, str | int]
+"""An engine's own public part of a message: small, and checked by the engine."""
 
 
 def new_token() -> str:
@@ -57,7 +63,10 @@ class Blob(BaseModel):
 
 
 class PrepareTask(_Message):
-    """Asks a worker to load a job's plan and matrices and to say whether it can serve them."""
+    """Asks a worker to load a job's plan and matrices and to say whether it can serve them.
+
+    ``setup`` is the engine's own part, the same for all products of the job.
+    """
 
     request: Token
     job: Token
@@ -65,6 +74,7 @@ class PrepareTask(_Message):
     engine: Name
     plan: Blob
     plan_digest: Token
+    setup: dict[str, str | int] = Field(default_factory=dict)
 
 
 class EvaluateTask(_Message):
@@ -108,6 +118,33 @@ class Completion(_Message):
     seconds: Seconds = 0.0
     output: Blob | None = None
     failure: Failure | None = None
+
+
+class EngineReport(BaseModel):
+    """What a worker says of one engine: what it computes on, or why it refuses jobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Name
+    state: Literal["ready", "refused", "opening"]
+    about: Paragraph = ""
+
+
+class WorkerReport(_Message):
+    """What a worker says of itself when asked by the control command `CONTROL_ABOUT`.
+
+    ``device`` names device and kernel, as in results; it is empty, and so is ``engines``, where forked
+    processes choose for themselves. ``concurrency`` counts the tasks that it runs at once.
+    """
+
+    worker: Line
+    hostname: Line
+    hetrain: Line
+    device: Line
+    engines: Annotated[list[EngineReport], Field(max_length=32)]
+    models: Annotated[list[Line], Field(max_length=1000)]
+    queues: Annotated[list[Line], Field(max_length=100)]
+    concurrency: Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -13,7 +13,9 @@ import torch
 
 from hetrain.public.errors import WireError
 from hetrain.public.parameters import largest_operand, parameters_for
-from hetrain.secret.quantisation import dequantise_result, quantise_operand
+from hetrain.public.plan import Group
+from hetrain.public.wire import Direction, Header
+from hetrain.secret.quantisation import dequantise_result, limited, quantise_operand
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,31 @@ class ClearOpening:
 class ClearSealed:
     """The quantised operand itself, int32 [K, T]."""
 
-    header: dict[str, str | int]
+    header: Header
     payload: list[memoryview]
     opening: ClearOpening
 
 
-def seal(x: torch.Tensor, max_l1: int) -> ClearSealed:
-    """Quantises X as `rlwe` does, at the same precision; see `hetrain.secret.engine.Seal`."""
+@dataclass(frozen=True)
+class ClearSealer:
+    """See `hetrain.secret.engine.Sealer`. `bits` limits the precision; None takes that of `rlwe`."""
+
+    bits: int | None = None
+
+    @property
+    def setup(self) -> Header:
+        """Workers need to know nothing in advance."""
+        return {}
+
+    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> ClearSealed:
+        """Quantises one operand; see `hetrain.secret.engine.Sealer.seal`."""
+        return seal(x, group.max_l1(direction), self.bits)
+
+
+def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> ClearSealed:
+    """Quantises X as `rlwe.seal` does, at the same precision."""
     parameters = parameters_for(x.shape[0])
-    operand = quantise_operand(x, largest_operand(parameters, max_l1))
+    operand = quantise_operand(x, limited(largest_operand(parameters, max_l1), bits))
     return ClearSealed(
         header={},
         payload=[operand.values.numpy().data.cast("B")],

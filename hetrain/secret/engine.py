@@ -1,11 +1,12 @@
 """What the client half of an engine does, and the table of all of them.
 
-An engine seals one operand and hands back, with what travels, the only object that can open the answer.
+A job opens its engine once, which draws whatever keys a job has. The sealer it gets hides one operand after
+another and hands back, with what travels, the only object that can open the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -13,7 +14,13 @@ from typing import Protocol
 import torch
 
 from hetrain.public.errors import UsageError
-from hetrain.secret import clear, rlwe
+from hetrain.public.plan import Group, Plan
+from hetrain.public.wire import Direction, Header
+from hetrain.secret.clear import ClearSealer
+from hetrain.secret.concrete import ConcreteSealer
+from hetrain.secret.rlwe import RlweSealer
+
+MIN_BITS, MAX_BITS = 2, 25
 
 
 class Opening(Protocol):
@@ -32,22 +39,28 @@ class Sealed(Protocol):
     """One operand, ready to travel."""
 
     @property
-    def header(self) -> dict[str, str | int]: ...
+    def header(self) -> Header: ...
     @property
     def payload(self) -> list[memoryview]: ...
     @property
     def opening(self) -> Opening: ...
 
 
-class Seal(Protocol):
-    """The client half of an engine."""
+class Sealer(Protocol):
+    """The client half of an engine, with the keys of one job if it has any. Thread-safe."""
 
-    def __call__(self, x: torch.Tensor, max_l1: int) -> Sealed:
+    @property
+    def setup(self) -> Header:
+        """Public: what a worker must know and agree to before the first product."""
+        ...
+
+    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> Sealed:
         """Quantises and hides one operand.
 
         Args:
             x: activations or gradients, floating point [T, K], T ≤ 2048.
-            max_l1: max_j ‖W_j‖₁ of the int8 matrix that it will meet.
+            group: whose int8 matrix it will meet.
+            direction: whether that matrix or its transpose.
 
         Raises:
             ParameterError: x does not fit.
@@ -61,15 +74,20 @@ class ClientEngine:
     """A client half and what to tell the user about it."""
 
     name: str
-    seal: Seal
     hides: bool
     """Whether workers see ciphertexts only."""
+    open: Callable[[Plan, int | None], Sealer]
+    """Starts a job, from its plan and the most bits that an operand's entries may have (None: as fits)."""
 
 
 ENGINES: Mapping[str, ClientEngine] = MappingProxyType(
     {
-        "rlwe": ClientEngine("rlwe", rlwe.seal, hides=True),
-        "clear": ClientEngine("clear", clear.seal, hides=False),
+        engine.name: engine
+        for engine in (
+            ClientEngine("rlwe", True, lambda plan, bits: RlweSealer(bits)),
+            ClientEngine("concrete", True, ConcreteSealer),
+            ClientEngine("clear", False, lambda plan, bits: ClearSealer(bits)),
+        )
     }
 )
 
@@ -82,3 +100,12 @@ def client_engine(name: str) -> ClientEngine:
         raise UsageError(
             f"unknown engine {name!r}", where="--engine", hint=f"choose from: {', '.join(ENGINES)}"
         ) from None
+
+
+def open_sealer(engine: ClientEngine, plan: Plan, bits: int | None = None) -> Sealer:
+    """Starts a job with `engine`. Raises `UsageError` for a number of bits that no engine takes."""
+    if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
+        raise UsageError(
+            f"{bits} bits are out of range", where="--activation-bits", hint=f"{MIN_BITS} to {MAX_BITS}"
+        )
+    return engine.open(plan, bits)

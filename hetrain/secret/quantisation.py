@@ -17,6 +17,11 @@ class QuantisedOperand:
     scales: torch.Tensor
 
 
+def limited(x_max: int, bits: int | None) -> int:
+    """The largest entry of an operand of at most `bits` signed bits: min(x_max, 2^(bits-1) - 1)."""
+    return x_max if bits is None else min(x_max, (1 << (bits - 1)) - 1)
+
+
 def quantise_operand(x: torch.Tensor, x_max: int) -> QuantisedOperand:
     """Per token t: scale_t = max_k |x[t,k]| / x_max, values = round(x / scale).
 

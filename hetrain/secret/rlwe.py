@@ -27,8 +27,10 @@ from hetrain.public.parameters import (
     largest_operand,
     parameters_for,
 )
+from hetrain.public.plan import Group
+from hetrain.public.wire import Direction, Header
 from hetrain.secret.negacyclic import TransformedSecret
-from hetrain.secret.quantisation import dequantise_result, quantise_operand
+from hetrain.secret.quantisation import dequantise_result, limited, quantise_operand
 from hetrain.secret.randomness import SecretStream, sample_centred_binomial, sample_ternary
 
 _B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
@@ -80,25 +82,45 @@ class RlweOpening:
 class RlweSealed:
     """A ciphertext matrix: b as int32 [K, N], the mask's seed in the header."""
 
-    header: dict[str, str | int]
+    header: Header
     payload: list[memoryview]
     opening: RlweOpening
 
 
-def seal(x: torch.Tensor, max_l1: int) -> RlweSealed:
-    """Encrypts X under a fresh secret; see `hetrain.secret.engine.Seal`.
+@dataclass(frozen=True)
+class RlweSealer:
+    """See `hetrain.secret.engine.Sealer`. A job has no keys: every ciphertext matrix has a secret of its own.
+
+    `bits` limits the operand's precision; None takes all that fits.
+    """
+
+    bits: int | None = None
+
+    @property
+    def setup(self) -> Header:
+        """Workers need to know nothing in advance."""
+        return {}
+
+    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> RlweSealed:
+        """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
+        return seal(x, group.max_l1(direction), self.bits)
+
+
+def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> RlweSealed:
+    """Encrypts X under a fresh secret.
 
     Args:
         x: floating point [T, K], T ≤ 2048; token t takes coefficient t, unused coefficients are zero.
         max_l1: max_j ‖W_j‖₁ of the matrix that the result will be multiplied by: fixes the token scale such
             that no product wraps.
+        bits: entries get at most so many signed bits.
 
     Raises:
         ParameterError: more than 2048 tokens, or a matrix with too large rows.
         NotFinite: x has a NaN or an infinity.
     """
     parameters = parameters_for(x.shape[0])
-    operand = quantise_operand(x, largest_operand(parameters, max_l1))
+    operand = quantise_operand(x, limited(largest_operand(parameters, max_l1), bits))
     secret = _fresh_secret(parameters)
     seed = PublicSeed.fresh()
     b = encrypt(operand.values, seed, secret, parameters)

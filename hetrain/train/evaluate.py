@@ -17,7 +17,7 @@ from hetrain.public.errors import Interrupted
 from hetrain.train.packing import MicroBatch, micro_batches, pack
 from hetrain.train.rows import read_rows
 from hetrain.train.session import Session, open_base, open_session
-from hetrain.train.settings import BatchSettings
+from hetrain.train.settings import BatchSettings, OutsourcingSettings
 from hetrain.train.step import run_evaluation, share_cores
 
 
@@ -36,7 +36,7 @@ def evaluate(
     dataset: Path,
     model: str,
     adapter: Path | None,
-    engine: str,
+    outsourcing: OutsourcingSettings,
     broker_url: str | None,
     device: str,
     settings: BatchSettings,
@@ -50,7 +50,7 @@ def evaluate(
     base = open_base(model)
     rows = read_rows(dataset, base.tokenizer, settings.max_length)
     batches = list(micro_batches(rows, pack(rows, settings.micro_batch_tokens, range(len(rows)))))
-    with open_session(base, engine, broker_url, device) as session:
+    with open_session(base, outsourcing, broker_url, device) as session:
         # Without an adapter a fresh one stands in: its B is zero, so it changes nothing.
         adapted = (
             add_adapter(session.split, LoraSettings(r=1, alpha=1), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetrain.nn.split import split_model
@@ -27,10 +28,11 @@ class GroupPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """All groups, and how the model's parameters divide."""
+    """All groups, how the model's parameters divide, and which linears of decoder blocks do not leave."""
 
     plan: Plan
     groups: tuple[GroupPreview, ...]
+    kept: tuple[str, ...]
     outsourced_parameters: int
     client_parameters: int
 
@@ -40,12 +42,14 @@ class Preview:
         return self.outsourced_parameters / (self.outsourced_parameters + self.client_parameters)
 
 
-def preview(model: str) -> Preview:
-    """Splits `model` and reports. Raises `ModelError` or `UnsupportedArchitecture`."""
-    split = split_model(resolve(model))
+def preview(model: str, outsource: Sequence[str] = ("*",)) -> Preview:
+    """Splits `model` and reports. Raises `UsageError` for a pattern without a match, and `ModelError`."""
+    split = split_model(resolve(model), outsource)
+    leaving = {member.module for group in split.plan.groups for member in group.members}
     return Preview(
         plan=split.plan,
         groups=tuple(_preview_group(group) for group in split.plan.groups),
+        kept=tuple(name for name in split.block_linears if name not in leaving),
         outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
         client_parameters=split.client_parameters,
     )

@@ -27,7 +27,7 @@ class MicroBatchRecord:
 
     `loss` is the mean over its supervised tokens; `staleness` counts the updates between its snapshot and its
     own; times are seconds of this micro-batch: `wait_s` from the first byte sent to the last received,
-    `server_s` the worker's computing within it.
+    `server_s` the worker's computing within it; `devices` is what workers say they computed on.
     """
 
     step: int
@@ -42,6 +42,7 @@ class MicroBatchRecord:
     wait_s: float
     decrypt_s: float
     server_s: float
+    devices: tuple[str, ...]
     staleness: int
     learning_rate: float
     grad_norm: float

@@ -18,7 +18,8 @@ from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.checkpoints import Checkpoint, resolve
 from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.wire import Completion
-from hetrain.secret.engine import ClientEngine, client_engine
+from hetrain.secret.engine import Sealer, client_engine, open_sealer
+from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.channel import Channel
 from hetrain.transport.embedded import start_embedded
 from hetrain.transport.queue import QueueChannel
@@ -63,23 +64,27 @@ class Session:
 
     split: SplitModel
     channel: Channel
-    engine: ClientEngine
+    sealer: Sealer
     worker: Completion
 
     def replicas(self, model: PeftModel, count: int) -> list[Replica]:
         """`count` replicas of an adapted model on this session's channel."""
-        return [Replica(self.split, model, self.channel, self.engine) for _ in range(count)]
+        return [Replica(self.split, model, self.channel, self.sealer) for _ in range(count)]
 
 
 @contextmanager
 def open_session(
-    base: Base, engine: str, broker_url: str | None, device: str, log_file: Path | None = None
+    base: Base,
+    outsourcing: OutsourcingSettings,
+    broker_url: str | None,
+    device: str,
+    log_file: Path | None = None,
 ) -> Iterator[Session]:
     """Splits the model, finds workers (or starts one on this machine), and agrees with them on the plan.
 
     Args:
         base: the model.
-        engine: name of the engine.
+        outsourcing: what leaves, under which engine.
         broker_url: the workers' broker; None starts an embedded broker and one worker, for as long as the
             session lasts.
         device: torch device of the client's own layers.
@@ -88,9 +93,9 @@ def open_session(
     Raises:
         HetrainError: any of its kinds but `DatasetError`.
     """
-    half = client_engine(engine)
-    if not half.hides:
-        _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine)
+    engine = client_engine(outsourcing.engine)
+    if not engine.hides:
+        _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine.name)
     target = _device(device)
     with ExitStack() as stack:
         if broker_url is None:
@@ -102,11 +107,14 @@ def open_session(
         else:
             channel = QueueChannel(broker_url)
         stack.callback(channel.close)
-        split = split_model(base.checkpoint)  # meanwhile an embedded worker imports and tests its kernels
+        # Meanwhile an embedded worker imports and tests its kernels.
+        split = split_model(base.checkpoint, outsourcing.patterns)
         split.causal.to(target)
-        worker = channel.prepare(split.plan.model, engine, split.plan.to_bytes(), split.plan.digest)
-        _log.info("worker %s on %s serves %s", worker.worker, worker.device, split.plan.model)
-        yield Session(split, channel, half, worker)
+        plan = split.plan
+        sealer = open_sealer(engine, plan, outsourcing.activation_bits)
+        worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
+        _log.info("worker %s on %s serves %s", worker.worker, worker.device, plan.model)
+        yield Session(split, channel, sealer, worker)
 
 
 def _device(name: str) -> torch.device:

@@ -61,6 +61,19 @@ class BatchSettings:
 
 
 @dataclass(frozen=True)
+class OutsourcingSettings:
+    """What leaves for the workers, and how it is hidden.
+
+    `patterns` are globs on names of linears; what matches none stays with the client, in clear.
+    `activation_bits` limits the precision of activations and gradients; None is the engine's own choice.
+    """
+
+    engine: str = "rlwe"
+    activation_bits: int | None = None
+    patterns: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
 class FlightSettings:
     """How many micro-batches run at once, and whether updates wait for all of them.
 

@@ -18,7 +18,7 @@ from hetrain.train.packing import MicroBatch, count_micro_batches, epochs
 from hetrain.train.records import MicroBatchRecord, OutputDirectory, records_of
 from hetrain.train.rows import Row, read_rows
 from hetrain.train.session import Base, Session, open_base, open_session
-from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings
+from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings, OutsourcingSettings
 from hetrain.train.step import share_cores
 from hetrain.train.updates import Updater
 
@@ -27,11 +27,10 @@ _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryp
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job's parts are: data set, model, engine, broker (None: embedded), client device, output."""
+    """Where a job's parts are: data set, model, broker (None: embedded), client device, output."""
 
     dataset: Path
     model: str
-    engine: str
     broker_url: str | None
     device: str
     output_dir: Path
@@ -46,6 +45,7 @@ class Recipe:
     optimizer: OptimizerSettings
     batches: BatchSettings
     flight: FlightSettings
+    outsourcing: OutsourcingSettings
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def submit(place: Place, recipe: Recipe, observe: Observer) -> Outcome:
     total_steps = count_updates(rows, recipe)
     output = OutputDirectory(place.output_dir, overwrite=place.overwrite)
     try:
-        with open_session(base, place.engine, place.broker_url, place.device, output.log_file) as session:
+        with open_session(
+            base, recipe.outsourcing, place.broker_url, place.device, output.log_file
+        ) as session:
             job = _describe(place, recipe, session, total_steps)
             output.write_job(job | {"status": "running"})
             return _run(base, session, rows, recipe, total_steps, output, job, observe)
@@ -152,7 +154,7 @@ def _describe(place: Place, recipe: Recipe, session: Session, total_steps: int) 
         "hetrain": hetrain.__version__,
         "model": place.model,
         "dataset": str(place.dataset),
-        "engine": place.engine,
+        "engine": recipe.outsourcing.engine,
         "broker": "embedded" if place.broker_url is None else "given",
         "device": place.device,
         "plan_digest": session.split.plan.digest,

@@ -1,4 +1,4 @@
-"""Looks after what cannot report itself: dead workers, tasks that nobody takes, a broker that forgot them.
+"""Looks after what cannot report itself: dead workers, tasks that nobody takes, a forgetful or full broker.
 
 What was lost is sent again under its old id, which is safe since tasks are pure functions of their blobs.
 """
@@ -10,15 +10,13 @@ from collections.abc import Callable
 from time import monotonic
 
 from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import broker_errors, redacted
+from hetrain.public.broker import redacted, while_full
 from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, NoWorker, TaskFailed
 from hetrain.public.wire import QUEUE
-from hetrain.transport.requests import Patience, Request, Source
-from hetrain.transport.sender import Sender
+from hetrain.transport.link import Link
+from hetrain.transport.requests import Request, Source
 
 _PLAN_REFRESH_S = 60.0
-_REUPLOAD_FULL_S = 2.0
 _LOOKS_UNTIL_DEAD = 2
 _SHARE_UNTIL_RESENT = 1 / 3
 
@@ -29,69 +27,59 @@ class Caretaker:
     """Keeps a job and its requests going. Used by one thread, except for `keep`.
 
     Args:
-        url: the broker's address.
-        job: the job's token.
-        store: where lost blobs are uploaded again.
-        sender: sends lost tasks again.
-        patience: how long to wait for what.
+        link: where lost blobs and tasks are sent again.
         hear: takes a `Completion` message that was found without the done-list.
     """
 
-    def __init__(
-        self,
-        url: str,
-        job: str,
-        store: BlobStore,
-        sender: Sender,
-        patience: Patience,
-        hear: Callable[[bytes], None],
-    ) -> None:
-        self._url = url
-        self._job = job
-        self._store = store
-        self._sender = sender
-        self._patience = patience
+    def __init__(self, link: Link, hear: Callable[[bytes], None]) -> None:
+        self._link = link
         self._hear = hear
         self._plan: Source | None = None
         self._plan_refreshed_at = 0.0
         self._progress_at = monotonic()
+        self._refused_at: float | None = None
 
-    def declare_alive(self) -> None:
+    def start(self) -> None:
         """Tells workers that this job's tasks are wanted. Raises `BrokerError`."""
-        with broker_errors(self._url):
-            self._store.client.set(keys.alive(self._job), "1", ex=keys.ALIVE_TTL_S)
+        while_full(self._declare_alive, limit_s=self._link.patience.full_s)
 
     def keep(self, plan: Source) -> None:
         """Keeps the job's plan in the broker from now on."""
         self._plan, self._plan_refreshed_at = plan, monotonic()
 
     def note_progress(self) -> None:
-        """Starts the wait for a first sign of any worker anew."""
-        self._progress_at = monotonic()
+        """Starts the waits for a sign of any worker, and for a full broker's memory, anew."""
+        self._progress_at, self._refused_at = monotonic(), None
 
     def look_after(self, requests: list[Request]) -> None:
-        """One round over all requests without outcome. Raises `BrokerError` when the broker fails."""
+        """One round over all requests without outcome.
+
+        Raises:
+            BrokerFull: for `Patience.full_s` seconds it has refused to store something, and no worker was
+                heard.
+            BrokerError: the broker fails.
+        """
         sent = [request for request in requests if request.sent_at is not None]
         if not self._is_alive():
             logger.warning("the broker has forgotten the job: sending everything again")
-            self.declare_alive()
-            self.note_progress()
+            self._progress_at = monotonic()
             self._plan_refreshed_at = 0.0
             for request in sent:
                 request.is_lost = True
-        self._keep_plan()
         self._look_at_workers([request for request in sent if request.started_at is not None])
-        for request in sent:
-            if request.is_settled:
-                continue
-            if request.is_lost:
-                self._send_again(request)
-            elif request.started_at is None:
-                self._look_at_waiting(request)
+        try:
+            self._try_memory(sent)
+            self._keep_plan()
+            self._send_missing(sent)
+        except BrokerFull as refusal:
+            if requests:  # else nobody waits for the memory
+                self._bear(refusal)
+                return
+        self._refused_at = None
 
     def mark_lost(self, request: Request, error: HetrainError) -> None:
         """Has `request` sent again in the next round, or fails it with `error` after too many attempts."""
-        if request.resends >= self._patience.attempts:
+        if request.resends >= self._link.patience.attempts:
             request.settle(error)
             return
         logger.warning("sending again: %s (%s)", request.summary(), error.what)
@@ -99,8 +87,33 @@ class Caretaker:
         request.is_lost = True
 
     def _is_alive(self) -> bool:
-        with broker_errors(self._url):
-            return bool(self._store.client.expire(keys.alive(self._job), keys.ALIVE_TTL_S))
+        with self._link.errors():
+            # EXPIRE works also while the broker is out of memory.
+            return bool(self._link.client.expire(keys.alive(self._link.job), keys.ALIVE_TTL_S))
+
+    def _declare_alive(self) -> None:
+        with self._link.errors():
+            self._link.client.set(keys.alive(self._link.job), keys.ALIVE_VALUE, ex=keys.ALIVE_TTL_S)
+
+    def _try_memory(self, sent: list[Request]) -> None:
+        """Writes as much as a task or a report takes. Raises `BrokerFull` when there is no room for it."""
+        try:
+            self._declare_alive()
+        except BrokerFull:
+            for request in sent:
+                if request.started_at is None:
+                    # Kombu pops a message before it notes whose it is: without room for the note it is lost.
+                    request.is_lost = True
+            raise
+
+    def _bear(self, refusal: BrokerFull) -> None:
+        """Waits for memory. Raises `refusal` once that has taken too long."""
+        now = monotonic()
+        self._progress_at = now  # it is not the workers' fault
+        if self._refused_at is None:
+            self._refused_at = now
+        elif now - self._refused_at > self._link.patience.full_s:
+            raise refusal
 
     def _keep_plan(self) -> None:
         if self._plan is not None and monotonic() > self._plan_refreshed_at + _PLAN_REFRESH_S:
@@ -109,23 +122,24 @@ class Caretaker:
 
     def _restore(self, source: Source) -> None:
         """Starts a blob's lifetime anew, and uploads it if it is gone."""
-        blob = source.blob
-        if not self._store.refresh(blob):
-            self._store.put(blob.job, blob.kind, blob.token, source.parts, full_s=_REUPLOAD_FULL_S)
+        blob, store = source.blob, self._link.store
+        if not store.refresh(blob):
+            store.put(blob.job, blob.kind, blob.token, source.parts, full_s=0)
 
     def _look_at_workers(self, started: list[Request]) -> None:
         if not started:
             return
-        with broker_errors(self._url):
-            pipe = self._store.client.pipeline(transaction=False)
+        job = self._link.job
+        with self._link.errors():
+            pipe = self._link.client.pipeline(transaction=False)
             for request in started:
-                pipe.exists(keys.lease(self._job, request.id))
-                pipe.get(keys.finished(self._job, request.id))
+                pipe.exists(keys.lease(job, request.id))
+                pipe.get(keys.finished(job, request.id))
             answers = pipe.execute()
         for request, leased, finished in zip(started, answers[::2], answers[1::2], strict=True):
             if leased:
                 request.unleased = 0
-                self.note_progress()
+                self._progress_at = monotonic()
                 self._look_at_running(request)
             elif finished:
                 self._hear(finished)
@@ -145,20 +159,30 @@ class Caretaker:
                 )
             )
 
+    def _send_missing(self, sent: list[Request]) -> None:
+        """Sends again what is lost or waits too long. Raises `BrokerFull`: the next round goes on."""
+        for request in sent:
+            if request.is_settled:
+                continue
+            if request.is_lost:
+                self._send_again(request)
+            elif request.started_at is None:
+                self._look_at_waiting(request)
+
     def _look_at_waiting(self, request: Request) -> None:
         """Fails or repeats a request that nobody has begun."""
-        now, sent_at = monotonic(), request.sent_at or 0.0
-        if now - max(request.asked_at or 0.0, self._progress_at) > self._patience.no_worker_s:
+        now, sent_at, patience = monotonic(), request.sent_at or 0.0, self._link.patience
+        if now - max(request.asked_at or 0.0, self._progress_at) > patience.no_worker_s:
             request.settle(
                 NoWorker(
-                    f"no worker answered on queue {QUEUE!r} within {self._patience.no_worker_s:.0f} s",
-                    where=redacted(self._url),
+                    f"no worker answered on queue {QUEUE!r} within {patience.no_worker_s:.0f} s",
+                    where=redacted(self._link.url),
                     hint=f"start one with HETRAIN_BROKER_URL=... celery -A tasks worker -Q {QUEUE}",
                 )
             )
         elif (
-            now - sent_at > self._patience.deadline_s
-            or now - max(sent_at, self._progress_at) > self._patience.no_worker_s * _SHARE_UNTIL_RESENT
+            now - sent_at > patience.deadline_s
+            or now - max(sent_at, self._progress_at) > patience.no_worker_s * _SHARE_UNTIL_RESENT
         ):
             # A worker may have died before it could say that it had begun. A second copy does no harm.
             self._send_again(request)
@@ -170,9 +194,7 @@ class Caretaker:
             if request.source is not None:
                 self._restore(request.source)
             request.mark_sent()
-            self._sender.send(request)
-        except BrokerFull:
-            request.is_lost = True  # the next round tries again
+            self._link.sender.send(request, full_s=0)
         except BrokerError:
             request.is_lost = True
             raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
-from hetrain.public.wire import Completion, Direction
+from hetrain.public.wire import Completion, Direction, Header
 
-Header = Mapping[str, str | int]
+NO_HEADER: Header = MappingProxyType({})
 Rows = tuple[int, int]
 
 
@@ -49,7 +50,9 @@ class Pending(Protocol):
 class Channel(Protocol):
     """The way to the workers, for one job. Thread-safe."""
 
-    def prepare(self, model: str, engine: str, plan: bytes, plan_digest: str) -> Completion:
+    def prepare(
+        self, model: str, engine: str, plan: bytes, plan_digest: str, setup: Header = NO_HEADER
+    ) -> Completion:
         """Publishes the job's plan and waits until a worker has loaded what it names.
 
         Args:
@@ -57,6 +60,7 @@ class Channel(Protocol):
             engine: the engine's name.
             plan: canonical bytes of the plan.
             plan_digest: SHA-256 of `plan`, in hexadecimal.
+            setup: the engine's public part of the message.
 
         Raises: as `Pending.result`, above all `WorkerRefused` and `NoWorker`.
         """

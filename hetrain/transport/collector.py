@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterable
 from time import monotonic, sleep
 
 from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import broker_errors
 from hetrain.public.errors import BlobMissing, BrokerError, BrokerUnreachable, HetrainError, WireError
 from hetrain.public.wire import Blob, Completion, EvaluateTask, parse
 from hetrain.transport.caretaker import Caretaker
 from hetrain.transport.failures import error_of
-from hetrain.transport.requests import Patience, Request, Source
-from hetrain.transport.sender import Sender
+from hetrain.transport.link import Link
+from hetrain.transport.requests import Request, Source
 
 _TICK_S = 1.0
 _POP_COUNT = 64
@@ -31,29 +29,14 @@ class Collector:
     """Owns the requests of a job from `add` to `remove`. Thread-safe.
 
     Args:
-        url: the broker's address.
-        job: the job's token.
-        store: where blobs lie.
-        sender: sends tasks again.
-        patience: how long to wait for what.
+        link: the job's link to its broker.
         watch: says what became of processes that this client depends on, None while they are well.
     """
 
-    def __init__(
-        self,
-        url: str,
-        job: str,
-        store: BlobStore,
-        sender: Sender,
-        patience: Patience,
-        watch: Callable[[], HetrainError | None],
-    ) -> None:
-        self._url = url
-        self._job = job
-        self._store = store
-        self._patience = patience
+    def __init__(self, link: Link, watch: Callable[[], HetrainError | None]) -> None:
+        self._link = link
         self._watch = watch
-        self._caretaker = Caretaker(url, job, store, sender, patience, self._hear)
+        self._caretaker = Caretaker(link, self._hear)
         self._requests: dict[str, Request] = {}
         self._end: HetrainError | None = None
         self._lock = threading.Lock()
@@ -61,7 +44,7 @@ class Collector:
 
     def start(self) -> None:
         """Declares the job alive and starts the thread. Raises `BrokerError`."""
-        self._caretaker.declare_alive()
+        self._caretaker.start()
         self._thread.start()
 
     def keep(self, plan: Source) -> None:
@@ -94,8 +77,8 @@ class Collector:
 
     def ask_again(self, request: Request) -> None:
         """Has a request run again whose result was lost. Raises `BrokerError`."""
-        with broker_errors(self._url):
-            self._store.client.delete(keys.finished(self._job, request.id))
+        with self._link.errors():
+            self._link.client.delete(keys.finished(self._link.job, request.id))
         with self._lock:
             self._check()
             request.resends += 1
@@ -143,7 +126,7 @@ class Collector:
                     self._caretaker.look_after(self._waiting())
                 heard_at = monotonic()
             except BrokerUnreachable:
-                if monotonic() - heard_at > self._patience.outage_s:
+                if monotonic() - heard_at > self._link.patience.outage_s:
                     raise
                 self._caretaker.note_progress()  # an outage is not the workers' fault
                 sleep(_TICK_S / 2)
@@ -153,14 +136,14 @@ class Collector:
             return [request for request in self._requests.values() if not request.is_settled]
 
     def _pop(self) -> None:
-        client, name = self._store.client, keys.done_list(self._job)
-        with broker_errors(self._url):
+        client, name = self._link.client, keys.done_list(self._link.job)
+        with self._link.errors():
             popped = client.blpop([name], timeout=_TICK_S)
         messages = [popped[1]] if popped else []
         while messages and self._end is None:
             for message in messages:
                 self._hear(message)
-            with broker_errors(self._url):
+            with self._link.errors():
                 messages = client.lpop(name, _POP_COUNT) or []
 
     def _hear(self, message: bytes) -> None:
@@ -201,9 +184,9 @@ class Collector:
         return WireError("a worker reported a result that is not this request's", where=request.summary())
 
     def _is_result(self, blob: Blob, request: str) -> bool:
-        return (blob.job, blob.kind, blob.token) == (self._job, "out", keys.output_token(request))
+        return (blob.job, blob.kind, blob.token) == (self._link.job, "out", keys.output_token(request))
 
     def _throw_away(self, completion: Completion) -> None:
         """Removes the result of a request that nobody waits for any more."""
         if completion.output is not None and self._is_result(completion.output, completion.request):
-            self._store.delete([completion.output])
+            self._link.store.delete([completion.output])

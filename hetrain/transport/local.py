@@ -6,8 +6,17 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from hetrain.public.errors import HetrainError, Interrupted, UsageError
-from hetrain.public.wire import Blob, Completion, Direction, EvaluateTask, PrepareTask, new_token, parse
-from hetrain.transport.channel import Header, Reply, Rows
+from hetrain.public.wire import (
+    Blob,
+    Completion,
+    Direction,
+    EvaluateTask,
+    Header,
+    PrepareTask,
+    new_token,
+    parse,
+)
+from hetrain.transport.channel import NO_HEADER, Reply, Rows
 from hetrain.transport.requests import evaluate_task
 
 Handler = Callable[[EvaluateTask, memoryview], list[memoryview]]
@@ -29,11 +38,19 @@ class LocalChannel:
         self._job = new_token()
         self._closed = False
 
-    def prepare(self, model: str, engine: str, plan: bytes, plan_digest: str) -> Completion:
+    def prepare(
+        self, model: str, engine: str, plan: bytes, plan_digest: str, setup: Header = NO_HEADER
+    ) -> Completion:
         """See `Channel.prepare`."""
         blob = Blob(job=self._job, kind="plan", token=plan_digest, nbytes=len(plan))
         task = PrepareTask(
-            request=new_token(), job=self._job, model=model, engine=engine, plan=blob, plan_digest=plan_digest
+            request=new_token(),
+            job=self._job,
+            model=model,
+            engine=engine,
+            plan=blob,
+            plan_digest=plan_digest,
+            setup=dict(setup),
         )
         task = parse(PrepareTask, task.to_json(), where="local channel")
         begun = perf_counter()

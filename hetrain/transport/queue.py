@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from hetrain.public import keys
 from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import broker_errors, ping
+from hetrain.public.broker import ping
 from hetrain.public.errors import (
     BlobMissing,
     BrokerError,
@@ -19,9 +19,10 @@ from hetrain.public.errors import (
     Interrupted,
     UsageError,
 )
-from hetrain.public.wire import Blob, Completion, Direction, PrepareTask, new_token
-from hetrain.transport.channel import Header, Reply, Rows
+from hetrain.public.wire import Blob, Completion, Direction, Header, PrepareTask, new_token
+from hetrain.transport.channel import NO_HEADER, Reply, Rows
 from hetrain.transport.collector import Collector
+from hetrain.transport.link import Link
 from hetrain.transport.requests import Patience, Request, Source, evaluate_task
 from hetrain.transport.sender import Sender
 
@@ -48,6 +49,7 @@ class QueueChannel:
     Raises:
         UsageError: the URL makes no sense.
         BrokerUnreachable: the broker does not answer.
+        BrokerFull: the broker has no memory even for small messages, for as long as the channel is patient.
     """
 
     def __init__(
@@ -60,28 +62,38 @@ class QueueChannel:
         max_reply_bytes: int = MAX_REPLY_BYTES,
     ) -> None:
         ping(url)
+        patience = patience or Patience()
         self.job = job or new_token()
-        self._url = url
-        self._patience = patience or Patience()
+        self._link = Link(url, self.job, BlobStore(url, full_s=patience.full_s), Sender(url), patience)
         self._max_reply_bytes = max_reply_bytes
-        self._store = BlobStore(url)
-        self._sender = Sender(url)
-        self._collector = Collector(url, self.job, self._store, self._sender, self._patience, watch)
+        self._collector = Collector(self._link, watch)
         self._prepared: PrepareTask | None = None
         self._closed = False
-        self._collector.start()
+        try:
+            self._collector.start()
+        except BaseException:
+            self._link.close()
+            raise
 
-    def prepare(self, model: str, engine: str, plan: bytes, plan_digest: str) -> Completion:
+    def prepare(
+        self, model: str, engine: str, plan: bytes, plan_digest: str, setup: Header = NO_HEADER
+    ) -> Completion:
         """See `Channel.prepare`."""
         parts = [memoryview(plan)]
-        blob = self._patiently(lambda: self._store.put(self.job, "plan", plan_digest, parts))
+        blob = self._patiently(lambda: self._link.store.put(self.job, "plan", plan_digest, parts))
         self._collector.keep(Source(blob, parts))
         task = PrepareTask(
-            request=new_token(), job=self.job, model=model, engine=engine, plan=blob, plan_digest=plan_digest
+            request=new_token(),
+            job=self.job,
+            model=model,
+            engine=engine,
+            plan=blob,
+            plan_digest=plan_digest,
+            setup=dict(setup),
         )
-        request = Request(task, None, self._patience.prepare_s)
-        self._submit([request])
+        request = Request(task, None, self._link.patience.prepare_s)
         try:
+            self._submit([request])
             completion = self._collector.wait(request)
         finally:
             self._collector.remove([request])
@@ -102,13 +114,13 @@ class QueueChannel:
         if prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
         token = new_token()
-        blob = self._patiently(lambda: self._store.put(self.job, "in", token, payload))
+        blob = self._patiently(lambda: self._link.store.put(self.job, "in", token, payload))
         source = Source(blob, payload)
         requests = [
             Request(
                 evaluate_task(prepared, new_token(), group, direction, header, part, blob),
                 source,
-                self._patience.run_s,
+                self._link.patience.run_s,
             )
             for part in rows
         ]
@@ -125,36 +137,36 @@ class QueueChannel:
             return
         self._closed = True
         self._collector.stop(Interrupted("the channel was closed"))
-        with suppress(BrokerError), broker_errors(self._url):
-            pipe = self._store.client.pipeline(transaction=True)
+        with suppress(BrokerError), self._link.errors():
+            pipe = self._link.client.pipeline(transaction=True)
             pipe.rpush(keys.done_list(self.job), "")  # wakes the collector
             pipe.expire(keys.done_list(self.job), keys.DONE_TTL_S)
             pipe.execute()
         # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
         self._collector.join(5.0)
-        with suppress(BrokerError), broker_errors(self._url):
+        with suppress(BrokerError), self._link.errors():
+            client = self._link.client
             # First of all: without its `alive` key workers drop what is still queued.
-            self._store.client.unlink(keys.alive(self.job))
-            names = list(self._store.client.scan_iter(f"hetrain:{self.job}:*", count=1000))
+            client.unlink(keys.alive(self.job))
+            names = list(client.scan_iter(f"hetrain:{self.job}:*", count=1000))
             if names:
-                self._store.client.unlink(*names)
-        self._sender.close()
-        self._store.close()
+                client.unlink(*names)
+        self._link.close()
 
     def _submit(self, requests: Sequence[Request]) -> None:
         self._collector.add(requests)
         for request in requests:
             request.mark_sent()  # first: a broker that restarts now must not be missed
-            self._patiently(partial(self._sender.send, request))
+            self._patiently(partial(self._link.sender.send, request, full_s=self._link.patience.full_s))
 
     def _forget(self, requests: Sequence[Request], blobs: Sequence[Blob]) -> None:
         self._collector.remove(requests)
         with suppress(BrokerError):  # they expire anyway
-            self._store.delete(blobs)
+            self._link.store.delete(blobs)
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until the broker can be reached, within the limits of patience."""
-        end = monotonic() + self._patience.outage_s
+        end = monotonic() + self._link.patience.outage_s
         while True:
             self._collector.check()
             try:
@@ -171,7 +183,7 @@ class QueueChannel:
             try:
                 data = self._patiently(partial(self._download, completion))
             except BlobMissing:
-                if request.resends >= self._patience.attempts:
+                if request.resends >= self._link.patience.attempts:
                     raise
                 self._patiently(partial(self._collector.ask_again, request))
             else:
@@ -179,7 +191,7 @@ class QueueChannel:
 
     def _download(self, completion: Completion) -> memoryview:
         assert completion.output is not None  # the collector has checked
-        return self._store.get(completion.output, limit=self._max_reply_bytes)
+        return self._link.store.get(completion.output, limit=self._max_reply_bytes)
 
 
 class QueuePending:

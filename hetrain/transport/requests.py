@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+from hetrain.public.broker import FULL_S
 from hetrain.public.errors import HetrainError
 from hetrain.public.wire import Blob, Completion, Direction, EvaluateTask, PrepareTask
 from hetrain.transport.channel import Header, Rows
@@ -22,6 +23,7 @@ class Patience:
         run_s: for a request that a living worker runs.
         prepare_s: for a worker that loads a model.
         outage_s: for a broker that does not answer.
+        full_s: for memory in a full broker.
         attempts: how often a request whose worker or blobs were lost is sent again.
     """
 
@@ -30,6 +32,7 @@ class Patience:
     run_s: float = 600.0
     prepare_s: float = 1800.0
     outage_s: float = 60.0
+    full_s: float = FULL_S
     attempts: int = 3
 
 

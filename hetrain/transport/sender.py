@@ -10,8 +10,6 @@ from hetrain.public.broker import broker_errors, parse_broker_url, while_full
 from hetrain.public.wire import QUEUE, TASK_EVALUATE, TASK_PREPARE, EvaluateTask
 from hetrain.transport.requests import Request
 
-_FULL_S = 20.0
-
 
 class Sender:
     """A Celery producer on the broker at `url`. Thread-safe."""
@@ -36,13 +34,14 @@ class Sender:
             task_send_sent_event=True,
         )
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Request, *, full_s: float) -> None:
         """Puts the request's task on the queue; again and again under the same id.
 
         Raises:
-            BrokerUnreachable, BrokerFull: the broker does not take it.
+            BrokerUnreachable: the broker cannot be reached.
+            BrokerFull: the broker had no memory for it for `full_s` seconds.
         """
-        while_full(lambda: self._send_once(request), limit_s=_FULL_S)
+        while_full(lambda: self._send_once(request), limit_s=full_s)
 
     def close(self) -> None:
         """Ends the app. Its connections stay: kombu shares them among all apps with the same address."""

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
 from hetrain.public.errors import WorkerRefused
-from hetrain.public.wire import EvaluateTask
+from hetrain.public.plan import Plan
+from hetrain.public.wire import EvaluateTask, Header
 from worker_gpu.device import Compute
-from worker_gpu.engines import clear, rlwe
+from worker_gpu.engines.clear import ClearEngine
+from worker_gpu.engines.concrete import ConcreteEngine
+from worker_gpu.engines.rlwe import RlweEngine
 
 
 class Engine(Protocol):
     """An evaluating half: multiplies an encrypted operand by a public int8 matrix."""
 
-    def __call__(
-        self, compute: Compute, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview
-    ) -> list[memoryview]:
+    @property
+    def description(self) -> str:
+        """What it computes on, for logs and results."""
+        ...
+
+    def prepare(self, plan: Plan, setup: Header) -> None:
+        """Makes ready for a job. Raises `WorkerRefused` when it cannot agree to the client's setup."""
+        ...
+
+    def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """The result's parts, to be sent one after the other.
 
         Args:
-            compute: device and kernel.
             matrix: int8 [n, K] on the device: the rows that the task asks for, in its direction.
             task: the validated message; its header is checked here.
             payload: the uploaded operand, of unknown content.
@@ -34,15 +43,18 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: Mapping[str, Engine] = MappingProxyType({"rlwe": rlwe.evaluate, "clear": clear.evaluate})
+ENGINES: Mapping[str, Callable[[Compute], Engine]] = MappingProxyType(
+    {"rlwe": RlweEngine, "concrete": ConcreteEngine, "clear": ClearEngine}
+)
 
 
-def engine(name: str) -> Engine:
-    """The engine called `name`. Raises `WorkerRefused` when this worker has none of that name."""
+def open_engine(name: str, compute: Compute) -> Engine:
+    """The engine called `name` on this worker's device. Raises `WorkerRefused` when it has none."""
     try:
-        return ENGINES[name]
+        opener = ENGINES[name]
     except KeyError:
         raise WorkerRefused(
             f"this worker has no engine {name!r}, only: {', '.join(ENGINES)}",
             hint="start a worker with that engine installed, or choose another --engine",
         ) from None
+    return opener(compute)

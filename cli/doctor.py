@@ -1,0 +1,109 @@
+"""`hetrain doctor`: whether a job can run, and on what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli import options
+
+if TYPE_CHECKING:
+    from hetrain.public.wire import WorkerReport
+    from hetrain.train.checkup import Checkup
+    from hetrain.transport.census import BrokerReport
+
+_MB = 1e6
+_STATES = {
+    "ready": "{name}: {about}",
+    "refused": "{name}: refuses, {about}",
+    "opening": "{name}: still opening, ask again",
+}
+
+
+def doctor(broker_url: options.BrokerUrl = None, as_json: options.AsJson = False) -> None:
+    """Say at once whether this machine and the workers can run a job, and on what."""
+    from hetrain.train.checkup import check_up
+
+    found = check_up(broker_url)
+    if as_json:
+        typer.echo(json.dumps(_report(found)))
+    else:
+        _print(found)
+    if found.failure is not None:
+        raise found.failure
+
+
+def _report(found: Checkup) -> dict[str, object]:
+    failure = found.failure
+    return {
+        "client": asdict(found.client),
+        "embedded": found.embedded,
+        "broker": found.broker and asdict(found.broker),
+        "workers": [worker.model_dump() for worker in found.workers],
+        "runnable": [half.name for half in found.runnable],
+        "warnings": list(found.warnings),
+        "failure": failure
+        and {"error": type(failure).__name__, "message": str(failure), "exit_code": failure.exit_code},
+    }
+
+
+def _print(found: Checkup) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, lines in _sections(found):
+        for line in lines:
+            table.add_row(heading, Text(line))  # a Text: what comes from elsewhere has no mark-up
+            heading = ""
+    console = Console()
+    console.print(table)
+    for warning in found.warnings:
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
+
+
+def _sections(found: Checkup) -> Iterator[tuple[str, list[str]]]:
+    client = found.client
+    versions = ", ".join(f"{name} {version}" for name, version in client.versions.items())
+    engines = [
+        f"{half.name}: {half.reason or ('usable' if half.hides else 'usable, hides nothing')}"
+        for half in client.engines
+    ]
+    yield "client", [f"{versions}; {client.cores} cores", *engines]
+    yield "broker", _broker(found.broker, embedded=found.embedded)
+    for worker in found.workers:
+        yield "worker", _worker(worker)
+    if found.failure is None:
+        names = [half.name if half.hides else f"{half.name} (hides nothing)" for half in found.runnable]
+        yield "a job", [f"can run with {' or '.join(names)}" if names else "no engine is there on both sides"]
+
+
+def _broker(broker: BrokerReport | None, *, embedded: bool) -> list[str]:
+    if broker is None:
+        return ["not reached"]
+    limit = f"{broker.maxmemory / _MB:,.0f} MB" if broker.maxmemory else "no known limit"
+    used = "an unknown amount" if broker.used is None else f"{broker.used / _MB:,.1f} MB"
+    origin = "embedded, for this check" if embedded else broker.where
+    return [
+        f"{broker.server or 'unknown server'}, {origin}; round trip {broker.round_trip_ms:.2f} ms",
+        f"{used} used of {limit}, policy {broker.policy or 'unknown'}",
+    ]
+
+
+def _worker(worker: WorkerReport) -> list[str]:
+    tasks = "1 task" if worker.concurrency == 1 else f"{worker.concurrency} tasks"
+    engines = [
+        _STATES[engine.state].format(name=engine.name, about=engine.about) for engine in worker.engines
+    ]
+    return [
+        f"{worker.worker} on {worker.hostname}, hetrain {worker.hetrain}, {tasks} at once",
+        f"computes on {worker.device or 'what its forked processes choose'}",
+        f"serves {', '.join(worker.models) or 'no model'}",
+        *engines,
+    ]

@@ -1,0 +1,118 @@
+"""An architecture without weights, and the tensors of it that the client keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as _VERSION
+
+from hetrain.nn.attention import IMPLEMENTATION
+from hetrain.nn.trace import NO_INTERFACE
+from hetrain.public.checkpoints import Checkpoint
+from hetrain.public.errors import ModelError, UnsupportedArchitecture
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's architecture in float32 with parameters on the meta device and real buffers.
+
+    Raises:
+        ModelError: config.json cannot be used.
+        UnsupportedArchitecture: it is no decoder that transformers can build with our attention, or the
+            checkpoint is quantised already.
+    """
+    config = _config(checkpoint)
+    try:
+        # Buffers (rotary frequencies, for one) are computed for real: no checkpoint has them.
+        with init_empty_weights(include_buffers=False):
+            causal = AutoModelForCausalLM.from_config(
+                config, attn_implementation=IMPLEMENTATION, dtype=torch.float32
+            )
+    except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
+        # Older architectures look their attention up in a table of their own.
+        reason = (
+            NO_INTERFACE
+            if error.args == (IMPLEMENTATION,)
+            else f"transformers {_VERSION} cannot build it: {_first_line(error)}"
+        )
+        raise UnsupportedArchitecture(
+            reason,
+            where=", ".join(config.architectures or [type(config).__name__]),
+            hint="only decoder-only language models can be split",
+        ) from error
+    causal.tie_weights()
+    return causal
+
+
+def load_kept(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[str, str]) -> None:
+    """Loads every parameter that is on the meta device still, frozen, and every buffer that was saved.
+
+    Args:
+        causal: from `skeleton`; what is to stay empty is no longer part of it.
+        checkpoint: where to read.
+        tensors: names there by names in the model, from `tensor_names`.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape, or a parameter is not finite.
+    """
+    for name, parameter in list(causal.named_parameters()):
+        if parameter.is_meta:
+            value = _read(checkpoint, tensor_of(tensors, checkpoint, name), parameter)
+            if not bool(torch.isfinite(value).all()):
+                raise ModelError(
+                    "the weights are not finite",
+                    where=name,
+                    hint="the checkpoint is damaged: download it again",
+                )
+            owner, _, leaf = name.rpartition(".")
+            setattr(causal.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    causal.tie_weights()
+    for name, buffer in causal.named_buffers():
+        if name in tensors:
+            buffer.copy_(_read(checkpoint, tensors[name], buffer))
+
+
+def tensor_of(tensors: Mapping[str, str], checkpoint: Checkpoint, name: str) -> str:
+    """The tensor that is parameter `name`. Raises `ModelError` when the checkpoint has none."""
+    if name not in tensors:
+        raise ModelError(
+            f"the checkpoint has no tensor {name}",
+            where=str(checkpoint.directory),
+            hint="its names differ from those of the architecture in config.json",
+        )
+    return tensors[name]
+
+
+def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+    where = str(checkpoint.directory / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"transformers {_VERSION} cannot use it: {_first_line(error)}", where=where
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedArchitecture(
+            "the checkpoint is quantised already",
+            where=where,
+            hint="give the original weights: bf16, fp16 or fp32",
+        )
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read(checkpoint: Checkpoint, tensor: str, like: torch.Tensor) -> torch.Tensor:
+    value = checkpoint.read(tensor)
+    if value.shape != like.shape:
+        raise ModelError(
+            f"tensor {tensor} has shape {tuple(value.shape)}, the architecture says {tuple(like.shape)}",
+            where=str(checkpoint.directory),
+        )
+    return value.to(like.dtype)

@@ -1,0 +1,163 @@
+"""Client half of `concrete`: LWE ciphertexts of Zama Concrete, exact integer products.
+
+An operand is quantised to 8 bits per token and cut into tiles of rows (`hetrain.public.circuits.tile`), the
+last one filled up with zeros. Every entry becomes an LWE ciphertext under the job's key. Keys stay in this
+process; randomness and arithmetic are Concrete's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hetrain.public.circuits import Circuit, compile_circuit, tile
+from hetrain.public.concrete import PACKAGE, package_version, unswitch
+from hetrain.public.errors import UsageError, WireError
+from hetrain.public.parameters import require_tokens
+from hetrain.public.plan import Group, Plan
+from hetrain.public.wire import DIRECTIONS, Direction, Header
+from hetrain.secret.quantisation import dequantise_result, quantise_operand
+
+DEFAULT_BITS, MAX_BITS = 8, 12
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConcreteOpening:
+    """The keys of the job, the scales of the tokens, and how large a product can be."""
+
+    circuit: Circuit
+    keys: Any
+    scales: torch.Tensor
+    bound: int
+
+    def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
+        values = [self.decrypt(part, stop - start) for part, (start, stop) in zip(parts, rows, strict=True)]
+        joined = torch.from_numpy(np.ascontiguousarray(np.concatenate(values, axis=1).T))
+        return dequantise_result(joined, self.scales)
+
+    def decrypt(self, part: memoryview, n: int) -> NDArray[np.int64]:
+        """The exact products, int64 [T, n].
+
+        Raises:
+            WireError: the result's length is not that of `n` rows, or a value is too large to be a product.
+        """
+        tokens, rows = len(self.scales), self.circuit.spec.rows
+        tiles = -(-tokens // rows)
+        expected = tiles * rows * n * self.circuit.value_bytes()
+        if part.nbytes != expected:
+            raise WireError(f"a result of {n} rows has {part.nbytes} bytes, not {expected}")
+        step = expected // tiles
+        values: NDArray[np.int64] = np.concatenate(
+            [self._decrypt_tile(part[step * i : step * (i + 1)], n) for i in range(tiles)]
+        )[:tokens]
+        if int(np.abs(values).max(initial=0)) > self.bound:
+            raise WireError(
+                "a result is larger than any product can be",
+                where=self.circuit.spec.name,
+                hint="a worker computed wrongly, or a blob was damaged",
+            )
+        return values
+
+    def _decrypt_tile(self, part: memoryview, n: int) -> NDArray[np.int64]:
+        spec, circuit = self.circuit.spec, self.circuit
+        words = unswitch(part, circuit.result_bytes).reshape(spec.rows, n, circuit.dimension + 1)
+        out = np.empty((spec.rows, n), np.int64)
+        whole = np.zeros((spec.rows, spec.columns, circuit.dimension + 1), np.uint64)
+        for start in range(0, n, spec.columns):
+            piece = words[:, start : start + spec.columns]
+            whole[:, : piece.shape[1]] = piece
+            clear = self.keys.decrypt(circuit.results.value(whole.data.cast("B")))
+            out[:, start : start + spec.columns] = np.reshape(clear, whole.shape[:2])[:, : piece.shape[1]]
+        return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an opening holds secret keys and cannot be pickled or copied")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConcreteSealed:
+    """The words of encrypted tiles, one after the other; the header names the circuit."""
+
+    header: Header
+    payload: list[memoryview]
+    opening: ConcreteOpening
+
+
+class ConcreteSealer:
+    """See `hetrain.secret.engine.Sealer`. Compiles all circuits of a plan and draws the job's keys.
+
+    Args:
+        plan: what will be multiplied by.
+        bits: most bits of an operand's entries; None means 8.
+
+    Raises:
+        UsageError: concrete-python is missing, or the bits are out of range.
+        ParameterError: a product cannot be compiled.
+    """
+
+    def __init__(self, plan: Plan, bits: int | None = None) -> None:
+        bits = DEFAULT_BITS if bits is None else bits
+        if bits > MAX_BITS:
+            raise UsageError(
+                f"the concrete engine takes at most {MAX_BITS} bits, not {bits}", where="--activation-bits"
+            )
+        self._x_max = (1 << (bits - 1)) - 1
+        self._circuits = {
+            circuit.spec: circuit
+            for group in plan.groups
+            for direction in DIRECTIONS
+            for circuit in [self._compile(group, direction)]
+        }
+        self._keys = _draw_keys(self._circuits)
+
+    @property
+    def setup(self) -> Header:
+        """Package version, operand range, and the digest of every circuit."""
+        digests = {spec.name: circuit.digest for spec, circuit in self._circuits.items()}
+        return {PACKAGE: package_version(), "x_max": self._x_max, **digests}
+
+    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> ConcreteSealed:
+        """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
+        require_tokens(x.shape[0])
+        operand = quantise_operand(x, self._x_max)
+        circuit = self._compile(group, direction)
+        keys, spec = self._keys[circuit.spec], circuit.spec
+        values = operand.values.t().to(torch.int64).numpy()
+        padded = np.zeros((-(-len(values) // spec.rows) * spec.rows, spec.k), np.int64)
+        padded[: len(values)] = values
+        payload = [
+            memoryview(circuit.operands.words(keys.encrypt(padded[start : start + spec.rows], None)[0]))
+            for start in range(0, len(padded), spec.rows)
+        ]
+        opening = ConcreteOpening(
+            circuit, keys, operand.scales, bound=self._x_max * max(group.max_l1(direction), 1)
+        )
+        header: Header = {
+            "circuit": circuit.digest,
+            "rows": spec.rows,
+            "columns": spec.columns,
+            "x_max": spec.x_max,
+        }
+        return ConcreteSealed(header, payload, opening)
+
+    def _compile(self, group: Group, direction: Direction) -> Circuit:
+        return compile_circuit(tile(group.operand_rows(direction), group.result_rows(direction), self._x_max))
+
+
+def _draw_keys(circuits: Mapping[Any, Circuit]) -> dict[Any, Any]:
+    """A key holder for every circuit; circuits whose keys have the same description share them."""
+    drawn: dict[str, Any] = {}
+    holders = {}
+    for spec, circuit in circuits.items():
+        holder = circuit.new_keys()
+        if circuit.key_id in drawn:
+            holder.keys = drawn[circuit.key_id]
+        drawn[circuit.key_id] = holder.keys
+        holders[spec] = holder
+    return holders

@@ -1,0 +1,219 @@
+"""Whether this machine and the workers can run a job, and on what they would."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import hetrain
+from hetrain.public.broker import redacted
+from hetrain.public.errors import HetrainError, NoWorker, WireError
+from hetrain.public.plan import Group, Member, Plan
+from hetrain.public.wire import QUEUE, WorkerReport
+from hetrain.secret.engine import ENGINES, ClientEngine
+from hetrain.transport.census import BrokerReport, Census, ask_broker, take_census
+from hetrain.transport.embedded import start_embedded
+
+_PACKAGES = ("torch", "transformers", "celery")
+_EMBEDDED_MODEL = "smollm2-135m"  # a worker serves some model; nothing of it is loaded
+_PROBE = Plan(
+    model="doctor",
+    groups=(
+        Group(
+            name="probe",
+            members=(Member(module="probe", tensor="probe", out_features=16),),
+            in_features=16,
+            forward_l1=16,
+            backward_l1=16,
+            digest="0" * 64,
+        ),
+    ),
+)
+_FIRST_S, _EMBEDDED_FIRST_S, _SETTLE_S = 5.0, 60.0, 15.0
+
+
+@dataclass(frozen=True)
+class ClientHalf:
+    """The client half of an engine: whether it hides anything, and why it is not usable (empty if it is)."""
+
+    name: str
+    hides: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """This machine: versions by package, cores that this process may use, engines."""
+
+    versions: dict[str, str]
+    cores: int
+    engines: tuple[ClientHalf, ...]
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found.
+
+    Attributes:
+        client: this machine.
+        embedded: whether broker and worker were started here for this.
+        broker: None when it could not be asked.
+        workers: all that answered.
+        warnings: what deserves attention, one sentence each.
+        failure: why no job can run; None when one can.
+    """
+
+    client: ClientReport
+    embedded: bool
+    broker: BrokerReport | None
+    workers: tuple[WorkerReport, ...]
+    warnings: tuple[str, ...]
+    failure: HetrainError | None
+
+    @property
+    def runnable(self) -> tuple[ClientHalf, ...]:
+        """Engines whose client half can be used here, and that a worker on the queue is ready for."""
+        ready = {
+            engine.name
+            for worker in self.workers
+            if QUEUE in worker.queues
+            for engine in worker.engines
+            if engine.state == "ready"
+        }
+        return tuple(half for half in self.client.engines if not half.reason and half.name in ready)
+
+
+def check_up(broker_url: str | None) -> Checkup:
+    """Asks client, broker and workers about themselves. Never raises a `HetrainError`: see `Checkup.failure`.
+
+    Args:
+        broker_url: the workers' broker; None starts an embedded broker and a worker meanwhile.
+    """
+    client = _client()
+    broker: BrokerReport | None = None
+    census = Census((), ())
+    try:
+        with _place(broker_url) as place:
+            broker = ask_broker(place.url)
+            census = take_census(
+                place.url,
+                first_s=place.first_s,
+                settle_s=_SETTLE_S,
+                expected=place.workers,
+                watch=place.watch,
+            )
+            failure = _nobody(place, census)
+    except HetrainError as error:
+        failure = error
+    return Checkup(
+        client=client,
+        embedded=broker_url is None,
+        broker=broker,
+        workers=census.workers,
+        warnings=(*_of_broker(broker), *_of_workers(census)),
+        failure=failure,
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where to ask: broker, number of workers if known, how long to wait for the first, who watches them."""
+
+    url: str
+    workers: int | None
+    first_s: float
+    watch: Callable[[], HetrainError | None]
+
+
+@contextmanager
+def _place(broker_url: str | None) -> Iterator[_Place]:
+    if broker_url is not None:
+        yield _Place(broker_url, None, _FIRST_S, lambda: None)
+        return
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
+        embedded = stack.enter_context(start_embedded(_EMBEDDED_MODEL, Path(scratch) / "worker.log"))
+        yield _Place(embedded.url, 1, _EMBEDDED_FIRST_S, embedded.failure)
+
+
+def _client() -> ClientReport:
+    versions = {"hetrain": hetrain.__version__, "python": platform.python_version()}
+    return ClientReport(
+        versions=versions | {package: _version(package) for package in _PACKAGES},
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        engines=tuple(_half(engine) for engine in ENGINES.values()),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _half(engine: ClientEngine) -> ClientHalf:
+    """Opens the engine for a job on one small matrix, which takes all that it needs of this machine."""
+    reason = ""
+    try:
+        engine.open(_PROBE, None)
+    except (HetrainError, ImportError) as error:
+        reason = str(error)
+    return ClientHalf(engine.name, engine.hides, reason)
+
+
+def _nobody(place: _Place, census: Census) -> HetrainError | None:
+    """Why nobody can take a job, None when somebody can."""
+    if any(QUEUE in worker.queues for worker in census.workers):
+        return None
+    if census.refused and not census.workers:
+        return WireError(
+            "no worker's answer can be read",
+            where=redacted(place.url),
+            hint="client and worker probably run different versions of hetrain",
+        )
+    return NoWorker(
+        f"no worker answered on queue {QUEUE!r} within {place.first_s:.0f} s",
+        where=redacted(place.url),
+        hint=f"start one with HETRAIN_BROKER_URL=... celery -A tasks worker -Q {QUEUE}"
+        if place.workers is None
+        else "this machine may be too busy to start one",
+    )
+
+
+def _of_broker(broker: BrokerReport | None) -> Iterator[str]:
+    if broker is None:
+        return
+    if broker.maxmemory is None or broker.policy is None:
+        yield "the broker does not tell its maxmemory and policy (it refuses INFO to this user)"
+    if broker.maxmemory == 0:
+        yield "the broker has no maxmemory: ciphertexts may fill its machine's memory; set a limit"
+    if broker.policy not in (None, "noeviction"):
+        yield (
+            f"the broker's maxmemory-policy is {broker.policy}: when it is full it may drop ciphertexts of "
+            "running jobs; set noeviction"
+        )
+
+
+def _of_workers(census: Census) -> Iterator[str]:
+    for error in census.refused:
+        yield f"a worker's answer was refused: {error}"
+    for worker in census.workers:
+        if worker.hetrain != hetrain.__version__:
+            yield (
+                f"worker {worker.worker} runs hetrain {worker.hetrain}, this client {hetrain.__version__}; "
+                "install the same version on both sides"
+            )
+        if QUEUE not in worker.queues:
+            yield f"worker {worker.worker} does not take from queue {QUEUE!r}; start it with -Q {QUEUE}"
+        if not worker.device:
+            yield (
+                f"worker {worker.worker} cannot say what its forked processes compute on; see its log, or "
+                "start it with the default pool (threads)"
+            )

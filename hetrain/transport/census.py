@@ -1,0 +1,247 @@
+"""Who is there: what the broker says of itself, and what the workers behind it say of themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from time import monotonic, perf_counter, sleep
+
+from celery import Celery
+from kombu import Connection
+from kombu.exceptions import OperationalError
+from redis.exceptions import NoPermissionError, RedisError
+
+from hetrain.public import broker
+from hetrain.public.errors import HetrainError, WireError
+from hetrain.public.wire import CONTROL_ABOUT, WorkerReport, parse
+
+_PINGS = 5
+_QUIET_S = 2.0
+_POLL_S = 1.0
+_LONGEST_ROUND_S = 10.0
+_MAX_REPLIES = 1000
+_VERSIONS = ("valkey_version", "redis_version")
+
+
+@dataclass(frozen=True)
+class BrokerReport:
+    """What a broker says of itself; None where it does not tell.
+
+    Attributes:
+        where: its address, without credentials.
+        server: name and version.
+        maxmemory: bytes it may hold, 0 without a limit.
+        policy: what it does when it is full.
+        used: bytes it holds.
+        round_trip_ms: median of a few pings.
+    """
+
+    where: str
+    server: str | None
+    maxmemory: int | None
+    policy: str | None
+    used: int | None
+    round_trip_ms: float
+
+
+@dataclass(frozen=True)
+class Census:
+    """Workers that have answered, by name, and why other answers were refused."""
+
+    workers: tuple[WorkerReport, ...]
+    refused: tuple[WireError, ...]
+
+
+def ask_broker(url: str) -> BrokerReport:
+    """Asks the broker at `url` about itself.
+
+    Raises:
+        UsageError: the URL makes no sense.
+        BrokerError: the broker cannot be reached or refuses the credentials.
+    """
+    pool = broker.connection_pool(url, max_connections=1)
+    client = broker.client(pool)
+    try:
+        with broker.broker_errors(url):
+            client.ping()  # connects
+            times = []
+            for _ in range(_PINGS):
+                begin = perf_counter()
+                client.ping()
+                times.append(perf_counter() - begin)
+            try:
+                told = client.info()
+            except NoPermissionError:  # a job needs no INFO
+                told = {}
+    finally:
+        pool.disconnect()
+    return BrokerReport(
+        where=broker.redacted(url),
+        server=_server(told),
+        maxmemory=_number(told.get("maxmemory")),
+        policy=_text(told.get("maxmemory_policy")),
+        used=_number(told.get("used_memory")),
+        round_trip_ms=1000 * median(times),
+    )
+
+
+def _server(told: Mapping[str, object]) -> str | None:
+    for key in _VERSIONS:
+        if key in told:
+            return f"{key.partition('_')[0]} {_text(told[key])}"
+    return None
+
+
+def _text(value: object) -> str | None:
+    if value is None:
+        return None
+    return "".join(char if char.isprintable() else " " for char in str(value))[:100]
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def take_census(
+    url: str,
+    *,
+    first_s: float,
+    settle_s: float,
+    expected: int | None = None,
+    watch: Callable[[], HetrainError | None] = lambda: None,
+) -> Census:
+    """Asks all workers on the broker at `url` about themselves, again and again until there is an answer.
+
+    With an unknown number of workers it goes on listening for two seconds after each answer.
+
+    Args:
+        url: the broker's address.
+        first_s: about how long to wait for a first answer.
+        settle_s: how long to wait then for workers that are still opening an engine.
+        expected: how many workers there are; None when that is not known.
+        watch: says what became of processes on which workers depend (see `Embedded.failure`).
+
+    Returns:
+        Without workers when none answers.
+
+    Raises:
+        UsageError: the URL makes no sense.
+        BrokerError: the broker cannot be reached, or is full.
+        HetrainError: whatever `watch` reports.
+    """
+    answers = _Answers()
+    begin = monotonic()
+    while True:
+        if (failure := watch()) is not None:
+            raise failure
+        _ask(url, answers, expected)
+        end = begin + first_s + (settle_s if answers.workers else 0.0)
+        if answers.are_settled or monotonic() > end:
+            break
+    return Census(
+        tuple(answers.workers[key] for key in sorted(answers.workers)), tuple(answers.refused.values())
+    )
+
+
+class _Enough(Exception):
+    """Ends a round that would go on for as long as somebody keeps answering."""
+
+
+@dataclass
+class _Answers:
+    """Answers so far, the latest of each worker. Each is hostile until parsed."""
+
+    workers: dict[tuple[str, str], WorkerReport] = field(default_factory=dict)
+    refused: dict[str, WireError] = field(default_factory=dict)
+    count: int = 0
+    until: float = 0.0
+
+    @property
+    def are_settled(self) -> bool:
+        """Whether somebody has answered, and nobody asks for patience."""
+        opening = any(
+            engine.state == "opening" for worker in self.workers.values() for engine in worker.engines
+        )
+        return bool(self.workers) and not opening
+
+    def take(self, body: object) -> None:
+        """Takes one reply: ``{name: report}``."""
+        self.count += 1
+        if self.count > _MAX_REPLIES:
+            raise _Enough
+        for name, reply in body.items() if isinstance(body, dict) else [("?", body)]:
+            where = f"worker {_text(name)}"
+            try:
+                report = parse(WorkerReport, _as_json(reply, where), where=where)
+            except WireError as error:
+                self.refuse(error)
+            else:
+                self.workers[report.worker, report.hostname] = report
+        if monotonic() > self.until:
+            raise _Enough
+
+    def refuse(self, error: WireError) -> None:
+        """Notes an answer that is none."""
+        self.refused[str(error)] = error
+
+
+def _as_json(reply: object, where: str) -> str:
+    try:
+        return json.dumps(reply)
+    except (TypeError, ValueError, RecursionError) as error:  # kombu makes objects of some JSON
+        raise WireError(f"the reply is no JSON ({type(error).__name__})", where=where) from error
+
+
+def _ask(url: str, answers: _Answers, expected: int | None) -> None:
+    """One round: asks all, and listens until nobody has answered for a while."""
+    answers.until = monotonic() + _LONGEST_ROUND_S
+    app = _app(url)
+    try:
+        with broker.broker_errors(url), app.connection_for_write() as connection:
+            _broadcast(app, connection, answers, expected)
+    except _Enough:
+        pass
+    except WireError as error:
+        answers.refuse(error)
+        sleep(_POLL_S)  # the next round may begin with the same
+    finally:
+        app.close()
+
+
+def _broadcast(app: Celery, connection: Connection, answers: _Answers, expected: int | None) -> None:
+    try:
+        app.control.broadcast(
+            CONTROL_ABOUT,
+            reply=True,
+            timeout=_QUIET_S if expected is None else _POLL_S,
+            limit=expected,
+            callback=answers.take,
+            connection=connection,
+        )
+    except (_Enough, RedisError, OSError, EOFError):
+        raise
+    except OperationalError as error:
+        cause = error.__cause__
+        raise (cause if isinstance(cause, RedisError | OSError) else OSError(str(error))) from error
+    except Exception as error:  # whatever kombu makes of bytes that are none of its messages
+        raise WireError(
+            f"a reply is no message ({type(error).__name__}); others may have been lost with it",
+            where="workers' replies",
+            hint="check who else can write to the broker",
+        ) from error
+
+
+def _app(url: str) -> Celery:
+    address = broker.parse_broker_url(url).for_celery()
+    app = Celery("hetrain-census", set_as_current=False)
+    app.conf.update(
+        # Both: CELERY_BROKER_URL in the environment would replace broker_url.
+        broker_read_url=address,
+        broker_write_url=address,
+        broker_transport_options={"socket_timeout": 30, "socket_connect_timeout": 5},
+        accept_content=["json"],
+        task_serializer="json",
+    )
+    return app

@@ -1,0 +1,46 @@
+"""A job's link to its broker: what the parts of a channel share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import redis
+
+from hetrain.public.blobs import BlobStore
+from hetrain.public.broker import broker_errors
+from hetrain.transport.requests import Patience
+from hetrain.transport.sender import Sender
+
+
+@dataclass(frozen=True)
+class Link:
+    """A job's link to its broker. Thread-safe.
+
+    Attributes:
+        url: the broker's address.
+        job: the job's token.
+        store: where its blobs lie.
+        sender: sends its tasks.
+        patience: how long to wait for what.
+    """
+
+    url: str
+    job: str
+    store: BlobStore
+    sender: Sender
+    patience: Patience
+
+    @property
+    def client(self) -> redis.Redis:
+        """A client for small commands."""
+        return self.store.client
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Maps what `client` raises to `BrokerError` and its subclasses."""
+        return broker_errors(self.url)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self.sender.close()
+        self.store.close()

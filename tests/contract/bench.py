@@ -1,0 +1,155 @@
+"""One engine's two halves around a worker's service, on int8 matrices whose products are known exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors.torch import save_file
+
+from hetrain.public.checkpoints import resolve
+from hetrain.public.parameters import largest_operand, parameters_for, switching_error_bound
+from hetrain.public.plan import Group, Member, Plan, stack_group
+from hetrain.public.weights import matrix_digest, max_l1
+from hetrain.public.wire import Direction, EvaluateTask
+from hetrain.secret.engine import Sealed, Sealer, client_engine, open_sealer
+from hetrain.secret.quantisation import quantise_operand
+from hetrain.transport.local import LocalChannel
+from worker_gpu.device import choose_compute, choose_device
+from worker_gpu.service import Service
+from worker_gpu.weights import WeightStore
+
+COMPUTE = choose_compute(choose_device())
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What an engine promises of W·x: the largest entry of x it takes, and the largest error of a product.
+
+    Both are given the tokens of x and the int8 matrix W [n, K]; the error is one for each row.
+    """
+
+    x_max: Callable[[int, torch.Tensor], int]
+    error: Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def _rlwe_x_max(tokens: int, matrix: torch.Tensor) -> int:
+    return largest_operand(parameters_for(tokens), max_l1(matrix)[0])
+
+
+def _rlwe_error(tokens: int, matrix: torch.Tensor) -> torch.Tensor:
+    parameters = parameters_for(tokens)
+    return parameters.eta * matrix.to(torch.int64).abs().sum(1) + switching_error_bound(parameters)
+
+
+def _exact(tokens: int, matrix: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(matrix), dtype=torch.int64)
+
+
+PROMISES: Mapping[str, Promise] = MappingProxyType(
+    {
+        "rlwe": Promise(_rlwe_x_max, _rlwe_error),
+        "concrete": Promise(lambda tokens, matrix: 127, _exact),
+        "clear": Promise(_rlwe_x_max, _exact),
+    }
+)
+
+
+class Bench:
+    """A checkpoint of the given matrices, its plan, a worker that serves it, and a job of one engine."""
+
+    def __init__(self, engine: str, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "none"}))
+        save_file(
+            {f"{name}.weight": w.contiguous() for name, w in weights.items()}, folder / "model.safetensors"
+        )
+        checkpoint = resolve(str(folder))
+        self.name = engine
+        self.matrices: dict[str, torch.Tensor] = {}
+        groups = []
+        for name, w in weights.items():
+            members = (Member(module=name, tensor=f"{name}.weight", out_features=w.shape[0]),)
+            values = stack_group(members, checkpoint.read).values
+            rows, columns = max_l1(values)
+            groups.append(
+                Group(
+                    name=name,
+                    members=members,
+                    in_features=w.shape[1],
+                    forward_l1=rows,
+                    backward_l1=columns,
+                    digest=matrix_digest(values),
+                )
+            )
+            self.matrices[name] = values
+        self.plan = Plan(model=checkpoint.label, groups=tuple(groups))
+        self.service = Service(COMPUTE, WeightStore(COMPUTE.device, {checkpoint.label: str(folder)}))
+        self.sealer = self.new_sealer()
+        self.channel = LocalChannel(
+            self.evaluate, lambda task, plan: self.service.prepare(task, lambda: plan)
+        )
+        self.channel.prepare(
+            self.plan.model, engine, self.plan.to_bytes(), self.plan.digest, self.sealer.setup
+        )
+
+    def new_sealer(self) -> Sealer:
+        """Another job's client half, with keys of its own."""
+        return open_sealer(client_engine(self.name), self.plan)
+
+    def evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
+        """What the worker answers."""
+        return self.service.evaluate(task, self.plan.to_bytes, payload)
+
+    def group(self, name: str) -> Group:
+        """The group called `name`."""
+        return next(group for group in self.plan.groups if group.name == name)
+
+    def seal(self, name: str, direction: Direction, x: torch.Tensor) -> Sealed:
+        """One operand, hidden."""
+        return self.sealer.seal(x, self.group(name), direction)
+
+    def answer(
+        self,
+        name: str,
+        direction: Direction,
+        sealed: Sealed,
+        rows: list[tuple[int, int]] | None = None,
+        payload: bytes | None = None,
+        header: Mapping[str, str | int] | None = None,
+    ) -> list[memoryview]:
+        """The worker's results for `sealed`, or for another payload or header in its place."""
+        rows = rows or [(0, self.group(name).result_rows(direction))]
+        parts = sealed.payload if payload is None else [memoryview(bytearray(payload))]
+        chosen = sealed.header if header is None else header
+        return self.channel.send(name, direction, chosen, parts, rows).result().parts
+
+    def multiply(
+        self, name: str, direction: Direction, x: torch.Tensor, rows: list[tuple[int, int]] | None = None
+    ) -> torch.Tensor:
+        """The whole way: sealed, evaluated, opened."""
+        sealed = self.seal(name, direction, x)
+        rows = rows or [(0, self.group(name).result_rows(direction))]
+        return sealed.opening.open(self.answer(name, direction, sealed, rows), rows)
+
+    def matrix(self, name: str, direction: Direction) -> torch.Tensor:
+        """W, int8 [n, K], of this direction."""
+        values = self.matrices[name]
+        return values if direction == "forward" else values.t()
+
+    def excess(self, name: str, direction: Direction, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """By how much entries of y miss what the engine promises: integers [n, T], 0 where it is kept."""
+        w = self.matrix(name, direction)
+        promise = PROMISES[self.name]
+        operand = quantise_operand(x, promise.x_max(len(x), w))
+        exact = w.to(torch.int64) @ operand.values.to(torch.int64)
+        scales = operand.scales.to(torch.float64)
+        got = (y.to(torch.float64) / scales[:, None]).t()
+        # float32 carries 24 bits of a result and of its scale.
+        slack = exact.abs().to(torch.float64) * 2.0**-22 + 0.01
+        error = (got - exact.to(torch.float64)).abs()
+        return (error - promise.error(len(x), w)[:, None] - slack).clamp_min(0)

@@ -1,0 +1,217 @@
+"""`hetrain doctor`: what it says of real brokers and workers, and of answers that nobody should believe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+
+import hetrain
+import worker_gpu.engines
+from cli.doctor import doctor
+from hetrain.public.broker import parse_broker_url
+from hetrain.public.errors import BrokerUnreachable, WireError
+from hetrain.public.wire import CONTROL_ABOUT, EngineReport, WorkerReport
+from hetrain.secret.engine import ENGINES
+from hetrain.train.checkup import check_up
+from hetrain.transport.census import take_census
+from tasks.processes import private_directory, start_server, start_worker, stop
+
+OTHER = WorkerReport(
+    worker="other@elsewhere",
+    hostname="elsewhere",
+    hetrain="0.0.9",
+    device="cpu · int8 kernel",
+    engines=[EngineReport(name="rlwe", state="opening")],
+    models=[],
+    queues=["gpu"],
+    concurrency=2,
+)
+
+
+@contextmanager
+def serving() -> Iterator[tuple[str, Path]]:
+    """A broker of its own: URL and directory."""
+    with ExitStack() as stack:
+        directory = private_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        log = stack.enter_context((directory / "log").open("wb"))
+        server, url = start_server(directory, log)
+        stack.callback(stop, [server])
+        yield url, directory
+
+
+@pytest.fixture(scope="module")
+def empty() -> Iterator[str]:
+    """A broker without workers."""
+    with serving() as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Path]]:
+    """A broker with a worker that has answered once, and the worker's log."""
+    with serving() as (url, directory), (directory / "worker.log").open("wb") as log:
+        worker = start_worker(1, url, "smollm2-135m", log)
+        try:
+            assert take_census(url, first_s=60, settle_s=30, expected=1).workers
+            yield url, directory / "worker.log"
+        finally:
+            stop([worker])
+
+
+def connect(url: str) -> redis.Redis:
+    return redis.Redis.from_url(parse_broker_url(url).for_redis())
+
+
+@contextmanager
+def answering(url: str, answer: Callable[[], Any], name: str = "other@elsewhere") -> Iterator[None]:
+    """Somebody on the broker who answers the control command with whatever `answer` returns."""
+    app = Celery(broker=parse_broker_url(url).for_celery(), set_as_current=False)
+    listening, done = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        with app.connection_for_read() as connection:
+            handlers = {CONTROL_ABOUT: lambda state: answer()}
+            mailbox = app.control.mailbox(connection)
+            node = mailbox.Node(name, channel=connection.default_channel, handlers=handlers)
+            with node.listen():
+                listening.set()
+                while not done.is_set():
+                    try:
+                        connection.drain_events(timeout=0.1)
+                    except TimeoutError:
+                        continue
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        assert listening.wait(20)
+        yield
+    finally:
+        done.set()
+        thread.join()
+        app.close()
+
+
+def test_worker_device_and_engines_are_named(
+    served: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, log = served
+    doctor(url, as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert report["failure"] is None
+    assert report["warnings"] == []
+    assert report["client"]["versions"]["hetrain"] == hetrain.__version__
+    assert [half["name"] for half in report["client"]["engines"]] == list(ENGINES)
+    assert report["broker"]["maxmemory"] == 2 << 30
+    assert report["broker"]["policy"] == "noeviction"
+    assert report["broker"]["server"].startswith("valkey ")
+    assert report["broker"]["round_trip_ms"] > 0
+    (worker,) = report["workers"]
+    assert worker["worker"].startswith("hetrain-1@")
+    assert worker["models"] == ["smollm2-135m"]
+    assert worker["concurrency"] == 1
+    assert f"hetrain worker: {worker['device']}, broker" in log.read_text()
+    engines = {engine["name"]: engine for engine in worker["engines"]}
+    assert engines.keys() == worker_gpu.engines.ENGINES.keys()
+    assert engines["rlwe"] == {"name": "rlwe", "state": "ready", "about": worker["device"]}
+    assert all(engine["about"] for engine in engines.values())
+    assert {"rlwe", "clear"} <= set(report["runnable"])
+
+    doctor(url)
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (worker["worker"], worker["hostname"], f"computes on {worker['device']}", "noeviction"):
+        assert part in text
+    assert all(engine in text for engine in engines)
+    assert "clear (hides nothing)" in text
+    assert not list(connect(url).scan_iter("hetrain:*"))
+
+
+def test_no_worker_and_a_careless_broker_are_said() -> None:
+    with serving() as (url, _):
+        connect(url).config_set("maxmemory", 0)
+        connect(url).config_set("maxmemory-policy", "allkeys-lru")
+        result = subprocess.run(
+            [sys.executable, "-m", "cli", "doctor", "--broker-url", url],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 8, result.stderr
+    assert "celery -A tasks worker -Q gpu" in " ".join(result.stderr.split())
+    text = " ".join(result.stdout.split())
+    assert "warning: the broker has no maxmemory" in text
+    assert "allkeys-lru" in text
+
+
+def test_a_broker_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokerUnreachable, match=r"127\.0\.0\.1:1") as caught:
+        doctor("redis://:hunter2@127.0.0.1:1/0", as_json=True)
+    assert caught.value.exit_code == 7
+    printed = capsys.readouterr().out
+    report = json.loads(printed)
+    assert report["broker"] is None
+    assert report["failure"]["error"] == "BrokerUnreachable"
+    assert report["client"]["cores"] >= 1
+    assert "hunter2" not in printed
+
+
+def test_hostile_answers_are_refused_and_others_count(
+    served: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, _ = served
+    answers = {
+        "failing@elsewhere": {"error": "KeyError()"},
+        "odd@elsewhere": ["\x1b[2J", {"version": 1}],
+        "loud@elsewhere": OTHER.model_dump() | {"device": "\x1b[2Jcuda"},
+        "typed@elsewhere": OTHER.model_dump() | {"models": [{"__type__": "decimal", "__value__": "1"}]},
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(answering(url, partial(deepcopy, answer), name))
+        doctor(url)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "hetrain-1@" in text
+    for name in answers:
+        assert f"warning: a worker's answer was refused: worker {name}" in text
+    assert "\x1b" not in text
+
+
+def test_bytes_that_are_no_message_are_refused(empty: str) -> None:
+    broker = connect(empty)
+
+    def spoil() -> None:
+        for binding in broker.smembers("_kombu.binding.reply.celery.pidbox"):
+            broker.lpush(binding.split(b"\x06\x16")[-1], b"\xff{")
+
+    with answering(empty, spoil):
+        found = check_up(empty)
+    assert isinstance(found.failure, WireError)
+    assert found.workers == ()
+    assert any("is no message" in warning for warning in found.warnings)
+
+
+def test_another_version_is_a_warning_and_a_slow_engine_is_waited_for(empty: str) -> None:
+    ready = [EngineReport(name="rlwe", state="ready", about="cpu")]
+    answers = iter([OTHER, OTHER.model_copy(update={"engines": ready})])
+    with answering(empty, lambda: next(answers).model_dump()):
+        found = check_up(empty)
+    assert found.failure is None
+    assert [half.name for half in found.runnable] == ["rlwe"]
+    assert len(found.workers) == 1
+    (warning,) = found.warnings
+    assert "0.0.9" in warning
+    assert hetrain.__version__ in warning

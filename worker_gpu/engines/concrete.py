@@ -1,0 +1,156 @@
+"""Evaluating half of `concrete`: Concrete's circuits for x·W with x encrypted and W clear. Holds no key.
+
+Concrete's GPU build runs circuits on CUDA; one without a bootstrap, like this, its scheduler leaves to the
+host's threads as far as its source says. `description` reports what is installed and what was found, so that
+nobody has to guess.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hetrain.public.circuits import MAX_COLUMNS, MAX_ROWS, Circuit, CircuitSpec, compile_circuit, tile
+from hetrain.public.concrete import PACKAGE, load_fhe, package_version, switch
+from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerRefused
+from hetrain.public.parameters import SLOTS
+from hetrain.public.plan import Plan
+from hetrain.public.wire import DIRECTIONS, EvaluateTask, Header
+from worker_gpu.device import Compute
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_X_MAX_LIMIT = 1 << 16
+_TRIAL_X_MAX = 127
+
+logger = logging.getLogger(__name__)
+
+
+class ConcreteEngine:
+    """See `worker_gpu.engines.Engine`. Tiles are evaluated beside each other, one thread for each core.
+
+    Raises:
+        WorkerRefused: concrete-python is missing or does not load.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        try:
+            load_fhe()
+        except UsageError as error:
+            raise WorkerRefused(
+                f"this worker cannot serve the concrete engine: {error.what}", hint=error.hint
+            ) from error
+        self._use_gpu, place = _choose_place()
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "concrete")
+        self.description = f"concrete {package_version()} · {place}"
+        logger.info("%s", self.description)
+
+    def prepare(self, plan: Plan, setup: Header) -> None:
+        """Compiles the circuits of a plan and compares them with the client's."""
+        theirs = setup.get(PACKAGE)
+        if theirs != package_version():
+            raise WorkerRefused(
+                f"this worker has {PACKAGE} {package_version()}, the client {theirs}",
+                hint="install the same version on both sides",
+            )
+        x_max = setup.get("x_max")
+        if not isinstance(x_max, int) or not 1 <= x_max <= _X_MAX_LIMIT:
+            raise WireError(f"the job's largest operand is {x_max!r}", where="setup")
+        for group in plan.groups:
+            for direction in DIRECTIONS:
+                spec = tile(group.operand_rows(direction), group.result_rows(direction), x_max)
+                _compare(self._circuit(spec), setup.get(spec.name), group.name)
+
+    def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
+        """See `worker_gpu.engines.Engine.evaluate`.
+
+        Results: for each tile of rows, the switched words of its ciphertexts, [rows, n, LWE dimension + 1].
+        """
+        circuit = self._circuit(_requested(task, matrix.shape[1]))
+        _compare(circuit, task.header.get("circuit"), task.group)
+        nbytes = circuit.operands.nbytes
+        if payload.nbytes == 0 or payload.nbytes % nbytes or payload.nbytes > nbytes * SLOTS:
+            raise WireError(
+                f"the operand has {payload.nbytes} bytes, not some tiles of {nbytes}", where=task.group
+            )
+        operands = [circuit.operands.value(payload[i : i + nbytes]) for i in range(0, payload.nbytes, nbytes)]
+        work = partial(_evaluate_tile, circuit, _column_tiles(matrix, circuit.spec.columns), len(matrix))
+        return [memoryview(part) for part in self._pool.map(work, operands)]
+
+    def _circuit(self, spec: CircuitSpec) -> Circuit:
+        try:
+            return compile_circuit(spec, use_gpu=self._use_gpu)
+        except ParameterError as error:
+            raise WorkerRefused(
+                f"this worker cannot compile a circuit: {error.what}", where=error.where
+            ) from error
+
+
+def _choose_place() -> tuple[bool, str]:
+    """Whether to compile for a GPU, and what is there."""
+    from concrete.compiler import check_gpu_available, check_gpu_enabled
+
+    if not check_gpu_enabled():
+        return False, "cpu (no GPU build)"
+    if not check_gpu_available():
+        return False, "cpu (GPU build, no device)"
+    try:
+        compile_circuit(tile(16, 16, _TRIAL_X_MAX), use_gpu=True)
+    except ParameterError as error:
+        logger.warning("the GPU is left alone: %s", error)
+        return False, "cpu (GPU build, but it fails its self-test)"
+    return True, "GPU build and device (circuits without a bootstrap may stay on the host's threads)"
+
+
+def _requested(task: EvaluateTask, k: int) -> CircuitSpec:
+    """The circuit that the header asks for. Raises `WireError` for one that no client would choose."""
+    header = task.header
+    sizes = []
+    for name, limit in (("rows", MAX_ROWS), ("columns", MAX_COLUMNS), ("x_max", _X_MAX_LIMIT)):
+        size = header.get(name)
+        if not isinstance(size, int) or not 1 <= size <= limit:
+            raise WireError(
+                f"header field {name!r} is {size!r}, not a number up to {limit}", where=task.group
+            )
+        sizes.append(size)
+    rows, columns, x_max = sizes
+    return CircuitSpec(rows, k, columns, x_max)
+
+
+def _compare(circuit: Circuit, theirs: object, group: str) -> None:
+    if theirs != circuit.digest:
+        raise WorkerRefused(
+            f"this worker compiles {circuit.spec.name} to {circuit.digest[:12]}, the client to "
+            f"{str(theirs)[:12]!r}",
+            where=group,
+            hint=f"install the same versions of hetrain and {PACKAGE} on both sides",
+        )
+
+
+def _column_tiles(matrix: torch.Tensor, columns: int) -> list[NDArray[np.int64]]:
+    """Wᵀ [K, n] in tiles of `columns`, the last one filled up with zeros."""
+    tiles = []
+    for part in matrix.cpu().split(columns):
+        filled = np.zeros((matrix.shape[1], columns), np.int64)
+        filled[:, : len(part)] = part.t().numpy()
+        tiles.append(filled)
+    return tiles
+
+
+def _evaluate_tile(circuit: Circuit, weights: Sequence[NDArray[np.int64]], n: int, operand: object) -> bytes:
+    spec = circuit.spec
+    words = [
+        np.frombuffer(circuit.results.words(circuit.multiply(operand, w)), "<u8").reshape(
+            spec.rows, spec.columns, -1
+        )
+        for w in weights
+    ]
+    return switch(np.concatenate(words, axis=1)[:, :n], circuit.result_bytes)
