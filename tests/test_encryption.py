@@ -170,7 +170,7 @@ def test_decrypted_products_are_within_the_budget(tokens: int, n: int, k: int) -
     operand = quantise_operand(x, largest_operand(parameters, bound))
     sealed = seal(x, bound)
     part = evaluate(matrix, sealed)
-    error = sealed.opening.decrypt(part, n).to(torch.int64) - exact_product(matrix, operand.values)
+    error = sealed.opening.decrypt(part, 0, n).to(torch.int64) - exact_product(matrix, operand.values)
     assert bool((error.abs() <= noise_bound(matrix, parameters)[:, None]).all())
 
     y = sealed.opening.open([part], [(0, n)])
@@ -190,7 +190,7 @@ def test_the_largest_operand_does_not_wrap(parameters: ParameterSet, sign: int) 
     x_max = largest_operand(parameters, bound)
     x = (sign * x_max * matrix[3].sign().to(torch.float32)).repeat(parameters.ring_degree, 1)
     sealed = seal(x, bound)
-    decrypted = sealed.opening.decrypt(evaluate(matrix, sealed), 17).to(torch.int64)
+    decrypted = sealed.opening.decrypt(evaluate(matrix, sealed), 0, 17).to(torch.int64)
     exact = exact_product(matrix, x.t())
     assert int(exact[3].abs().min()) > 0.99 * 2**31
     assert bool(((decrypted - exact).abs() <= noise_bound(matrix, parameters)[:, None]).all())
@@ -230,7 +230,7 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool) -> Non
     x = torch.randn(tokens, k)
     sealed = seal(x, bound)
     exact = exact_product(matrix, quantise_operand(x, largest_operand(parameters, bound)).values)
-    error = (sealed.opening.decrypt(evaluate(matrix, sealed), n).to(torch.int64) - exact).double()
+    error = (sealed.opening.decrypt(evaluate(matrix, sealed), 0, n).to(torch.int64) - exact).double()
     predicted = predicted_noise_std(matrix.double().norm(dim=1), parameters)[:, None]
     assert float((error / predicted).std()) == pytest.approx(1, rel=0.05)
     assert abs(float((error / predicted).mean())) < 8 / math.sqrt(error.numel())
@@ -247,7 +247,7 @@ def test_noise_of_switching_alone_has_the_predicted_size() -> None:
     """W = 1: what is left besides rounding b' is rounding a', times s."""
     matrix = torch.eye(32, dtype=torch.int8)
     sealed = seal(torch.zeros(2048, 32), 1)
-    error = sealed.opening.decrypt(evaluate(matrix, sealed), 32).double()
+    error = sealed.opening.decrypt(evaluate(matrix, sealed), 0, 32).double()
     b = torch.frombuffer(bytearray(sealed.payload[0]), dtype=torch.int32).view(32, -1).to(torch.int64)
     rest = error - ((b + 2**15) // 2**16 * 2**16 - b)
     predicted = (predicted_noise_std(torch.ones(1), REAL[-1]).square() - 2**32 / 12).sqrt()
@@ -267,8 +267,8 @@ def test_a_wrong_secret_opens_nothing() -> None:
     mine, other = seal(x, max_l1(matrix)[0]), seal(x, max_l1(matrix)[0])
     part = evaluate(matrix, mine)
     wrong = RlweOpening(mine.opening.parameters, other.opening.secret, mine.opening.scales)
-    assert abs(excess_of_high_bytes(wrong.decrypt(part, n))) < 8
-    assert excess_of_high_bytes(mine.opening.decrypt(part, n)) > 1000
+    assert abs(excess_of_high_bytes(wrong.decrypt(part, 0, n))) < 8
+    assert excess_of_high_bytes(mine.opening.decrypt(part, 0, n)) > 1000
 
 
 def test_ciphertexts_look_uniform_and_share_nothing() -> None:

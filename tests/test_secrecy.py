@@ -22,7 +22,7 @@ from hetrain.public.checkpoints import resolve
 from hetrain.public.parameters import largest_operand, parameters_for
 from hetrain.public.plan import Group
 from hetrain.public.wire import Direction
-from hetrain.secret.engine import Sealer, client_engine, open_sealer
+from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.secret.quantisation import quantise_operand
 from hetrain.train.packing import micro_batches
 from hetrain.train.rows import read_rows
@@ -161,7 +161,7 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Wit
         try:
             split = split_model(resolve(str(model)))
             plan = split.plan
-            witness = Witness(open_sealer(client_engine(engine), plan))
+            witness = Witness(client_engine(engine).open(plan, JobOptions()))
             channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
             adapted = add_adapter(split, LoraSettings(r=2, alpha=4), 0)
             replica = Replica(split, adapted, channel, witness)

@@ -12,6 +12,7 @@ from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
 from hetrain.nn.loss import output_head, summed_loss
 from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
+from hetrain.nn.saved import HalfSaver
 from hetrain.nn.split import SplitModel
 from hetrain.nn.trace import hidden_states
 from hetrain.secret.engine import Sealer
@@ -53,9 +54,10 @@ class Replica:
             lengths: the rows' lengths, summing to T.
         """
         layout = RowLayout.of(lengths, self._device)
-        states = hidden_states(
-            self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
-        )
+        with HalfSaver(self._model.parameters()).hooks():
+            states = hidden_states(
+                self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
+            )
         return summed_loss(states[0], targets.to(self._device), self._head)
 
     def take_gradients(self) -> dict[str, torch.Tensor]:

@@ -7,10 +7,11 @@ then shows which of them share an input, and that the model stays what it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -50,7 +51,13 @@ class SplitModel:
     conv1d: bool
 
 
-def split_model(checkpoint: Checkpoint, outsource: Iterable[str] = ("*",)) -> SplitModel:
+Witness = Callable[[Group, torch.Tensor], None]
+"""Called with every group and its int8 matrix [out_features, in_features] while that is at hand."""
+
+
+def split_model(
+    checkpoint: Checkpoint, outsource: Iterable[str] = ("*",), witness: Witness | None = None
+) -> SplitModel:
     """Loads the client's part of `checkpoint` and plans the rest.
 
     The outsourced matrices are streamed through once, for their scales, bounds and digests, and not kept.
@@ -59,6 +66,7 @@ def split_model(checkpoint: Checkpoint, outsource: Iterable[str] = ("*",)) -> Sp
         checkpoint: the whole model.
         outsource: globs (`fnmatch.fnmatchcase`) on full module names, as in ``model.layers.*.mlp.down_proj``.
             Linears of the decoder's blocks that match any are outsourced; the others are loaded as they are.
+        witness: sees every matrix once.
 
     Raises:
         UsageError: a pattern matches no linear of the blocks.
@@ -79,7 +87,7 @@ def split_model(checkpoint: Checkpoint, outsource: Iterable[str] = ("*",)) -> Sp
     causal.eval()
     groups, scales = [], {}
     for names in shared_inputs(causal, remotes):
-        group, scale = _plan_group([members[name] for name in names], checkpoint)
+        group, scale = _plan_group([members[name] for name in names], checkpoint, witness)
         groups.append(group)
         scales[group.name] = scale
     causal.requires_grad_(False)
@@ -192,7 +200,9 @@ def _member(name: str, linear: nn.Linear | Conv1D, tensor: str) -> Member:
     )
 
 
-def _plan_group(members: list[Member], checkpoint: Checkpoint) -> tuple[Group, Scales]:
+def _plan_group(
+    members: list[Member], checkpoint: Checkpoint, witness: Witness | None
+) -> tuple[Group, Scales]:
     try:
         matrix = stack_group(tuple(members), checkpoint.read)
     except WireError as error:
@@ -206,4 +216,6 @@ def _plan_group(members: list[Member], checkpoint: Checkpoint) -> tuple[Group, S
         backward_l1=columns,
         digest=matrix_digest(matrix.values),
     )
+    if witness is not None:
+        witness(group, matrix.values)
     return group, matrix.scales

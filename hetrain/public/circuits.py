@@ -44,7 +44,7 @@ OPERAND_BYTES = 24
 
 MAX_ROWS, MAX_COLUMNS = 16, 1024
 _MAX_TILE_RESULTS, _MAX_TILE_OPERANDS = 1024, 4096
-_FOUR_BYTE_WIDTH = 22
+_FOUR_BYTE_WIDTH, _MAX_WIDTH = 22, 31
 _KEPT = 256
 # log2 of the noise's standard deviation over the modulus, by dimension: Concrete's own curve of 128 bits of
 # security. For n = 1400 to 1650 malb/lattice-estimator (commit 27a581bb) gives 128.7 to 128.8 bits (MATZOV).
@@ -189,6 +189,13 @@ def _describe(spec: CircuitSpec, server: Any, client_specs: Any, description: by
     encoding = facts["circuits"][0]["inputs"][0]["typeInfo"]["lweCiphertext"]
     dimension = int(encoding["encryption"]["lweDimension"])
     _require_security(spec, dimension, float(encoding["encryption"]["variance"]))
+    width = int(encoding["encoding"]["integer"]["width"])
+    if width > _MAX_WIDTH:
+        raise ParameterError(
+            f"results of {width} bits leave too little room for noise, at most {_MAX_WIDTH} do",
+            where=spec.name,
+            hint="use fewer --activation-bits, or leave it out with --outsource",
+        )
     identity = json.dumps(asdict(spec) | {"package": package_version()}, sort_keys=True).encode()
     # A key that opens nothing: it is thrown away with this function.
     holder = load_fhe().Client(client_specs)
@@ -205,7 +212,7 @@ def _describe(spec: CircuitSpec, server: Any, client_specs: Any, description: by
         client_specs=client_specs,
         digest=hashlib.sha256(identity + description).hexdigest(),
         dimension=dimension,
-        width=int(encoding["encoding"]["integer"]["width"]),
+        width=width,
         key_id=json.dumps(facts["keyset"], sort_keys=True),
         operands=Frame.of(operand, OPERAND_BYTES * spec.rows * spec.k),
         results=Frame.of(result, 8 * spec.rows * spec.columns * (dimension + 1)),

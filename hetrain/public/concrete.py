@@ -8,6 +8,7 @@ checked, and a `Frame` that this process made itself is put around them.
 from __future__ import annotations
 
 import atexit
+import shutil
 import signal
 import threading
 import warnings
@@ -52,6 +53,10 @@ def load_fhe() -> ModuleType:
         UsageError: it is not installed, or does not load.
     """
     package_version()
+    if shutil.which("ld") is None:
+        raise UsageError(
+            f"{PACKAGE} needs the linker `ld` to compile circuits", hint="install the system package binutils"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it uses pkg_resources, which is being retired

@@ -18,6 +18,7 @@ from hetrain.public.plan import Group, Plan
 from hetrain.public.wire import Direction, Header
 from hetrain.secret.clear import ClearSealer
 from hetrain.secret.concrete import ConcreteSealer
+from hetrain.secret.hints import HintStore
 from hetrain.secret.rlwe import RlweSealer
 
 MIN_BITS, MAX_BITS = 2, 25
@@ -70,23 +71,45 @@ class Sealer(Protocol):
 
 
 @dataclass(frozen=True)
+class JobOptions:
+    """What a job may ask of its engine.
+
+    Attributes:
+        bits: the most bits that an operand's entries may have; None is the engine's own choice.
+        hints: where products with the masks are kept; None keeps none. Only `rlwe` has any.
+    """
+
+    bits: int | None = None
+    hints: HintStore | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError(
+                f"{self.bits} bits are out of range",
+                where="--activation-bits",
+                hint=f"{MIN_BITS} to {MAX_BITS}",
+            )
+
+
+@dataclass(frozen=True)
 class ClientEngine:
     """A client half and what to tell the user about it."""
 
     name: str
     hides: bool
     """Whether workers see ciphertexts only."""
-    open: Callable[[Plan, int | None], Sealer]
-    """Starts a job, from its plan and the most bits that an operand's entries may have (None: as fits)."""
+    open: Callable[[Plan, JobOptions], Sealer]
+    """Starts a job."""
+    has_hints: bool = False
 
 
 ENGINES: Mapping[str, ClientEngine] = MappingProxyType(
     {
         engine.name: engine
         for engine in (
-            ClientEngine("rlwe", True, lambda plan, bits: RlweSealer(bits)),
-            ClientEngine("concrete", True, ConcreteSealer),
-            ClientEngine("clear", False, lambda plan, bits: ClearSealer(bits)),
+            ClientEngine("rlwe", True, lambda plan, options: RlweSealer(options.bits, options.hints), True),
+            ClientEngine("concrete", True, lambda plan, options: ConcreteSealer(plan, options.bits)),
+            ClientEngine("clear", False, lambda plan, options: ClearSealer(options.bits)),
         )
     }
 )
@@ -100,12 +123,3 @@ def client_engine(name: str) -> ClientEngine:
         raise UsageError(
             f"unknown engine {name!r}", where="--engine", hint=f"choose from: {', '.join(ENGINES)}"
         ) from None
-
-
-def open_sealer(engine: ClientEngine, plan: Plan, bits: int | None = None) -> Sealer:
-    """Starts a job with `engine`. Raises `UsageError` for a number of bits that no engine takes."""
-    if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
-        raise UsageError(
-            f"{bits} bits are out of range", where="--activation-bits", hint=f"{MIN_BITS} to {MAX_BITS}"
-        )
-    return engine.open(plan, bits)

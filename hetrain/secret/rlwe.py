@@ -4,7 +4,8 @@ Feature k of all T tokens is one polynomial m_k(X) = Σ_t x[t,k]·X^t, and
 
     b_k = a_k·s + e_k + m_k   modulo 2^32,      a_k public, from a seed;  s, e_k fresh for every matrix.
 
-A worker returns b' = W·b and a' = W·a with their low bits dropped, and  b' − a'·s = W·m + noise.
+A worker returns b' = W·b and a' = W·a with their low bits dropped, and  b' − a'·s = W·m + noise. Where the
+client has kept a' from before (`hetrain.secret.hints`), b' alone.
 
 Rule 1 of the security parameters is kept by construction: `seal` is the only place that draws a secret, it
 encrypts one matrix under it, and the secret leaves it only inside the `Opening`, which cannot encrypt.
@@ -29,6 +30,7 @@ from hetrain.public.parameters import (
 )
 from hetrain.public.plan import Group
 from hetrain.public.wire import Direction, Header
+from hetrain.secret.hints import Hint, HintStore, join_planes
 from hetrain.secret.negacyclic import TransformedSecret
 from hetrain.secret.quantisation import dequantise_result, limited, quantise_operand
 from hetrain.secret.randomness import SecretStream, sample_centred_binomial, sample_ternary
@@ -39,43 +41,65 @@ _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
 
 @dataclass(frozen=True, repr=False)
 class RlweOpening:
-    """The secret of one ciphertext matrix and the scales of its tokens."""
+    """The secret of one ciphertext matrix and the scales of its tokens.
+
+    With a `hint` that was ready when the matrix was sealed, results are b' alone; with one that was not, a'
+    comes along and is kept.
+    """
 
     parameters: ParameterSet
     secret: TransformedSecret
     scales: torch.Tensor
+    hint: Hint | None = None
+    hinted: bool = False
 
     def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
         values = torch.cat(
-            [self.decrypt(part, stop - start) for part, (start, stop) in zip(parts, rows, strict=True)]
+            [self.decrypt(part, start, stop) for part, (start, stop) in zip(parts, rows, strict=True)]
         )
         return dequantise_result(values, self.scales)
 
-    def decrypt(self, part: memoryview, n: int) -> torch.Tensor:
-        """b'·2^16 − (a'·2^8)·s modulo 2^32, signed: int32 [n, T].
+    def decrypt(self, part: memoryview, start: int, stop: int) -> torch.Tensor:
+        """b'·2^16 − (a'·2^8)·s modulo 2^32, signed, for rows ``start:stop`` of the product: int32 [n, T].
 
         Raises:
-            WireError: the result's length is not that of `n` rows.
+            WireError: the result's length is not that of its rows, or its a' is found to be wrong.
         """
-        degree, dimension = self.parameters.ring_degree, self.parameters.dimension
-        b_bytes, high_bytes = 2 * n * degree, 2 * n * dimension
-        expected = b_bytes + high_bytes + n * dimension
-        if part.nbytes != expected:
-            raise WireError(f"a result of {n} rows has {part.nbytes} bytes, not {expected}")
-        b = torch.frombuffer(part[:b_bytes], dtype=torch.int16).view(n, degree)
-        high = torch.frombuffer(part[b_bytes : b_bytes + high_bytes], dtype=torch.int16).view(n, dimension)
-        low = torch.frombuffer(part[b_bytes + high_bytes :], dtype=torch.uint8).view(n, dimension)
-        tokens = self.scales.shape[0]
+        n = stop - start
+        b, planes = self._take_apart(part, n)
+        if planes is not None and self.hint is not None:
+            self.hint.offer(*planes, start)
+        degree, tokens = self.parameters.ring_degree, self.scales.shape[0]
         out = torch.empty(n, degree, dtype=torch.int32)
         step = self.secret.block_rows
-        for start in range(0, n, step):
-            rows = slice(start, start + step)
-            a = (high[rows].to(torch.int32) << 16) | (low[rows].to(torch.int32) << _A_SHIFT)
+        for first in range(0, n, step):
+            rows = slice(first, min(first + step, n))
+            a = join_planes(planes[0][rows], planes[1][rows]) if planes else self._kept(start, rows)
             block = b[rows].to(torch.int32) << _B_SHIFT
             halves = block.view(-1, 2, degree // 2)
             torch.sub(halves, self.secret.dot(a), out=out[rows].view(-1, 2, degree // 2))
         return out[:, :tokens]
+
+    def _take_apart(
+        self, part: memoryview, n: int
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """b' as int16 [n, N], and the planes of a', int16 and uint8 [n, d·N], where they come along."""
+        degree, dimension = self.parameters.ring_degree, self.parameters.dimension
+        b_bytes, high_bytes = 2 * n * degree, 2 * n * dimension
+        expected = b_bytes if self.hinted else b_bytes + high_bytes + n * dimension
+        if part.nbytes != expected:
+            raise WireError(f"a result of {n} rows has {part.nbytes} bytes, not {expected}")
+        b = torch.frombuffer(part[:b_bytes], dtype=torch.int16).view(n, degree)
+        if self.hinted:
+            return b, None
+        high = torch.frombuffer(part[b_bytes : b_bytes + high_bytes], dtype=torch.int16).view(n, dimension)
+        low = torch.frombuffer(part[b_bytes + high_bytes :], dtype=torch.uint8).view(n, dimension)
+        return b, (high, low)
+
+    def _kept(self, start: int, rows: slice) -> torch.Tensor:
+        assert self.hint is not None
+        return self.hint.read(start + rows.start, start + rows.stop)
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,10 +115,12 @@ class RlweSealed:
 class RlweSealer:
     """See `hetrain.secret.engine.Sealer`. A job has no keys: every ciphertext matrix has a secret of its own.
 
-    `bits` limits the operand's precision; None takes all that fits.
+    `bits` limits the operand's precision; None takes all that fits. With `hints` the masks of a product stay
+    the same throughout the job; without, every ciphertext matrix has a mask of its own, too.
     """
 
     bits: int | None = None
+    hints: HintStore | None = None
 
     @property
     def setup(self) -> Header:
@@ -103,10 +129,11 @@ class RlweSealer:
 
     def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> RlweSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
-        return seal(x, group.max_l1(direction), self.bits)
+        hint = None if self.hints is None else self.hints.hint(group, direction)
+        return seal(x, group.max_l1(direction), self.bits, hint)
 
 
-def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> RlweSealed:
+def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | None = None) -> RlweSealed:
     """Encrypts X under a fresh secret.
 
     Args:
@@ -114,6 +141,7 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> RlweSealed:
         max_l1: max_j ‖W_j‖₁ of the matrix that the result will be multiplied by: fixes the token scale such
             that no product wraps.
         bits: entries get at most so many signed bits.
+        hint: the mask to use, and what is known of its product; None draws a fresh mask.
 
     Raises:
         ParameterError: more than 2048 tokens, or a matrix with too large rows.
@@ -122,12 +150,14 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> RlweSealed:
     parameters = parameters_for(x.shape[0])
     operand = quantise_operand(x, limited(largest_operand(parameters, max_l1), bits))
     secret = _fresh_secret(parameters)
-    seed = PublicSeed.fresh()
+    hinted = hint is not None and hint.is_ready
+    seed = PublicSeed.fresh() if hint is None else hint.seed
     b = encrypt(operand.values, seed, secret, parameters)
+    wanted = {"result": "b"} if hinted else {"mask_seed": seed.hex()}
     return RlweSealed(
-        header={"parameters": parameters.name, "mask_seed": seed.hex()},
+        header={"parameters": parameters.name, **wanted},
         payload=[b.numpy().data.cast("B")],
-        opening=RlweOpening(parameters, secret, operand.scales),
+        opening=RlweOpening(parameters, secret, operand.scales, hint, hinted),
     )
 
 

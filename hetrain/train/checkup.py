@@ -16,7 +16,7 @@ from hetrain.public.broker import redacted
 from hetrain.public.errors import HetrainError, NoWorker, WireError
 from hetrain.public.plan import Group, Member, Plan
 from hetrain.public.wire import QUEUE, WorkerReport
-from hetrain.secret.engine import ENGINES, ClientEngine
+from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
 from hetrain.transport.census import BrokerReport, Census, ask_broker, take_census
 from hetrain.transport.embedded import start_embedded
 
@@ -162,7 +162,7 @@ def _half(engine: ClientEngine) -> ClientHalf:
     """Opens the engine for a job on one small matrix, which takes all that it needs of this machine."""
     reason = ""
     try:
-        engine.open(_PROBE, None)
+        engine.open(_PROBE, JobOptions())
     except (HetrainError, ImportError) as error:
         reason = str(error)
     return ClientHalf(engine.name, engine.hides, reason)

@@ -18,7 +18,10 @@ from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.checkpoints import Checkpoint, resolve
 from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.wire import Completion
-from hetrain.secret.engine import Sealer, client_engine, open_sealer
+from hetrain.secret.engine import JobOptions, Sealer, client_engine
+from hetrain.secret.hints import Key, sketches_of
+from hetrain.secret.verification import Sketch
+from hetrain.train.hints import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.channel import Channel
 from hetrain.transport.embedded import start_embedded
@@ -79,6 +82,8 @@ def open_session(
     broker_url: str | None,
     device: str,
     log_file: Path | None = None,
+    *,
+    micro_batches: int = 1,
 ) -> Iterator[Session]:
     """Splits the model, finds workers (or starts one on this machine), and agrees with them on the plan.
 
@@ -89,6 +94,7 @@ def open_session(
             session lasts.
         device: torch device of the client's own layers.
         log_file: where embedded broker and worker write; None writes beside temporary files.
+        micro_batches: how many are to come: whether hints pay.
 
     Raises:
         HetrainError: any of its kinds but `DatasetError`.
@@ -108,10 +114,19 @@ def open_session(
             channel = QueueChannel(broker_url)
         stack.callback(channel.close)
         # Meanwhile an embedded worker imports and tests its kernels.
-        split = split_model(base.checkpoint, outsourcing.patterns)
+        sketches: dict[Key, Sketch] = {}
+        wanted = wants_hints(engine, outsourcing.hints, micro_batches)
+        split = split_model(
+            base.checkpoint,
+            outsourcing.patterns,
+            (lambda group, matrix: sketches.update(sketches_of(group, matrix))) if wanted else None,
+        )
         split.causal.to(target)
         plan = split.plan
-        sealer = open_sealer(engine, plan, outsourcing.activation_bits)
+        hints = open_hints(plan, sketches, required=bool(outsourcing.hints)) if wanted else None
+        if hints is not None:
+            stack.callback(hints.close)
+        sealer = engine.open(plan, JobOptions(outsourcing.activation_bits, hints))
         worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
         _log.info("worker %s on %s serves %s", worker.worker, worker.device, plan.model)
         yield Session(split, channel, sealer, worker)

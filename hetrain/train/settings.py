@@ -66,11 +66,14 @@ class OutsourcingSettings:
 
     `patterns` are globs on names of linears; what matches none stays with the client, in clear.
     `activation_bits` limits the precision of activations and gradients; None is the engine's own choice.
+    `hints` keeps products with masks on disk, so that workers compute them once per job; None decides by the
+    number of micro-batches and the room on disk.
     """
 
     engine: str = "rlwe"
     activation_bits: int | None = None
     patterns: tuple[str, ...] = ("*",)
+    hints: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,12 @@ def submit(place: Place, recipe: Recipe, observe: Observer) -> Outcome:
     output = OutputDirectory(place.output_dir, overwrite=place.overwrite)
     try:
         with open_session(
-            base, recipe.outsourcing, place.broker_url, place.device, output.log_file
+            base,
+            recipe.outsourcing,
+            place.broker_url,
+            place.device,
+            output.log_file,
+            micro_batches=total_steps * recipe.flight.batches_per_update,
         ) as session:
             job = _describe(place, recipe, session, total_steps)
             output.write_job(job | {"status": "running"})

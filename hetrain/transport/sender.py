@@ -31,7 +31,6 @@ class Sender:
             task_serializer="json",
             accept_content=["json"],
             task_ignore_result=True,
-            task_send_sent_event=True,
         )
 
     def send(self, request: Request, *, full_s: float) -> None:

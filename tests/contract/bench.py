@@ -16,8 +16,10 @@ from hetrain.public.parameters import largest_operand, parameters_for, switching
 from hetrain.public.plan import Group, Member, Plan, stack_group
 from hetrain.public.weights import matrix_digest, max_l1
 from hetrain.public.wire import Direction, EvaluateTask
-from hetrain.secret.engine import Sealed, Sealer, client_engine, open_sealer
+from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
+from hetrain.secret.hints import HintStore, Key, sketches_of
 from hetrain.secret.quantisation import quantise_operand
+from hetrain.secret.verification import Sketch
 from hetrain.transport.local import LocalChannel
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.service import Service
@@ -62,7 +64,9 @@ PROMISES: Mapping[str, Promise] = MappingProxyType(
 class Bench:
     """A checkpoint of the given matrices, its plan, a worker that serves it, and a job of one engine."""
 
-    def __init__(self, engine: str, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def __init__(
+        self, engine: str, weights: Mapping[str, torch.Tensor], folder: Path, *, hints: bool = False
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"model_type": "none"}))
         save_file(
@@ -89,6 +93,7 @@ class Bench:
             self.matrices[name] = values
         self.plan = Plan(model=checkpoint.label, groups=tuple(groups))
         self.service = Service(COMPUTE, WeightStore(COMPUTE.device, {checkpoint.label: str(folder)}))
+        self._hints_in = folder if hints else None
         self.sealer = self.new_sealer()
         self.channel = LocalChannel(
             self.evaluate, lambda task, plan: self.service.prepare(task, lambda: plan)
@@ -97,9 +102,18 @@ class Bench:
             self.plan.model, engine, self.plan.to_bytes(), self.plan.digest, self.sealer.setup
         )
 
-    def new_sealer(self) -> Sealer:
+    def new_sealer(self, bits: int | None = None) -> Sealer:
         """Another job's client half, with keys of its own."""
-        return open_sealer(client_engine(self.name), self.plan)
+        return client_engine(self.name).open(self.plan, JobOptions(bits, self.new_hints()))
+
+    def new_hints(self) -> HintStore | None:
+        """A store of hints, empty; None where this bench has none."""
+        if self._hints_in is None:
+            return None
+        sketches: dict[Key, Sketch] = {}
+        for group in self.plan.groups:
+            sketches |= sketches_of(group, self.matrices[group.name])
+        return HintStore(self.plan, sketches, self._hints_in)
 
     def evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """What the worker answers."""

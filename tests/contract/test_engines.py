@@ -11,7 +11,7 @@ import torch
 
 from hetrain.public.errors import HetrainError, NotFinite, ParameterError, WireError
 from hetrain.public.wire import Direction
-from hetrain.secret.engine import ENGINES, client_engine, open_sealer
+from hetrain.secret.engine import ENGINES
 from tests.contract.bench import PROMISES, Bench
 from worker_gpu.engines import ENGINES as WORKER_ENGINES
 
@@ -20,7 +20,7 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 BOTH = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+@pytest.fixture(scope="module", params=[*ENGINES, "rlwe with hints"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     generator = torch.Generator().manual_seed(11)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
@@ -28,7 +28,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     weights["holes"] = torch.randn(9, 11, generator=generator)
     weights["holes"][[0, 4]] = 0
     weights["holes"][:, [3, 10]] = 0
-    return Bench(request.param, weights, tmp_path_factory.mktemp(request.param) / "model")
+    name, _, hints = request.param.partition(" with ")
+    return Bench(name, weights, tmp_path_factory.mktemp(name) / "model", hints=bool(hints))
 
 
 def random_operand(tokens: int, k: int) -> torch.Tensor:
@@ -186,8 +187,7 @@ def test_operands_that_cannot_be_sealed_are_refused(bench: Bench) -> None:
 
 def test_fewer_bits_are_coarser_but_as_exact(bench: Bench) -> None:
     x = torch.randn(5, 16)
-    sealer = open_sealer(client_engine(bench.name), bench.plan, 4)
-    sealed = sealer.seal(x, bench.group("square"), "forward")
+    sealed = bench.new_sealer(bits=4).seal(x, bench.group("square"), "forward")
     y = sealed.opening.open(bench.answer("square", "forward", sealed), [(0, 16)])
     scales = x.abs().amax(dim=1, keepdim=True) / 7
     coarse = (x / scales).round().clamp(-7, 7) * scales

@@ -52,18 +52,21 @@ def evaluate(
 ) -> list[memoryview]:
     """Modulus-switched W·b and W·a.
 
-    Layout: round(b'/2^16) as int16 [n, N]; round(a'/2^8) as high int16 [n, d·N] and low uint8 [n, d·N].
+    Layout: round(b'/2^16) as int16 [n, N]; then, unless the header asks for b alone, round(a'/2^8) as high
+    int16 [n, d·N] and low uint8 [n, d·N].
     """
     parameters = _parameters(task)
-    seed = PublicSeed.from_hex(task.header.get("mask_seed"))
+    seed = None if task.header.get("result") == "b" else PublicSeed.from_hex(task.header.get("mask_seed"))
     k = matrix.shape[1]
     expected = 4 * k * parameters.ring_degree
     if payload.nbytes != expected:
         raise WireError(f"the operand has {payload.nbytes} bytes, not {expected}", where=task.group)
     b = torch.frombuffer(payload, dtype=torch.int32).view(k, parameters.ring_degree)
-    a = expand_mask(seed, k, parameters.dimension)
     b_out = compute.kernel(matrix, b.to(compute.device))
     parts = [_bytes(switch_b(b_out))]
+    if seed is None:
+        return parts
+    a = expand_mask(seed, k, parameters.dimension)
     a_out = compute.kernel(matrix, a.to(compute.device))
     return parts + [_bytes(plane) for plane in switch_a(a_out)]
 

@@ -1,0 +1,108 @@
+"""Matrices and activations to multiply, each matrix in a checkpoint of its own plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from benchmarks.data import CORPUS
+from hetrain.nn.split import split_model
+from hetrain.public.checkpoints import Checkpoint, resolve
+from hetrain.public.parameters import SLOTS
+from hetrain.public.plan import Group, Member, Plan, stack_group
+from hetrain.public.weights import matrix_digest, max_l1
+from hetrain.train.session import open_base
+
+_SEED = 7
+_LAYER = "model.layers.15.self_attn"  # the middle one of 30
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One public matrix, and activations that meet it.
+
+    Attributes:
+        name: of the shape.
+        what: what it is, for readers of results.
+        plan: of this one group.
+        directory: of the checkpoint that the worker reads.
+        matrix: Q, int8 [N, K].
+        x: float32 [2048, K], tokens in random order, so that a few of them are a fair sample.
+    """
+
+    name: str
+    what: str
+    plan: Plan
+    directory: Path
+    matrix: torch.Tensor
+    x: torch.Tensor
+
+    @property
+    def group(self) -> Group:
+        """The plan's only group."""
+        return self.plan.groups[0]
+
+
+def random_problem(name: str, k: int, n: int, folder: Path) -> Problem:
+    """A Gaussian matrix [n, k] and Gaussian activations."""
+    generator = torch.Generator().manual_seed(_SEED)
+    directory = folder / name
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "none"}), encoding="utf-8")
+    weight = torch.randn(n, k, generator=generator)
+    save_file({"weight": weight}, directory / "model.safetensors")
+    checkpoint = resolve(str(directory))
+    members = (Member(module="linear", tensor="weight", out_features=n),)
+    values = stack_group(members, checkpoint.read).values
+    rows, columns = max_l1(values)
+    group = Group(
+        name="linear",
+        members=members,
+        in_features=k,
+        forward_l1=rows,
+        backward_l1=columns,
+        digest=matrix_digest(values),
+    )
+    plan = Plan(model=checkpoint.label, groups=(group,))
+    x = torch.randn(SLOTS, k, generator=generator)
+    return Problem(name, "Gaussian", plan, checkpoint.directory, values, x)
+
+
+def real_problem(name: str) -> Problem:
+    """q, k and v of SmolLM2-135M's middle layer, and their input on 4 rows of 512 tokens of running text."""
+    base = open_base("smollm2-135m")
+    split = split_model(base.checkpoint, [f"{_LAYER}.[qkv]_proj"])
+    (group,) = split.plan.groups
+    x = _activations(base.checkpoint, base.tokenizer, group.name) * split.scales[group.name].inputs
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))]
+    matrix = stack_group(group.members, base.checkpoint.read).values
+    what = f"SmolLM2-135M, {_LAYER.removeprefix('model.')}, q k v"
+    return Problem(name, what, split.plan, base.checkpoint.directory, matrix, x)
+
+
+def _activations(checkpoint: Checkpoint, tokenizer: Any, module: str) -> torch.Tensor:
+    """The input of `module` in the stock model, float32 [2048, K]."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    model.get_submodule(module).register_forward_pre_hook(lambda linear, inputs: seen.append(inputs[0]))
+    tokens = tokenizer(CORPUS.read_text(encoding="utf-8"))["input_ids"][:SLOTS]
+    with torch.no_grad():
+        model.base_model(input_ids=torch.tensor(tokens).view(4, -1))
+    return seen[0].flatten(0, 1)
+
+
+PROBLEMS: Mapping[str, Callable[[Path], Problem]] = MappingProxyType(
+    {
+        "tiny": lambda folder: random_problem("tiny", 32, 96, folder),
+        "smollm2": lambda folder: real_problem("smollm2"),
+        "llama": lambda folder: random_problem("llama", 2048, 2048, folder),
+    }
+)

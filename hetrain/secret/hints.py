@@ -1,0 +1,202 @@
+"""Hints: a worker's product W·a with a mask that a job uses again and again, kept by the client on disk.
+
+Within a job the public mask of a (group, direction) stays the same while every ciphertext has a secret of its
+own (LWE with a shared public matrix, as in SimplePIR, ePrint 2022/949). So W·a is computed once: the first
+result that brings it is checked and kept, and from then on workers compute and send W·b alone. All rings
+share it: a mask is 2048 words for each row, however they are cut into polynomials.
+
+What is kept is public. It lies in a file without a name, which ends with the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from hetrain.public.errors import WireError
+from hetrain.public.masks import PublicSeed, expand_mask
+from hetrain.public.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
+from hetrain.public.plan import Group, Plan
+from hetrain.public.wire import DIRECTIONS, Direction
+from hetrain.secret.verification import Sketch
+
+_HIGH_BYTES, _LOW_BYTES = 2 * SLOTS, SLOTS
+ROW_BYTES = _HIGH_BYTES + _LOW_BYTES
+_A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
+_CHECK_ROWS_AT_ONCE = 1024
+
+Key = tuple[str, Direction]
+
+_log = logging.getLogger(__name__)
+
+
+def sketches_of(group: Group, matrix: torch.Tensor) -> dict[Key, Sketch]:
+    """What it takes to check both products with the group's int8 matrix [out_features, in_features]."""
+    return {
+        (group.name, "forward"): Sketch.of(matrix),
+        (group.name, "backward"): Sketch.of(matrix.t()),
+    }
+
+
+def hint_bytes(plan: Plan) -> int:
+    """Bytes on disk that all hints of a plan take."""
+    return ROW_BYTES * sum(group.result_rows(direction) for group in plan.groups for direction in DIRECTIONS)
+
+
+@dataclass
+class Hint:
+    """The product with the mask of one (group, direction). Thread-safe.
+
+    Attributes:
+        seed: expands to the mask, [K, 2048] words.
+        operand_rows: K.
+        rows: n, rows of the product.
+        sketch: checks the product; let go when that has been done.
+        file: shared with the other hints of the job.
+        offset: where in it the product lies: int16 [n, 2048], then uint8 [n, 2048].
+    """
+
+    seed: PublicSeed
+    operand_rows: int
+    rows: int
+    sketch: Sketch | None
+    file: IO[bytes]
+    offset: int
+    _claimed: set[tuple[int, int]] = field(default_factory=set)
+    _written: int = 0
+    _ready: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the product is complete and has passed its check."""
+        return self._ready
+
+    def offer(self, high: torch.Tensor, low: torch.Tensor, start: int) -> None:
+        """Takes rows from `start` on of the product as a worker sent it; keeps only what is new.
+
+        Args:
+            high: bits 16 to 31, int16 [rows, 2048].
+            low: bits 8 to 15, uint8 [rows, 2048].
+
+        Raises:
+            WireError: the rows complete the product, and it is wrong.
+        """
+        stop = start + len(high)
+        with self._lock:
+            if self._ready or any(start < b and a < stop for a, b in self._claimed):
+                return
+            self._claimed.add((start, stop))
+        try:
+            self._write(high, self.offset + start * _HIGH_BYTES)
+            self._write(low, self.offset + self.rows * _HIGH_BYTES + start * _LOW_BYTES)
+        except OSError as error:
+            _log.warning("a hint cannot be kept, workers go on computing it: %s", error)
+            return
+        with self._lock:
+            self._written += stop - start
+            complete = self._written == self.rows
+        if complete:
+            self._check()
+            self._ready = True
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of a'·2^8 modulo 2^32: int32 [stop - start, 2048]."""
+        high = self._read((stop - start) * _HIGH_BYTES, self.offset + start * _HIGH_BYTES)
+        base = self.offset + self.rows * _HIGH_BYTES
+        low = self._read((stop - start) * _LOW_BYTES, base + start * _LOW_BYTES)
+        return join_planes(
+            torch.frombuffer(high, dtype=torch.int16).view(-1, SLOTS),
+            torch.frombuffer(low, dtype=torch.uint8).view(-1, SLOTS),
+        )
+
+    def _check(self) -> None:
+        if self.sketch is None:
+            return
+        mask = expand_mask(self.seed, self.operand_rows, SLOTS)
+        product = torch.cat(
+            [
+                self.read(start, min(start + _CHECK_ROWS_AT_ONCE, self.rows))
+                for start in range(0, self.rows, _CHECK_ROWS_AT_ONCE)
+            ]
+        )
+        if not self.sketch.accepts(product, mask, rounding=1 << (_A_SHIFT - 1)):
+            raise WireError(
+                "a worker's product with the public mask is wrong",
+                hint="do not trust that worker: its weights or its arithmetic are not what they should be",
+            )
+        self.sketch = None
+
+    def _write(self, plane: torch.Tensor, offset: int) -> None:
+        data = plane.contiguous().numpy().data.cast("B")
+        while data.nbytes:
+            count = os.pwrite(self.file.fileno(), data, offset)
+            data, offset = data[count:], offset + count
+
+    def _read(self, nbytes: int, offset: int) -> bytearray:
+        data = bytearray(nbytes)
+        view = memoryview(data)
+        while view.nbytes:
+            count = os.preadv(self.file.fileno(), [view], offset)
+            if count == 0:
+                raise WireError("a hint ends before its last row", hint="the disk may be damaged")
+            view, offset = view[count:], offset + count
+        return data
+
+
+class HintStore:
+    """The hints of one job.
+
+    Args:
+        plan: what will be multiplied by.
+        sketches: from `sketches_of`, for every group.
+        directory: where the file goes; it needs `hint_bytes(plan)` bytes.
+    """
+
+    def __init__(self, plan: Plan, sketches: Mapping[Key, Sketch], directory: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close()
+        root = PublicSeed.fresh()
+        self._hints: dict[Key, Hint] = {}
+        offset = 0
+        for group in plan.groups:
+            for direction in DIRECTIONS:
+                rows = group.result_rows(direction)
+                self._hints[group.name, direction] = Hint(
+                    seed=_derive(root, group.name, direction),
+                    operand_rows=group.operand_rows(direction),
+                    rows=rows,
+                    sketch=sketches[group.name, direction],
+                    file=self._file,
+                    offset=offset,
+                )
+                offset += rows * ROW_BYTES
+
+    def hint(self, group: Group, direction: Direction) -> Hint:
+        """The hint of one product."""
+        return self._hints[group.name, direction]
+
+    def close(self) -> None:
+        """Gives the disk space back."""
+        self._file.close()
+
+
+def join_planes(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """a'·2^8 modulo 2^32 from its top 16 bits (int16) and the 8 below (uint8): int32 of the same shape."""
+    return (high.to(torch.int32) << 16) | (low.to(torch.int32) << _A_SHIFT)
+
+
+def _derive(root: PublicSeed, group: str, direction: Direction) -> PublicSeed:
+    """A mask seed of its own for every product. Public, as the root is."""
+    text = f"{direction}\0{group}".encode()
+    return PublicSeed(
+        hashlib.blake2b(text, key=root.value, digest_size=32, person=b"hetrain.hint.v1").digest()
+    )

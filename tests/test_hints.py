@@ -1,0 +1,186 @@
+"""Hints: the same products, one mask for a whole job, and never one (mask, secret) pair for two messages."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetrain.nn.remote import Meter, Outsourcer
+from hetrain.public.errors import UsageError, WireError
+from hetrain.public.parameters import SLOTS
+from hetrain.secret import rlwe
+from hetrain.secret.engine import ENGINES
+from hetrain.secret.hints import ROW_BYTES, hint_bytes
+from hetrain.secret.verification import Sketch
+from hetrain.train.hints import open_hints, wants_hints
+from tests.contract.bench import Bench
+from worker_gpu.kernels import reference
+
+SHAPE = (37, 29)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    generator = torch.Generator().manual_seed(4)
+    weights = {name: torch.randn(SHAPE, generator=generator) for name in ("one", "other")}
+    return Bench("rlwe", weights, tmp_path / "model", hints=True)
+
+
+def test_from_the_second_product_on_only_b_travels(bench: Bench) -> None:
+    x = torch.randn(300, 29)
+    first = bench.seal("one", "forward", x)
+    full = bench.answer("one", "forward", first)
+    assert "mask_seed" in first.header
+    assert full[0].nbytes == 37 * (2 * 512 + 3 * SLOTS)
+    expected = first.opening.open(full, [(0, 37)])
+    second = bench.seal("one", "forward", x)
+    assert second.header == {"parameters": "rlwe-512x4", "result": "b"}
+    short = bench.answer("one", "forward", second)
+    assert short[0].nbytes == 37 * 2 * 512
+    y = second.opening.open(short, [(0, 37)])
+    assert not bench.excess("one", "forward", x, expected).any()
+    assert not bench.excess("one", "forward", x, y).any()
+    # What is sealed for another direction or matrix knows nothing of it yet.
+    for name, direction, k in (("one", "backward", 37), ("other", "forward", 29)):
+        assert "mask_seed" in bench.seal(name, direction, torch.randn(3, k)).header  # type: ignore[arg-type]
+
+
+def test_rings_of_every_degree_share_a_hint(bench: Bench) -> None:
+    bench.multiply("one", "backward", torch.randn(9, 37))
+    for tokens in (1, 256, 257, 1000, 2048):
+        x = torch.randn(tokens, 37)
+        assert bench.seal("one", "backward", x).header["result"] == "b"
+        assert not bench.excess("one", "backward", x, bench.multiply("one", "backward", x)).any()
+
+
+def test_ranges_of_rows_complete_a_hint_in_any_order(bench: Bench) -> None:
+    x = torch.randn(20, 29)
+    for rows in ([(0, 13)], [(20, 37)], [(0, 13), (13, 20)]):
+        sealed = bench.seal("one", "forward", x)
+        assert "mask_seed" in sealed.header
+        sealed.opening.open(bench.answer("one", "forward", sealed, rows), rows)
+    rows = [(30, 37), (0, 30)]
+    sealed = bench.seal("one", "forward", x)
+    assert sealed.header["result"] == "b"
+    y = sealed.opening.open(bench.answer("one", "forward", sealed, rows), rows)
+    back = torch.cat([y[:, 7:], y[:, :7]], dim=1)
+    assert not bench.excess("one", "forward", x, back).any()
+
+
+def test_two_messages_never_meet_one_mask_and_one_secret(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many operands of one job, from several threads: the mask repeats, the secret never does."""
+    seen: list[tuple[bytes, bytes]] = []
+    encrypt = rlwe.encrypt
+
+    def watch(messages, seed, secret, parameters):  # type: ignore[no-untyped-def]
+        one = torch.zeros(1, parameters.dimension, dtype=torch.int32)
+        one[0, 0] = 1
+        seen.append((seed.value, secret.dot(one).numpy().tobytes()))  # the secret's first polynomial
+        return encrypt(messages, seed, secret, parameters)
+
+    monkeypatch.setattr(rlwe, "encrypt", watch)
+    x = torch.randn(5, 29)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: bench.multiply("one", "forward", x), range(12)))
+        list(pool.map(lambda _: bench.seal("other", "forward", x), range(12)))
+    assert len({mask for mask, _ in seen}) == 2, "hints share a mask within a job and a product"
+    assert len({secret for _, secret in seen}) == len(seen) == 24
+
+
+def test_no_way_leads_to_a_second_message_under_a_secret(bench: Bench) -> None:
+    """Neither what is sealed nor what opens it has anything that encrypts, or gives its secret away."""
+    sealed = bench.seal("one", "forward", torch.randn(5, 29))
+    for holder in (sealed, sealed.opening, bench.sealer):
+        for name in dir(holder):
+            assert not name.startswith(("encrypt", "reseal")), name
+    with pytest.raises((AttributeError, TypeError)):
+        sealed.opening.secret = None  # type: ignore[misc]
+
+
+def test_masks_of_different_products_and_jobs_differ(bench: Bench) -> None:
+    stores = [bench.new_hints(), bench.new_hints()]
+    seeds = {
+        store.hint(bench.group(name), direction).seed.value  # type: ignore[union-attr]
+        for store in stores
+        for name in ("one", "other")
+        for direction in ("forward", "backward")
+    }
+    assert len(seeds) == 8
+
+
+@pytest.mark.parametrize(("place", "flip"), [("first", 0x01), ("last", 0x80)])
+def test_a_wrong_hint_is_found_before_it_is_used(bench: Bench, place: str, flip: int) -> None:
+    sealed = bench.seal("one", "forward", torch.randn(5, 29))
+    data = bytearray(bench.answer("one", "forward", sealed)[0])
+    b_bytes, high_bytes = 37 * 2 * 256, 37 * 2 * SLOTS
+    data[b_bytes + 1 if place == "first" else b_bytes + high_bytes - 1] ^= flip
+    with pytest.raises(WireError, match="public mask is wrong") as error:
+        sealed.opening.open([memoryview(data)], [(0, 37)])
+    assert "do not trust" in error.value.hint
+    assert "mask_seed" in bench.seal("one", "forward", torch.randn(5, 29)).header
+
+
+def test_a_full_disk_costs_speed_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    for _ in range(2):
+        x = torch.randn(5, 29)
+        assert "mask_seed" in bench.seal("one", "forward", x).header
+        assert not bench.excess("one", "forward", x, bench.multiply("one", "forward", x)).any()
+
+
+@pytest.mark.parametrize("k", [3, 300])
+@pytest.mark.parametrize("n", [1, 40, 1500])
+def test_sketches_accept_products_and_nothing_else(n: int, k: int) -> None:
+    w = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    x = torch.randint(-(2**31), 2**31, (k, 300), dtype=torch.int64).to(torch.int32)
+    product = reference(w, x)
+    sketch = Sketch.of(w)
+    assert int(sketch.largest_error(product, x).max()) == 0
+    rounded = (product + (1 << 7)) >> 8 << 8
+    assert sketch.accepts(rounded, x, rounding=1 << 7)
+    assert not sketch.accepts(rounded, x, rounding=0)
+    for error in (1, -(2**31), 2**30):
+        wrong = product.clone()
+        wrong[n // 2, 299] += error
+        assert not sketch.accepts(wrong, x, rounding=0)
+
+
+def test_sketches_are_secret_and_fresh() -> None:
+    w = torch.randint(-127, 128, (50, 8), dtype=torch.int8)
+    one, other = Sketch.of(w), Sketch.of(w)
+    assert not torch.equal(one.rows, other.rows)
+    assert set(one.rows.flatten().tolist()) == {-1, 0, 1}
+    assert "tensor" not in repr(one)
+
+
+def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(bench: Bench) -> None:
+    """5000 tokens are three ciphertexts."""
+    outsourcer = Outsourcer(bench.channel, bench.sealer, Meter())
+    x = torch.randn(5000, 29)
+    y = outsourcer.multiply(bench.group("one"), "forward", x)
+    for start in range(0, 5000, SLOTS):
+        part = slice(start, start + SLOTS)
+        assert not bench.excess("one", "forward", x[part], y[part]).any()
+
+
+def test_hints_are_used_where_they_pay(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rlwe_engine, clear = ENGINES["rlwe"], ENGINES["clear"]
+    assert [wants_hints(rlwe_engine, None, count) for count in (1, 3, 4, 100)] == [False, False, True, True]
+    assert [wants_hints(rlwe_engine, asked, 1) for asked in (True, False)] == [True, False]
+    assert not wants_hints(clear, None, 100)
+    with pytest.raises(UsageError, match="no hints"):
+        wants_hints(clear, True, 100)
+    assert hint_bytes(bench.plan) == 2 * (37 + 29) * ROW_BYTES
+    monkeypatch.setenv("HETRAIN_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a directory")
+    assert open_hints(bench.plan, {}, required=False) is None
+    with pytest.raises(UsageError, match="hints take"):
+        open_hints(bench.plan, {}, required=True)
