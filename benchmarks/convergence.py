@@ -77,11 +77,13 @@ def plain_curve(base: Base, values: Tensors, batches: list[MicroBatch]) -> Curve
     return Curve(losses, first)
 
 
-def engine_curve(base: Base, engine: str, values: Tensors, batches: list[MicroBatch]) -> Curve:
-    """With one engine, over an embedded broker and worker."""
+def engine_curve(
+    base: Base, engine: str, values: Tensors, batches: list[MicroBatch], *, hints: bool = False
+) -> Curve:
+    """With one engine, over an embedded broker and worker. Hints serve from the second step on."""
     # One thread: client and worker take turns on this machine, and small operations gain nothing from two.
     share_cores(os.cpu_count() or 1)
-    with open_session(base, OutsourcingSettings(engine), None, "cpu") as session:
+    with open_session(base, OutsourcingSettings(engine, hints=hints), None, "cpu") as session:
         model = add_adapter(session.split, LoraSettings(), SEED)
         parameters = adapter_parameters(model)
         with torch.no_grad():
@@ -124,6 +126,7 @@ def main() -> None:
     before = environment()
     plain = plain_curve(base, values, batches)
     curves = {engine: engine_curve(base, engine, values, batches) for engine in ("clear", "rlwe")}
+    curves["rlwe_with_hints"] = engine_curve(base, "rlwe", values, batches, hints=True)
     figures = {
         "data": arguments.data,
         "tokens": arguments.tokens,

@@ -248,6 +248,7 @@ def main() -> None:
             "threads": {"torch": torch.get_num_threads(), "concrete": len(os.sched_getaffinity(0))},
             "packages": {package: installed(package) for package in (PACKAGE, PEER)},
             "environment": before,
+            "load_after": os.getloadavg(),  # beyond what this run keeps busy itself, others were at work
         }
         arguments.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

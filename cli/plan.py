@@ -37,6 +37,7 @@ def plan(
             "share": found.share,
             "outsourced_parameters": found.outsourced_parameters,
             "client_parameters": found.client_parameters,
+            "hint_bytes": found.hint_bytes,
             "client_linears": found.kept,
             "groups": [asdict(group) | {"group": group.group.model_dump()} for group in found.groups],
         }
@@ -60,6 +61,8 @@ def _print(found: Preview) -> None:
             f"{min(row.forward_bits for row in rows):.1f} / {min(row.backward_bits for row in rows):.1f}",
             f"{sum(row.forward_bytes for row in rows):,} / {sum(row.backward_bytes for row in rows):,}",
         )
+    from hetrain.train.preview import BYTES_DOWN, HINTED_BYTES_DOWN
+
     console = Console()
     console.print(table)
     forward = sum(row.forward_bytes for row in found.groups)
@@ -68,7 +71,8 @@ def _print(found: Preview) -> None:
     console.print(
         f"{found.outsourced_parameters:,} of {total:,} parameters ({found.share:.0%}) are held by workers; "
         f"{forward / 1e6:.2f} MB forward and {backward / 1e6:.2f} MB backward per token, with full rings of "
-        f"{SLOTS} tokens.",
+        f"{SLOTS} tokens. Hints take {found.hint_bytes / 1e9:.2f} GB of disk and bring results down to "
+        f"{HINTED_BYTES_DOWN} of {BYTES_DOWN} bytes a value.",
         highlight=False,
     )
     if found.kept:

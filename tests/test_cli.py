@@ -219,7 +219,12 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
             *extra,
         ]
         client = subprocess.Popen(
-            [*command, "--max-steps", "100000"], stderr=subprocess.PIPE, text=True, start_new_session=True
+            [*command, "--max-steps", "100000"],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # A shell has its background jobs ignore Ctrl-C; these tests may be one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         stack.callback(client.kill)
         metrics = output / "metrics.jsonl"

@@ -119,9 +119,6 @@ def row_attention(
             "this attention is not causal", where=type(module).__name__, hint="only decoders can be split"
         )
     module.row_attention_seen = True
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pieces = []
     for bucket in layout.buckets:
         q, k, v = (_batch(tensor, bucket) for tensor in (query, key, value))
@@ -145,15 +142,20 @@ def _causal(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    length = query.shape[2]
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
     windowed = window is not None and window < length
     if not windowed and softcap is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
     place = torch.arange(length, device=query.device)
     distance = place[:, None] - place
     mask = (distance >= 0) & (distance < (window if windowed else length))
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1
+        )
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value

@@ -29,6 +29,7 @@ class Replica:
         self._causal = self._model.get_base_model()
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
         self._head = output_head(self._causal)
+        self._saver = HalfSaver(self._model.parameters())
         self._dropouts = [m for m in self._model.modules() if isinstance(m, SeededDropout)]
         _bind(split, self._causal, Outsourcer(channel, sealer, self.meter), self._device)
 
@@ -54,7 +55,7 @@ class Replica:
             lengths: the rows' lengths, summing to T.
         """
         layout = RowLayout.of(lengths, self._device)
-        with HalfSaver(self._model.parameters()).hooks():
+        with self._saver.saving():
             states = hidden_states(
                 self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
             )

@@ -16,6 +16,16 @@ _KEEP_BYTES = (2 << 30) - 1
 _GROW_BYTES = 64 << 20
 
 
+def release_freed_memory() -> None:
+    """Gives back what is free within the heap; elsewhere than with glibc does nothing.
+
+    torch asks for aligned blocks, and glibc before 2.38 seldom finds room for one between others, however
+    much is free: a forward pass with 1.4 GB to keep grew the heap to 5.5 GB.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Has glibc serve blocks of up to 32 MiB from one heap that is rarely trimmed; elsewhere does nothing.
 

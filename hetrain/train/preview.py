@@ -10,9 +10,11 @@ from hetrain.nn.split import split_model
 from hetrain.public.checkpoints import resolve
 from hetrain.public.parameters import SLOTS, largest_operand, parameters_for
 from hetrain.public.plan import Group, Plan
+from hetrain.secret.hints import hint_bytes
 
 BYTES_UP = 4
 BYTES_DOWN = 5
+HINTED_BYTES_DOWN = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Preview:
     kept: tuple[str, ...]
     outsourced_parameters: int
     client_parameters: int
+    hint_bytes: int
 
     @property
     def share(self) -> float:
@@ -52,6 +55,7 @@ def preview(model: str, outsource: Sequence[str] = ("*",)) -> Preview:
         kept=tuple(name for name in split.block_linears if name not in leaving),
         outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
         client_parameters=split.client_parameters,
+        hint_bytes=hint_bytes(split.plan),
     )
 
 
