@@ -4,13 +4,19 @@
 
 Plain: stock peft in fp32, the median of repeated steps over the same tokens. Encrypted: ``hetrain submit``
 with default settings, embedded broker and worker included; seconds per update in the steady state, that is
-between updates at which the pipeline is full.
+between updates at which the pipeline is full. Bytes are those of ciphertexts and results, both passes. Memory
+is the largest resident set of a whole run.
+
+``--shape llama-3.2-1b`` takes a model of exactly that shape with random weights, made in the cache directory
+on first use. The plain step in fp32 may be too large for the machine: ``--no-plain`` leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +30,9 @@ import psutil
 
 from benchmarks.data import write_text_rows
 from benchmarks.environment import environment
+from benchmarks.output import add_json_option, write
+from benchmarks.shapes import MODELS, SMOLLM2
+from hetrain.public.errors import HetrainError
 from hetrain.train.settings import FlightSettings
 
 ROW_TOKENS = 512
@@ -32,69 +41,96 @@ ROW_TOKENS = 512
 def main() -> None:
     """Parses arguments, measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_json_option(parser)
+    parser.add_argument("--shape", choices=MODELS, default=SMOLLM2)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
     parser.add_argument("--updates", type=int, default=4, help="updates in the measured window")
-    parser.add_argument("--repeats", type=int, default=5, help="plain steps")
+    parser.add_argument("--repeats", type=int, default=5, help="plain steps, before and after")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--in-flight", type=int, default=FlightSettings().in_flight, help="as of hetrain submit"
+    )
     parser.add_argument("--engine", default="rlwe")
     parser.add_argument(
         "--hints", action=argparse.BooleanOptionalAction, help="as of hetrain submit; default: measure both"
     )
     arguments = parser.parse_args()
+    if arguments.tokens < 1 or arguments.tokens % ROW_TOKENS:
+        parser.error(f"--tokens is a multiple of {ROW_TOKENS}, the length of a row")
+    if min(arguments.updates, arguments.repeats, arguments.in_flight) < 1:
+        parser.error("--updates, --repeats and --in-flight are at least 1")
+    try:
+        figures = measure(arguments, MODELS[arguments.shape]())
+    except HetrainError as error:
+        raise SystemExit(str(error)) from error
+    print(json.dumps(figures, indent=2))
+    write(figures, arguments.json)
+
+
+def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Plain steps, encrypted ones without and with hints, and plain ones again."""
     before = environment()
-    plain = _in_process("plain", arguments.tokens, arguments.repeats)
+    plain_steps = [_plain_steps(model, arguments)] if arguments.plain else []
     modes = [False, True] if arguments.hints is None else [arguments.hints]
     encrypted = {
-        "with_hints" if hints else "without_hints": measure_encrypted(
-            arguments.engine, arguments.tokens, arguments.updates, hints=hints
-        )
+        "with_hints" if hints else "without_hints": measure_encrypted(model, arguments, hints=hints)
         for hints in modes
     }
-    again = _in_process("plain", arguments.tokens, arguments.repeats)
-    plain_s = statistics.median(plain + again)
-    ratios = {name: mode["seconds_per_update"] / plain_s for name, mode in encrypted.items()}
+    plain_steps += [_plain_steps(model, arguments)] if arguments.plain else []
     figures = {
+        "shape": arguments.shape,
         "engine": arguments.engine,
         "tokens": arguments.tokens,
+        **encrypted,
+        "environment": before,
+        "load_after": os.getloadavg(),
+    }
+    if not plain_steps:
+        return figures
+    seconds = [second for run in plain_steps for second in run["seconds"]]
+    plain_s = statistics.median(seconds)
+    ratios = {name: mode["seconds_per_update"] / plain_s for name, mode in encrypted.items()}
+    return figures | {
         "plain_s": plain_s,
-        "plain_steps_s": plain + again,
+        "plain_steps_s": seconds,
+        "plain_peak_rss_bytes": max(run["peak_rss_bytes"] for run in plain_steps),
         # With default settings: a job of this length uses hints.
         "ratio_to_plain_peft": ratios.get("with_hints", ratios.get("without_hints")),
         "ratios": ratios,
-        **encrypted,
-        "environment": before,
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
-def measure_encrypted(engine: str, tokens: int, updates: int, *, hints: bool) -> dict[str, Any]:
-    """Seconds per update of ``hetrain submit`` over a window of `updates` updates with the pipeline full."""
-    in_flight = FlightSettings().in_flight
+def measure_encrypted(model: str, arguments: argparse.Namespace, *, hints: bool) -> dict[str, Any]:
+    """Seconds per update of ``hetrain submit`` over a window of updates with the pipeline full."""
+    tokens, updates, in_flight = arguments.tokens, arguments.updates, arguments.in_flight
     with tempfile.TemporaryDirectory() as scratch:
         data, output = Path(scratch) / "rows.jsonl", Path(scratch) / "out"
         write_text_rows(data, rows=32, tokens=ROW_TOKENS)
-        # in_flight updates to fill the pipeline before the window, and as many after it while it drains.
-        steps = updates + 2 * in_flight
+        # in_flight updates to fill the pipeline before the window; after it, those under way beside its last.
+        steps = updates + 2 * in_flight - 1
         command = [sys.executable, "-m", "cli", "submit", str(data), "--output-dir", str(output)]
-        command += ["--engine", engine, "--max-steps", str(steps), "--max-length", str(ROW_TOKENS)]
-        command += ["--micro-batch-tokens", str(tokens), "--quiet", "--hints" if hints else "--no-hints"]
+        command += ["--model-name-or-path", model, "--engine", arguments.engine, "--max-steps", str(steps)]
+        command += ["--max-length", str(ROW_TOKENS), "--micro-batch-tokens", str(tokens), "--quiet"]
+        command += ["--in-flight", str(in_flight), "--hints" if hints else "--no-hints"]
         peaks = run_watched(command)
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     window = records[in_flight : in_flight + updates]
     if any(record["tokens"] != tokens for record in records):
         raise SystemExit("a micro-batch was not full: the figures would not compare")
-    seconds = window[-1]["elapsed_s"] - records[in_flight - 1]["elapsed_s"]
+    seconds = (window[-1]["elapsed_s"] - records[in_flight - 1]["elapsed_s"]) / updates
     parts = ("seconds", "encrypt_s", "wait_s", "decrypt_s", "server_s", "bytes_up", "bytes_down")
+    means = {part: statistics.mean(record[part] for record in window) for part in parts}
+    # A run takes long: what is known already goes to standard error.
+    print(f"{'with' if hints else 'without'} hints: {seconds:.1f} s per update", file=sys.stderr, flush=True)
     return {
         "updates": updates,
         "in_flight": in_flight,
-        "seconds_per_update": seconds / updates,
+        "seconds_per_update": seconds,
+        "seconds_per_token": seconds / tokens,
+        "mb_per_token": (means["bytes_up"] + means["bytes_down"]) / tokens / 1e6,
         "peak_rss_bytes": peaks,
-        "per_micro_batch": {part: statistics.mean(record[part] for record in window) for part in parts},
+        "per_micro_batch": means,
     }
 
 
@@ -114,16 +150,17 @@ def run_watched(command: list[str]) -> dict[str, int]:
     return peaks
 
 
-def _in_process(what: str, tokens: int, repeats: int) -> list[float]:
-    """Runs a measurement in a process of its own, so that its memory is gone when the next one starts."""
-    command = [sys.executable, "-c", f"from benchmarks.step import {what}; {what}({tokens}, {repeats})"]
+def _plain_steps(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs `plain` in a process of its own, so that its memory is gone when the next one starts."""
+    call = f"plain({model!r}, {arguments.tokens}, {arguments.repeats})"
+    command = [sys.executable, "-c", f"from benchmarks.step import plain; {call}"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds: list[float] = json.loads(output.splitlines()[-1])
-    return seconds
+    figures: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return figures
 
 
-def plain(tokens: int, repeats: int) -> None:
-    """Prints the seconds of `repeats` plain steps, after one that does not count."""
+def plain(name_or_path: str, tokens: int, repeats: int) -> None:
+    """Prints seconds of `repeats` plain steps, after one that does not count, and the process's memory."""
     import torch
 
     from benchmarks.plain import plain_model, plain_step
@@ -132,7 +169,7 @@ def plain(tokens: int, repeats: int) -> None:
     from hetrain.train.rows import read_rows
     from hetrain.train.session import open_base
 
-    base = open_base("smollm2-135m")
+    base = open_base(name_or_path)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
         write_text_rows(data, rows=tokens // ROW_TOKENS, tokens=ROW_TOKENS)
@@ -149,7 +186,8 @@ def plain(tokens: int, repeats: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - begin)
-    print(json.dumps(seconds[1:]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    print(json.dumps({"seconds": seconds[1:], "peak_rss_bytes": peak}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class _Arena:
     Taken from the heap one by one, they would lie between short-lived buffers and keep it from shrinking.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._chunks: list[torch.Tensor] = []
         self._chunk = self._used = 0
 
@@ -34,13 +35,16 @@ class _Arena:
         """Room for `count` values, uninitialised."""
         while True:
             if self._chunk == len(self._chunks):
-                self._chunks.append(torch.empty(max(count, _CHUNK), dtype=torch.float16))
+                self._chunks.append(self._new_chunk(max(count, _CHUNK)))
             chunk = self._chunks[self._chunk]
             if self._used + count <= len(chunk):
                 break
             self._chunk, self._used = self._chunk + 1, 0
         self._used += count
         return chunk[self._used - count : self._used]
+
+    def _new_chunk(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.float16, device=self._device)
 
     def reset(self) -> None:
         """Gives all of it to the next values."""
@@ -71,7 +75,7 @@ class HalfSaver:
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self._kept = {p.untyped_storage().data_ptr() for p in parameters}
-        self._arena = _Arena()
+        self._arenas: dict[torch.device, _Arena] = {}
         self._moved = 0
         # By place in memory. The storage's weak reference keeps its address from being given away.
         self._packed: dict[_Place, tuple[StorageWeakRef, _Half]] = {}
@@ -79,10 +83,13 @@ class HalfSaver:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Within this context, what autograd saves is packed; what an earlier one has packed is lost."""
-        self._arena.reset()
-        with saved_tensors_hooks(self._pack, self._unpack):
-            yield
-        self._packed.clear()
+        for arena in self._arenas.values():
+            arena.reset()
+        try:
+            with saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        finally:
+            self._packed.clear()
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Half:
         storage = tensor.untyped_storage()
@@ -115,7 +122,9 @@ class HalfSaver:
             release_freed_memory()
 
     def _halve(self, tensor: torch.Tensor) -> _Half:
-        values = self._arena.take(tensor.numel()).view(tensor.shape)
+        if tensor.device not in self._arenas:
+            self._arenas[tensor.device] = _Arena(tensor.device)
+        values = self._arenas[tensor.device].take(tensor.numel()).view(tensor.shape)
         largest = float(torch.linalg.vector_norm(tensor, math.inf))
         scale = 1.0
         if _LARGEST_HALF < largest < math.inf:

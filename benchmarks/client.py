@@ -1,0 +1,209 @@
+"""What encryption costs the client: ``python -m benchmarks.client --json FILE``.
+
+Encrypt is `hetrain.secret.rlwe.seal`, from float32 activations to the payload; decrypt is `RlweOpening.open`,
+from the result's bytes to float32; each with hints and without. Then their parts, one by one. Nanoseconds per
+coefficient, of which an operand of K features has K·N in ring degree N, and so has its square product.
+
+Two threads are two micro-batches in flight: Python threads with one torch thread each and operands of their
+own, as in training; their time is divided by the coefficients of both. All run in turn, round after round;
+figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from benchmarks.environment import environment
+from benchmarks.output import add_json_option, markdown, rounds, timed, write
+from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.masks import PublicSeed, expand_mask
+from hetrain.public.parameters import SLOTS, parameters_for
+from hetrain.secret.hints import Hint
+from hetrain.secret.negacyclic import TransformedSecret
+from hetrain.secret.quantisation import dequantise_result, quantise_operand
+from hetrain.secret.randomness import SecretStream, sample_centred_binomial, sample_ternary
+from hetrain.secret.rlwe import seal
+
+THREADS = (1, 2)
+TARGET_NS = 6.0
+"""Encryption and decryption on average, two threads on two cores."""
+WHOLE = ("encrypt", "decrypt")
+_MAX_L1 = 30_000  # of SmolLM2's matrices: what fixes the range of quantised values
+_BITS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure: what is done, how wide (K features of `tokens` tokens), and by how many threads at once."""
+
+    operation: str
+    tokens: int
+    k: int
+    hints: bool | None
+    threads: int
+
+    @property
+    def coefficients(self) -> int:
+        """Of all threads together."""
+        return self.threads * self.k * parameters_for(self.tokens).ring_degree
+
+
+def whole(tokens: int, k: int, hints: bool) -> Mapping[str, Callable[[], object]]:
+    """Encryption and decryption of one operand [tokens, k] and one result of k rows."""
+    parameters = parameters_for(tokens)
+    x = torch.randn(tokens, k)
+    hint = _ready_hint(k) if hints else None
+    opening = seal(x, _MAX_L1, None, hint).opening
+    row_bytes = 2 * parameters.ring_degree + (0 if hints else 3 * parameters.dimension)
+    part = torch.randint(0, 256, (k * row_bytes,), dtype=torch.uint8).numpy().data.cast("B")
+    return {
+        "encrypt": lambda: seal(x, _MAX_L1, None, hint),
+        "decrypt": lambda: opening.open([part], [(0, k)]),
+    }
+
+
+def _ready_hint(rows: int) -> Hint:
+    """A hint whose product is on disk; it is not the product of anything."""
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the hint
+    hint = Hint(PublicSeed.fresh(), operand_rows=rows, rows=rows, sketch=None, file=file, offset=0)
+    high = torch.randint(-(1 << 15), 1 << 15, (rows, SLOTS), dtype=torch.int16)
+    hint.offer(high, torch.randint(0, 256, (rows, SLOTS), dtype=torch.uint8), 0)
+    return hint
+
+
+def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
+    """What encryption and decryption are made of, over the same coefficients, block by block as there."""
+    parameters = parameters_for(tokens)
+    ternary = sample_ternary(SecretStream("hetrain.secret"), parameters.dimension)
+    secret = TransformedSecret(ternary.view(parameters.rank, parameters.ring_degree))
+    seed, hint, stream = PublicSeed.fresh(), _ready_hint(k), SecretStream("hetrain.noise")
+    masks = expand_mask(seed, k, parameters.dimension)
+    x, scales = torch.randn(tokens, k), torch.rand(tokens)
+    values = torch.randint(-(1 << 31), 1 << 31, (k, tokens)).to(torch.int32)
+
+    def each_block(work: Callable[[int, int], object]) -> None:
+        for start in range(0, k, secret.block_rows):
+            work(start, min(start + secret.block_rows, k))
+
+    def noise(start: int, stop: int) -> torch.Tensor:
+        return sample_centred_binomial(stream, (stop - start) * parameters.ring_degree, parameters.eta)
+
+    return {
+        "quantise": lambda: quantise_operand(x, (1 << (_BITS - 1)) - 1),
+        "expand masks": lambda: expand_mask(seed, k, parameters.dimension),
+        "products a·s": lambda: each_block(lambda start, stop: secret.dot(masks[start:stop])),
+        "sample noise": lambda: each_block(noise),
+        "read hints": lambda: each_block(hint.read),
+        "dequantise": lambda: dequantise_result(values, scales),
+    }
+
+
+def contestants(
+    tokens: list[int], widths: list[int], pool: ThreadPoolExecutor
+) -> dict[Case, Callable[[], float]]:
+    """Every case, giving its seconds."""
+    found: dict[Case, Callable[[], float]] = {}
+    for count, k in ((count, k) for count in tokens for k in widths):
+        for hints in (False, True, None):
+            make = partial(parts, count, k) if hints is None else partial(whole, count, k, hints)
+            copies = [make() for _ in range(max(THREADS))]  # operands of its own for each thread
+            for operation in copies[0]:
+                for threads in THREADS:
+                    case = Case(operation, count, k, hints, threads)
+                    found[case] = timed(partial(_run, pool, [copy[operation] for copy in copies[:threads]]))
+    return found
+
+
+def _run(pool: ThreadPoolExecutor, work: list[Callable[[], object]]) -> None:
+    if len(work) == 1:
+        work[0]()
+        return
+    for done in [pool.submit(one) for one in work]:
+        done.result()
+
+
+def averages(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Encryption and decryption on average over all shapes, by threads and hints."""
+    for threads in THREADS:
+        for hints in (False, True):
+            chosen = [
+                one["ns_per_coefficient"]
+                for one in records
+                if one["operation"] in WHOLE and one["threads"] == threads and one["hints"] is hints
+            ]
+            yield {"threads": threads, "hints": hints, "ns_per_coefficient": mean(chosen)}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures in Markdown: a row for each operation and shape, a column for each number of threads."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for one in figures["cases"]:
+        key = (one["operation"], _HINTS[one["hints"]], str(one["tokens"]), str(one["k"]))
+        rows.setdefault(key, []).append(f"{one['ns_per_coefficient']:.2f}")
+    for one in figures["averages"]:
+        key = ("**encrypt and decrypt, average**", _HINTS[one["hints"]], "", "")
+        rows.setdefault(key, []).append(f"**{one['ns_per_coefficient']:.2f}**")
+    goals = ["" if threads == 1 else f"≤ {figures['target_ns_two_threads']:.0f}" for threads in THREADS]
+    rows["target", "", "", ""] = goals
+    headings = [f"ns per coefficient, {threads} thread{'s'[: threads - 1]}" for threads in THREADS]
+    return markdown(
+        ("operation", "hints", "tokens", "K", *headings), [(*key, *row) for key, row in rows.items()]
+    )
+
+
+_HINTS = {False: "without", True: "with", None: ""}
+
+
+def main() -> None:
+    """Parses arguments, measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_json_option(parser)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 512])
+    parser.add_argument("--widths", nargs="+", type=int, default=[576, 1536], help="features K")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds over all cases")
+    arguments = parser.parse_args()
+    if min(arguments.tokens) < 1 or max(arguments.tokens) > SLOTS or min(arguments.widths) < 1:
+        parser.error(f"--tokens is 1 to {SLOTS}, --widths at least 1")
+    if arguments.repeats < 1:
+        parser.error("--repeats is at least 1")
+    before = environment()
+    keep_freed_memory()  # as `hetrain submit` does
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(max(THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        laps = rounds(contestants(arguments.tokens, arguments.widths, pool), arguments.repeats)
+    cases = [
+        {
+            "operation": case.operation,
+            "tokens": case.tokens,
+            "k": case.k,
+            "hints": case.hints,
+            "threads": case.threads,
+            "ns_per_coefficient": 1e9 * median(seconds) / case.coefficients,
+        }
+        for case, seconds in laps.items()
+    ]
+    figures = {
+        "repeats": arguments.repeats,
+        "cases": cases,
+        "averages": list(averages(cases)),
+        "target_ns_two_threads": TARGET_NS,
+        "torch_threads_each": 1,
+        "environment": before,
+        "load_after": os.getloadavg(),
+    }
+    print(table(figures))
+    write(figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The worker's part alone against plain products of its shape: ``python -m benchmarks.gemm --json FILE``.
+
+For every group of linears of GPT-2, SmolLM2-135M and Llama-3.2-1B, forward and backward:
+
+- encrypted: `worker_gpu.engines.rlwe.evaluate`, from the payload's bytes to the result's, with the mask's
+  product and, in a job that has its hints, without;
+- plain: x·Wᵀ in fp32 and in fp64 over the same tokens;
+- bare: the `torch._int_mm` calls that an exact product takes at least, four for each operand of 32 bits, so
+  eight without hints and four with; in the layout of operands that is fastest for this shape.
+
+All of one shape run in turn, round after round. Seconds are medians; ratios are of these medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import geometric_mean, median
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from benchmarks.bare import fastest_layout, int_mm, waiting
+from benchmarks.environment import environment
+from benchmarks.output import add_json_option, markdown, rounds, timed, write
+from benchmarks.shapes import GROUPS
+from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.masks import PublicSeed
+from hetrain.public.parameters import SLOTS, parameters_for
+from hetrain.public.wire import DIRECTIONS, Blob, Direction, EvaluateTask, Header, new_token
+from worker_gpu.device import Compute, choose_compute, choose_device
+from worker_gpu.engines.rlwe import evaluate
+
+_LIMBS = 4
+# Name of a ratio: its numerator, its denominator, and what it should be (geometric mean over all shapes).
+RATIOS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+    {
+        "encrypted / fp32": ("encrypted", "fp32", "≤ 2.0"),
+        "encrypted / fp64": ("encrypted", "fp64", "≤ 1.0"),
+        "bare int8 / encrypted": ("bare", "encrypted", "≥ 0.85"),
+        "encrypted with hints / fp32": ("encrypted_hints", "fp32", "≤ 1.0"),
+        "encrypted with hints / fp64": ("encrypted_hints", "fp64", ""),
+        "bare int8 / encrypted with hints": ("bare_hints", "encrypted_hints", "≥ 0.85"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the two products with a group's matrix: [n, k] as this direction sees it."""
+
+    model: str
+    group: str
+    direction: Direction
+    k: int
+    n: int
+
+
+def products(models: Sequence[str]) -> Iterator[Product]:
+    """Both products of every group."""
+    for model in models:
+        for group in GROUPS[model]:
+            for direction in DIRECTIONS:
+                k, n = (group.k, group.n) if direction == "forward" else (group.n, group.k)
+                yield Product(model, group.name, direction, k, n)
+
+
+def stored(product: Product) -> torch.Tensor:
+    """A random int8 matrix [n, k] as a worker holds it: backward, the transpose of a matrix by rows."""
+    if product.direction == "forward":
+        return torch.randint(-127, 128, (product.n, product.k), dtype=torch.int8)
+    return torch.randint(-127, 128, (product.k, product.n), dtype=torch.int8).t()
+
+
+def task(product: Product, header: Header, nbytes: int) -> EvaluateTask:
+    """The message that asks for this product."""
+    job = new_token()
+    return EvaluateTask(
+        request=new_token(),
+        job=job,
+        model=product.model,
+        engine="rlwe",
+        plan=Blob(job=job, kind="plan", token=new_token(), nbytes=0),
+        plan_digest=new_token(),
+        group="group",
+        direction=product.direction,
+        start=0,
+        stop=product.n,
+        header=dict(header),
+        input=Blob(job=job, kind="in", token=new_token(), nbytes=nbytes),
+    )
+
+
+def contestants(product: Product, tokens: int, compute: Compute) -> tuple[dict[str, Callable[[], Any]], str]:
+    """What to time, by name; and the layout of the bare int8 products."""
+    parameters = parameters_for(tokens)
+    matrix = stored(product).to(compute.device)
+    operand = torch.randint(-(2**31), 2**31, (product.k, parameters.ring_degree)).to(torch.int32)
+    payload = operand.numpy().data.cast("B")
+    headers: dict[str, Header] = {
+        "encrypted": {"parameters": parameters.name, "mask_seed": PublicSeed.fresh().hex()},
+        "encrypted_hints": {"parameters": parameters.name, "result": "b"},
+    }
+    work: dict[str, Callable[[], Any]] = {
+        name: partial(evaluate, compute, matrix, task(product, header, payload.nbytes), payload)
+        for name, header in headers.items()
+    }
+    x = torch.randn(tokens, product.k, device=compute.device)
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+        work[name] = partial(torch.matmul, x.to(dtype), matrix.to(dtype).t())
+    layout = fastest_layout(matrix, parameters.ring_degree)
+    b = int_mm(matrix, parameters.ring_degree, layout, _LIMBS)
+    a = int_mm(matrix, parameters.dimension, layout, _LIMBS)
+    work["bare_hints"] = b
+    work["bare"] = lambda: (b(), a())
+    return work, layout
+
+
+def measure(product: Product, tokens: int, repeats: int, compute: Compute) -> dict[str, Any]:
+    """Seconds and ratios of one product."""
+    work, layout = contestants(product, tokens, compute)
+    with torch.inference_mode():
+        laps = rounds({name: timed(waiting(run, compute.device)) for name, run in work.items()}, repeats)
+    seconds = {name: median(values) for name, values in laps.items()}
+    ratios = {name: seconds[above] / seconds[below] for name, (above, below, _) in RATIOS.items()}
+    shape = {"model": product.model, "group": product.group, "direction": product.direction}
+    return shape | {
+        "k": product.k,
+        "n": product.n,
+        "bare_layout": layout,
+        "seconds": seconds,
+        "ratios": ratios,
+    }
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The ratios in Markdown, geometric means and targets last."""
+    rows = [
+        (one["model"], one["group"], one["direction"], f"{one['k']} × {one['n']}", *_numbers(one["ratios"]))
+        for one in figures["products"]
+    ]
+    rows.append(("**geometric mean**", "", "", "", *_numbers(figures["geometric_means"])))
+    rows.append(("target", "", "", "", *(goal for _, _, goal in RATIOS.values())))
+    return markdown(("model", "linears", "direction", "K × N", *RATIOS), rows)
+
+
+def _numbers(ratios: Mapping[str, float]) -> Iterator[str]:
+    return (f"{ratios[name]:.2f}" for name in RATIOS)
+
+
+def main() -> None:
+    """Parses arguments, measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_json_option(parser)
+    parser.add_argument("--shapes", nargs="+", choices=GROUPS, default=list(GROUPS), help="models")
+    parser.add_argument("--tokens", type=int, default=SLOTS)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds over all contestants of a shape")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.tokens <= SLOTS or arguments.repeats < 1:
+        parser.error(f"--tokens is 1 to {SLOTS}, --repeats at least 1")
+    before = environment()
+    keep_freed_memory()  # as a worker does
+    compute = choose_compute(choose_device())
+    measured = []
+    for product in products(arguments.shapes):
+        print(f"{product.model}: {product.group}, {product.direction}", flush=True)
+        measured.append(measure(product, arguments.tokens, arguments.repeats, compute))
+    figures = {
+        "tokens": arguments.tokens,
+        "repeats": arguments.repeats,
+        "worker": compute.description,
+        "products": measured,
+        "geometric_means": {name: geometric_mean(one["ratios"][name] for one in measured) for name in RATIOS},
+        "targets": {name: goal for name, (_, _, goal) in RATIOS.items() if goal},
+        "environment": before,
+        "load_after": os.getloadavg(),
+    }
+    print(table(figures))
+    write(figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""How cost grows with tokens, matrix size and layers: ``python -m benchmarks.growth --json FILE``.
+
+Client and worker take turns in this process, each with all cores, through the queue's messages but without a
+queue. Tokens and matrix size: one product. Layers: forward and backward pass of a random Llama with LoRA.
+rlwe-hints is rlwe in a job that has its hints. Cases run in turn, round after round; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.contestants import Contestant, open_contestant
+from benchmarks.environment import environment
+from benchmarks.output import add_json_option, markdown, rounds, write
+from benchmarks.problems import Problem, random_problem
+from benchmarks.shapes import write_random_llama
+from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.replica import Replica
+from hetrain.nn.split import split_model
+from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.checkpoints import resolve
+from hetrain.public.parameters import SLOTS
+from hetrain.secret.engine import JobOptions, client_engine
+from hetrain.secret.hints import HintStore, Key, sketches_of
+from hetrain.secret.verification import Sketch
+from hetrain.train.packing import MicroBatch, micro_batches
+from hetrain.train.rows import Row
+from hetrain.train.step import run_step
+from hetrain.train.updates import Snapshot
+from hetrain.transport.local import LocalChannel
+from worker_gpu.device import Compute, choose_compute, choose_device
+from worker_gpu.service import Service
+from worker_gpu.weights import WeightStore
+
+ENGINE, MODES = "rlwe", {"rlwe": False, "rlwe-hints": True}
+_SEED = 7
+_LLAMA_TOKENS, _LLAMA_WIDTH, _VOCABULARY = 512, 256, 1024
+Figures = dict[str, float]
+
+
+def by_tokens(
+    folder: Path, compute: Compute, tokens: list[int], size: int
+) -> dict[Any, Callable[[], Figures]]:
+    """Products of one size × size matrix with growing operands."""
+    problem = random_problem(f"tokens-{size}", size, size, folder)
+    return {
+        ("tokens", mode, count): partial(_product, contestant, problem, count)
+        for mode, contestant in _contestants(problem, compute).items()
+        for count in tokens
+    }
+
+
+def by_size(
+    folder: Path, compute: Compute, sizes: list[int], tokens: int
+) -> dict[Any, Callable[[], Figures]]:
+    """Products of growing square matrices with operands of `tokens` tokens."""
+    problems = {size: random_problem(f"size-{size}", size, size, folder) for size in sizes}
+    return {
+        ("size", mode, size): partial(_product, contestant, problem, tokens)
+        for size, problem in problems.items()
+        for mode, contestant in _contestants(problem, compute).items()
+    }
+
+
+def _contestants(problem: Problem, compute: Compute) -> dict[str, Contestant]:
+    return {mode: open_contestant(mode, problem, compute) for mode in MODES}
+
+
+def _product(contestant: Contestant, problem: Problem, tokens: int) -> Figures:
+    lap = contestant.multiply(problem.x[:tokens])
+    seconds = (lap.encrypt_s, lap.worker_s, lap.decrypt_s)
+    return _figures(sum(seconds), seconds, lap.bytes_up, lap.bytes_down)
+
+
+def _figures(total: float, parts: tuple[float, float, float], bytes_up: int, bytes_down: int) -> Figures:
+    names = ("encrypt_s", "worker_s", "decrypt_s")
+    return {
+        "seconds": total,
+        **dict(zip(names, parts, strict=True)),
+        "bytes_up": bytes_up,
+        "bytes_down": bytes_down,
+    }
+
+
+def by_layers(folder: Path, compute: Compute, layers: list[int]) -> dict[Any, Callable[[], Figures]]:
+    """Steps of random Llamas with growing numbers of blocks, 512 tokens each."""
+    found: dict[Any, Callable[[], Figures]] = {}
+    tokens = torch.randint(0, _VOCABULARY, (_LLAMA_TOKENS,)).tolist()
+    row = Row(tuple(tokens), (False,) + (True,) * (len(tokens) - 1), 1)
+    (batch,) = micro_batches([row], [(0,)])
+    for count in layers:
+        directory = folder / f"llama-{count}"
+        directory.mkdir()
+        write_random_llama(directory, _config(count))
+        for mode, hints in MODES.items():
+            found["layers", mode, count] = partial(_step, *_replica(directory, folder, compute, hints), batch)
+    return found
+
+
+def _config(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=_LLAMA_WIDTH,
+        intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
+def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tuple[Replica, Snapshot]:
+    """A client with an adapter, and a worker's service behind its channel."""
+    sketches: dict[Key, Sketch] = {}
+    split = split_model(
+        resolve(str(directory)), witness=lambda group, q: sketches.update(sketches_of(group, q))
+    )
+    plan = split.plan
+    service = Service(compute, WeightStore(compute.device, {plan.model: str(directory)}))
+    channel = LocalChannel(
+        lambda task, payload: service.evaluate(task, plan.to_bytes, payload),
+        lambda task, data: service.prepare(task, lambda: data),
+    )
+    store = HintStore(plan, sketches, folder) if hints else None
+    sealer = client_engine(ENGINE).open(plan, JobOptions(hints=store))
+    channel.prepare(plan.model, ENGINE, plan.to_bytes(), plan.digest, sealer.setup)
+    model = add_adapter(split, LoraSettings(), _SEED)
+    values = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    return Replica(split, model, channel, sealer), Snapshot(0, values)
+
+
+def _step(replica: Replica, snapshot: Snapshot, batch: MicroBatch) -> Figures:
+    result = run_step(replica, batch, snapshot, _SEED)
+    meter = result.meter
+    parts = (meter.encrypt_s, meter.server_s, meter.decrypt_s)
+    return _figures(result.seconds, parts, meter.bytes_up, meter.bytes_down)
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures in Markdown."""
+    header = ("grows with", "mode", "", "seconds", "encrypt", "worker", "decrypt", "MB up", "MB down")
+    rows = []
+    for one in figures["cases"]:
+        seconds = [f"{one[part]:.3f}" for part in ("seconds", "encrypt_s", "worker_s", "decrypt_s")]
+        megabytes = [f"{one[part] / 1e6:.2f}" for part in ("bytes_up", "bytes_down")]
+        rows.append((one["axis"], one["mode"], str(one["value"]), *seconds, *megabytes))
+    return markdown(header, rows)
+
+
+def main() -> None:
+    """Parses arguments, measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_json_option(parser)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 512, 1024, 2048])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048, 4096])
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=5, help="rounds over all cases")
+    arguments = parser.parse_args()
+    if min(arguments.tokens) < 1 or max(arguments.tokens) > SLOTS or arguments.repeats < 1:
+        parser.error(f"--tokens is 1 to {SLOTS}, --repeats at least 1")
+    if min(arguments.sizes) < 1 or min(arguments.layers) < 1:
+        parser.error("--sizes and --layers are at least 1")
+    before = environment()
+    keep_freed_memory()
+    compute = choose_compute(choose_device())
+    # Along the other axis: the middle of the sizes, the most of the tokens.
+    size, tokens = sorted(arguments.sizes)[len(arguments.sizes) // 2], max(arguments.tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        work = by_tokens(folder, compute, arguments.tokens, size)
+        work |= by_size(folder, compute, arguments.sizes, tokens)
+        work |= by_layers(folder, compute, arguments.layers)
+        laps = rounds(work, arguments.repeats)
+    cases = [
+        {"axis": axis, "mode": mode, "value": value}
+        | {name: median(lap[name] for lap in given) for name in given[0]}
+        for (axis, mode, value), given in laps.items()
+    ]
+    figures = {
+        "matrix_size": size,
+        "tokens": tokens,
+        "llama_tokens": _LLAMA_TOKENS,
+        "llama_hidden_size": _LLAMA_WIDTH,
+        "repeats": arguments.repeats,
+        "worker": compute.description,
+        "cases": cases,
+        "environment": before,
+        "load_after": os.getloadavg(),
+    }
+    print(table(figures))
+    write(figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

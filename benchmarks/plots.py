@@ -1,0 +1,157 @@
+"""Figures in pictures: one function for each measurement, from its JSON to a drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+MODES: Mapping[str, str] = {"without_hints": "without hints", "with_hints": "with hints"}
+_GREY = "0.5"
+
+
+def step_parts(mode: Mapping[str, Any]) -> dict[str, float]:
+    """Where the seconds of one micro-batch go, from its means; they add up to its wall time."""
+    means = mode["per_micro_batch"]
+    own = means["seconds"] - means["encrypt_s"] - means["wait_s"] - means["decrypt_s"]
+    return {
+        "plain part of the client": own,
+        "encrypt": means["encrypt_s"],
+        "worker computes": means["server_s"],
+        "queue and transfer": means["wait_s"] - means["server_s"],
+        "decrypt": means["decrypt_s"],
+    }
+
+
+def step(figures: Mapping[str, Any]) -> Figure:
+    """Seconds, their parts, bytes and memory of a whole update."""
+    modes = {name: figures[name] for name in MODES if name in figures}
+    labels = [MODES[name] for name in modes]
+    drawing, axes = _panels(2, 2, f"One update of {figures['tokens']} tokens, {figures['shape']}")
+    seconds = dict(zip(labels, (mode["seconds_per_update"] for mode in modes.values()), strict=True))
+    if "plain_s" in figures:
+        seconds = {"plain PEFT": figures["plain_s"], **seconds}
+    _bars(axes[0], seconds, "seconds per update")
+    below = [0.0] * len(modes)
+    parts = [step_parts(mode) for mode in modes.values()]
+    for part in parts[0]:
+        heights = [one[part] for one in parts]
+        axes[1].bar(labels, heights, bottom=below, label=part)
+        below = [bottom + height for bottom, height in zip(below, heights, strict=True)]
+    axes[1].set_ylabel("seconds of one micro-batch")
+    axes[1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    _bars(axes[2], {MODES[name]: mode["mb_per_token"] for name, mode in modes.items()}, "MB per token")
+    memory = {f"{side},\n{MODES[name]}": mode["peak_rss_bytes"][side] / 1e9
+              for name, mode in modes.items() for side in ("client", "worker")}  # fmt: skip
+    if "plain_peak_rss_bytes" in figures:
+        memory = {"plain PEFT": figures["plain_peak_rss_bytes"] / 1e9, **memory}
+    _bars(axes[3], memory, "peak resident set, GB")
+    return drawing
+
+
+def gemm(figures: Mapping[str, Any]) -> Figure:
+    """Ratios of every product to plain fp32, and what share of the bare int8 products is reached."""
+    products = figures["products"]
+    labels = [f"{one['model']}, {one['group']}, {one['direction']}" for one in products]
+    drawing, axes = _panels(2, 1, f"The worker's part, {figures['tokens']} tokens", width=10)
+    pairs = (("encrypted / fp32", "encrypted with hints / fp32"),
+             ("bare int8 / encrypted", "bare int8 / encrypted with hints"))  # fmt: skip
+    for axis, names, goals in zip(axes, pairs, ((2.0, 1.0), (0.85,)), strict=True):
+        _grouped(axis, labels, {name: [one["ratios"][name] for one in products] for name in names})
+        for goal in goals:
+            axis.axhline(goal, color=_GREY, linestyle="--", linewidth=1)
+        axis.tick_params(axis="x", labelsize="x-small", labelrotation=90)
+        axis.set_ylabel("ratio")
+    axes[0].tick_params(axis="x", labelbottom=False)  # as below
+    return drawing
+
+
+def client(figures: Mapping[str, Any]) -> Figure:
+    """Nanoseconds per coefficient on the most threads that were measured."""
+    threads = max(one["threads"] for one in figures["cases"])
+    cases = [one for one in figures["cases"] if one["threads"] == threads]
+    bars: dict[str, dict[str, float]] = {}
+    for one in cases:
+        operation = one["operation"] + (", hints" if one["hints"] else "")
+        shape = f"{one['tokens']} tokens, K = {one['k']}"
+        bars.setdefault(shape, {})[operation] = one["ns_per_coefficient"]
+    drawing, (axis,) = _panels(1, 1, f"The client's part, {threads} threads", width=10)
+    _grouped(
+        axis, list(next(iter(bars.values()))), {shape: list(one.values()) for shape, one in bars.items()}
+    )
+    axis.axhline(figures["target_ns_two_threads"], color=_GREY, linestyle="--", linewidth=1)
+    axis.set_ylabel("ns per coefficient")
+    axis.tick_params(axis="x", labelsize="x-small")
+    return drawing
+
+
+def growth(figures: Mapping[str, Any]) -> Figure:
+    """Seconds and bytes against tokens, matrix size and layers."""
+    names = {"tokens": "tokens", "size": "K = N", "layers": "layers"}
+    drawing, axes = _panels(2, 3, "Growth")
+    for column, (axis_name, label) in enumerate(names.items()):
+        cases = [one for one in figures["cases"] if one["axis"] == axis_name]
+        for mode in dict.fromkeys(one["mode"] for one in cases):
+            line = [one for one in cases if one["mode"] == mode]
+            values = [one["value"] for one in line]
+            seconds, megabytes = axes[column], axes[column + len(names)]
+            seconds.plot(values, [one["seconds"] for one in line], marker="o", label=mode)
+            total = [(one["bytes_up"] + one["bytes_down"]) / 1e6 for one in line]
+            megabytes.plot(values, total, marker="o", label=mode)
+        for axis, unit in ((axes[column], "seconds"), (axes[column + len(names)], "MB up and down")):
+            axis.set(xlabel=label, ylabel=unit, xticks=sorted({one["value"] for one in cases}))
+            axis.set_ylim(bottom=0)
+            axis.legend(fontsize="x-small")
+    return drawing
+
+
+def engines(figures: Mapping[str, Any]) -> Figure:
+    """Weight·tokens per second of every engine, the best of its numbers of tokens."""
+    shapes = list(dict.fromkeys(one["shape"] for one in figures["figures"]))
+    drawing, (axis,) = _panels(1, 1, "Engines")
+    for shape in shapes:
+        best: dict[str, float] = {}
+        for one in figures["figures"]:
+            if one["shape"] == shape:
+                best[one["engine"]] = max(best.get(one["engine"], 0.0), one["weight_tokens_per_s"])
+        axis.plot(list(best.values()), list(best), "o", label=shape)
+    axis.set(xscale="log", xlabel="weight·tokens per second")
+    axis.grid(axis="x")
+    axis.legend(fontsize="x-small")
+    return drawing
+
+
+def convergence(figures: Mapping[str, Any]) -> Figure:
+    """Losses step by step."""
+    drawing, (axis,) = _panels(1, 1, f"Loss, {figures['tokens']} tokens of {figures['data']} a step")
+    for name, losses in figures["losses"].items():
+        axis.plot(range(1, len(losses) + 1), losses, marker="o", label=name)
+    axis.set(xlabel="step", ylabel="loss")
+    axis.legend()
+    return drawing
+
+
+def _panels(rows: int, columns: int, title: str, width: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A drawing, inches wide as told or as its columns need, and its panels row by row."""
+    drawing = Figure(figsize=(width or 4 + 3 * columns, 1 + 3 * rows), layout="constrained")
+    drawing.suptitle(title)
+    return drawing, list(drawing.subplots(rows, columns, squeeze=False).flat)
+
+
+def _bars(axis: Axes, values: Mapping[str, float], label: str) -> None:
+    drawn = axis.bar(list(values), list(values.values()))
+    axis.bar_label(drawn, fmt="%.3g")
+    axis.set_ylabel(label)
+    axis.margins(y=0.15)
+    axis.tick_params(axis="x", labelsize="x-small")
+
+
+def _grouped(axis: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    width = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(labels))]
+        axis.bar(places, values, width, label=name)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.legend(fontsize="x-small")
