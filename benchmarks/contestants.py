@@ -149,7 +149,8 @@ class OwnEngine:
         )
         self._channel.prepare(plan.model, traits.engine, plan.to_bytes(), plan.digest, self._sealer.setup)
         self._worker = (0.0, 0.0)
-        self.keys = self._traits.keys(problem)
+        self.keys = traits.keys(problem)
+        self.multiply(problem.x[:1])  # warm; and the hints, if any, are there
 
     def x_max(self, tokens: int) -> int:
         """See `Contestant.x_max`."""

@@ -211,7 +211,6 @@ def run(arguments: argparse.Namespace, compute: Compute) -> dict[str, Any]:
                 if name in skipped or ((problem.name, name) in SLOW and not arguments.all):
                     continue
                 contestant = open_contestant(name, problem, compute)
-                contestant.multiply(problem.x[:1])  # warm; keeps what a job keeps
                 for tokens in arguments.tokens or TOKENS[problem.name][name]:
                     print(f"{problem.name}: {name}, {tokens} tokens", flush=True)
                     figures.append(
