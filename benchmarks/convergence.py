@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.data import HANDBOOK, write_text_rows
 from benchmarks.environment import environment
+from benchmarks.output import add_json_option, write
 from benchmarks.plain import plain_model, plain_step
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
@@ -115,7 +116,7 @@ def largest_difference(a: Curve, b: Curve) -> float:
 def main() -> None:
     """Parses arguments, measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_json_option(parser)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per micro-batch")
     parser.add_argument("--data", choices=("text", "handbook"), default="text")
@@ -143,10 +144,8 @@ def main() -> None:
         },
         "environment": before,
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+    write(figures, arguments.json)
 
 
 if __name__ == "__main__":

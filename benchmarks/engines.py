@@ -20,7 +20,6 @@ is measured beside them where it is installed. Seconds are medians.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -37,6 +36,7 @@ import torch
 
 from benchmarks.contestants import PEER, TRAITS, Contestant, Lap, missing, open_contestant
 from benchmarks.environment import environment
+from benchmarks.output import add_json_option, write
 from benchmarks.problems import PROBLEMS, Problem
 from hetrain.public.concrete import PACKAGE
 from hetrain.public.parameters import SLOTS
@@ -223,7 +223,7 @@ def main() -> None:
     """Parses arguments, measures, prints, writes."""
     engines = (*TRAITS, PEER)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_json_option(parser)
     parser.add_argument("--shapes", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--engines", nargs="+", choices=engines, default=list(engines))
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens per operand, for every engine alike")
@@ -234,22 +234,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if not all(1 <= tokens <= SLOTS for tokens in arguments.tokens or ()) or arguments.repeats < 1:
         parser.error(f"--tokens is 1 to {SLOTS}, --repeats at least 1")
-    if arguments.json and not arguments.json.parent.is_dir():
-        parser.error(f"--json: there is no directory {arguments.json.parent}")
     before = environment()
     compute = choose_compute(choose_device())
     measured = run(arguments, compute)
     print(table(measured["figures"]))
-    if arguments.json:
-        figures = {
-            **measured,
-            "worker": compute.description,
-            "threads": {"torch": torch.get_num_threads(), "concrete": len(os.sched_getaffinity(0))},
-            "packages": {package: installed(package) for package in (PACKAGE, PEER)},
-            "environment": before,
-            "load_after": os.getloadavg(),  # beyond what this run keeps busy itself, others were at work
-        }
-        arguments.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    figures = {
+        **measured,
+        "worker": compute.description,
+        "threads": {"torch": torch.get_num_threads(), "concrete": len(os.sched_getaffinity(0))},
+        "packages": {package: installed(package) for package in (PACKAGE, PEER)},
+        "environment": before,
+        "load_after": os.getloadavg(),  # beyond what this run keeps busy itself, others were at work
+    }
+    write(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from benchmarks.data import CORPUS
 from hetrain.nn.split import split_model
 from hetrain.public.checkpoints import Checkpoint, resolve
 from hetrain.public.parameters import SLOTS
-from hetrain.public.plan import Group, Member, Plan, stack_group
-from hetrain.public.weights import matrix_digest, max_l1
+from hetrain.public.plan import Group, Member, Plan, group_of, stack_group
 from hetrain.train.session import open_base
 
 _SEED = 7
@@ -62,16 +61,7 @@ def random_problem(name: str, k: int, n: int, folder: Path) -> Problem:
     checkpoint = resolve(str(directory))
     members = (Member(module="linear", tensor="weight", out_features=n),)
     values = stack_group(members, checkpoint.read).values
-    rows, columns = max_l1(values)
-    group = Group(
-        name="linear",
-        members=members,
-        in_features=k,
-        forward_l1=rows,
-        backward_l1=columns,
-        digest=matrix_digest(values),
-    )
-    plan = Plan(model=checkpoint.label, groups=(group,))
+    plan = Plan(model=checkpoint.label, groups=(group_of(members, values),))
     x = torch.randn(SLOTS, k, generator=generator)
     return Problem(name, "Gaussian", plan, checkpoint.directory, values, x)
 

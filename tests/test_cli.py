@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -22,18 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hetrain.public.broker import parse_broker_url
-from tasks.processes import private_directory, start_server, start_worker, stop
+from tasks.processes import start_worker, stop
+from tests.running import HETRAIN, hetrain, serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
-HETRAIN = (sys.executable, "-m", "cli")
 SMALL = ("--micro-batch-tokens", "256", "--max-length", "64")
-
-
-def hetrain(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "HETRAIN_BROKER_URL"}
-    return subprocess.run(
-        [*HETRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment
-    )
 
 
 def connect(url: str) -> redis.Redis:
@@ -48,13 +40,8 @@ def message(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.fixture(scope="module")
 def broker() -> Iterator[str]:
     """A broker without workers."""
-    with ExitStack() as stack:
-        directory = private_directory()
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        log = stack.enter_context((directory / "log").open("wb"))
-        server, url = start_server(directory, log)
-        stack.callback(stop, [server])
-        yield url
+    with serving() as running:
+        yield running.url
 
 
 def test_from_data_set_to_adapter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -181,16 +168,11 @@ def fill_but(url: str, room: int) -> None:
 
 
 def test_a_full_broker_is_said(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        directory = private_directory()
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        log = stack.enter_context((directory / "log").open("wb"))
-        server, url = start_server(directory, log, maxmemory=16 << 20)
-        stack.callback(stop, [server])
-        worker = start_worker(1, url, "smollm2-135m", log)
+    with serving(maxmemory=16 << 20) as full, ExitStack() as stack:
+        worker = start_worker(1, full.url, "smollm2-135m", full.log)
         stack.callback(stop, [worker])
-        fill_but(url, 3_000_000)  # room for connections, messages and plan, but not for 576·2048·4 bytes
-        result = hetrain("submit", HANDBOOK, "--broker-url", url, "-o", tmp_path / "out")
+        fill_but(full.url, 3_000_000)  # room for connections, messages and plan, but not for 576·2048·4 bytes
+        result = hetrain("submit", HANDBOOK, "--broker-url", full.url, "-o", tmp_path / "out")
     assert result.returncode == 7
     assert "memory" in message(result)
 

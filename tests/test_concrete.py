@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,14 +15,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hetrain.public import circuits
 from hetrain.public.circuits import CircuitSpec, compile_circuit, tile
 from hetrain.public.concrete import PACKAGE, package_version
-from hetrain.public.errors import ParameterError, WorkerRefused
-from tasks.processes import private_directory, start_server, start_worker, stop
+from hetrain.public.errors import ParameterError, WireError, WorkerRefused
+from tasks.processes import start_worker, stop
 from tests.contract.bench import Bench
+from tests.running import hetrain, serving
 
 ROWS = Path(__file__).parent / "data" / "tiny.jsonl"
-HETRAIN = (sys.executable, "-m", "cli")
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,11 @@ def tiny_model(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def submit(
     model: Path, output: Path, *arguments: object, url: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "HETRAIN_BROKER_URL"}
-    if url is not None:
-        environment["HETRAIN_BROKER_URL"] = url
-    return subprocess.run(
-        [*HETRAIN, "submit", str(ROWS), "--model-name-or-path", str(model), "--output-dir", str(output),
-         "--micro-batch-tokens", "12", "--max-length", "12", "--max-steps", "3", "--learning-rate", "1e-2",
-         "--seed", "1", "--sync", "--in-flight", "1", *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, env=environment,
+    broker = () if url is None else ("--broker-url", url)
+    return hetrain(
+        "submit", ROWS, "--model-name-or-path", model, "--output-dir", output, "--micro-batch-tokens", 12,
+        "--max-length", 12, "--max-steps", 3, "--learning-rate", 1e-2, "--seed", 1, "--sync",
+        "--in-flight", 1, *broker, *arguments,
     )  # fmt: skip
 
 
@@ -105,17 +102,12 @@ def worker_without_concrete(model: Path, scratch: Path) -> Iterator[str]:
     shadow = scratch / "shadow" / "concrete"
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'concrete'\")\n")
-    with ExitStack() as stack:
-        directory = private_directory()
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        log = stack.enter_context((directory / "log").open("wb"))
-        server, url = start_server(directory, log)
-        stack.callback(stop, [server])
+    with serving() as broker, ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(shadow.parent))
-            worker = start_worker(1, url, str(model), log)
+            worker = start_worker(1, broker.url, str(model), broker.log)
         stack.callback(stop, [worker])
-        yield url
+        yield broker.url
 
 
 def test_a_worker_without_concrete_serves_rlwe_and_says_why_not_concrete(
@@ -141,13 +133,13 @@ def bench(tmp_path: Path) -> Bench:
 
 def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Bench) -> None:
     setup = dict(bench.sealer.setup)
-    circuits = [name for name in setup if name.startswith("circuit-")]
-    assert len(circuits) == 2
+    names = [name for name in setup if name.startswith("circuit-")]
+    assert len(names) == 2
     wrong = {
         "2.10.0": setup | {PACKAGE: "2.10.0"},
         "None": {name: value for name, value in setup.items() if name != PACKAGE},
-        circuits[0]: setup | {circuits[0]: "ab" * 32},
-        circuits[1]: {name: value for name, value in setup.items() if name != circuits[1]},
+        names[0]: setup | {names[0]: "ab" * 32},
+        names[1]: {name: value for name, value in setup.items() if name != names[1]},
     }
     for named, changed in wrong.items():
         with pytest.raises(WorkerRefused, match=named) as error:
@@ -173,9 +165,9 @@ def test_a_product_that_cannot_be_compiled_is_named() -> None:
 
 def test_circuits_differ_where_their_specs_do_and_nowhere_else() -> None:
     spec = CircuitSpec(rows=2, k=8, columns=4, x_max=127)
-    compile_circuit.__globals__["_compiled"].clear()
+    circuits._compiled.clear()
     first = compile_circuit(spec)
-    compile_circuit.__globals__["_compiled"].clear()
+    circuits._compiled.clear()
     second = compile_circuit(spec)
     assert first is not second
     assert first.digest == second.digest
@@ -195,8 +187,6 @@ def test_tiles_cover_a_product_and_stay_small(k: int, n: int) -> None:
 
 def test_larger_values_than_any_product_are_refused(bench: Bench) -> None:
     """What a worker that adds up wrongly would most often be noticed by."""
-    from hetrain.public.errors import WireError
-
     sealed = bench.seal("w", "forward", torch.randn(3, 16))
     (part,) = bench.answer("w", "forward", sealed)
     noise = bytearray(os.urandom(part.nbytes))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +24,9 @@ from hetrain.public.wire import CONTROL_ABOUT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.train.checkup import check_up
 from hetrain.transport.census import take_census
-from tasks.processes import private_directory, start_server, start_worker, stop
+from tasks.processes import start_worker, stop
+from tests.running import hetrain as hetrain_command
+from tests.running import serving
 
 OTHER = WorkerReport(
     worker="other@elsewhere",
@@ -41,33 +40,22 @@ OTHER = WorkerReport(
 )
 
 
-@contextmanager
-def serving() -> Iterator[tuple[str, Path]]:
-    """A broker of its own: URL and directory."""
-    with ExitStack() as stack:
-        directory = private_directory()
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        log = stack.enter_context((directory / "log").open("wb"))
-        server, url = start_server(directory, log)
-        stack.callback(stop, [server])
-        yield url, directory
-
-
 @pytest.fixture(scope="module")
 def empty() -> Iterator[str]:
     """A broker without workers."""
-    with serving() as (url, _):
-        yield url
+    with serving() as broker:
+        yield broker.url
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, Path]]:
     """A broker with a worker that has answered once, and the worker's log."""
-    with serving() as (url, directory), (directory / "worker.log").open("wb") as log:
+    with serving() as broker, (broker.directory / "worker.log").open("wb") as log:
+        url = broker.url
         worker = start_worker(1, url, "smollm2-135m", log)
         try:
             assert take_census(url, first_s=60, settle_s=30, expected=1).workers
-            yield url, directory / "worker.log"
+            yield url, broker.directory / "worker.log"
         finally:
             stop([worker])
 
@@ -141,15 +129,10 @@ def test_worker_device_and_engines_are_named(
 
 
 def test_no_worker_and_a_careless_broker_are_said() -> None:
-    with serving() as (url, _):
-        connect(url).config_set("maxmemory", 0)
-        connect(url).config_set("maxmemory-policy", "allkeys-lru")
-        result = subprocess.run(
-            [sys.executable, "-m", "cli", "doctor", "--broker-url", url],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    with serving() as broker:
+        connect(broker.url).config_set("maxmemory", 0)
+        connect(broker.url).config_set("maxmemory-policy", "allkeys-lru")
+        result = hetrain_command("doctor", "--broker-url", broker.url, timeout=120)
     assert result.returncode == 8, result.stderr
     assert "celery -A tasks worker -Q gpu" in " ".join(result.stderr.split())
     text = " ".join(result.stdout.split())

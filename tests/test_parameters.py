@@ -24,7 +24,7 @@ from hetrain.public.parameters import (
     parameters_for,
     switching_error_bound,
 )
-from hetrain.public.plan import Group, Member, Plan, parse_plan, stack_group
+from hetrain.public.plan import Member, Plan, group_of, parse_plan, stack_group
 from hetrain.public.weights import input_scales, matrix_digest, max_l1, quantise
 from hetrain.public.wire import Blob, Direction, EvaluateTask, PrepareTask
 from worker_gpu.device import Compute
@@ -203,17 +203,7 @@ def plan(checkpoint: Path) -> Plan:
     groups = []
     for members in ((member("h.q", 12), member("h.v", 4)), (member("h.up", 20, transposed=True),)):
         values = stack_group(members, resolve(str(checkpoint)).read).values
-        rows, columns = max_l1(values)
-        groups.append(
-            Group(
-                name=members[0].module,
-                members=members,
-                in_features=8,
-                forward_l1=rows,
-                backward_l1=columns,
-                digest=matrix_digest(values),
-            )
-        )
+        groups.append(group_of(members, values))
     return Plan(model="tiny", groups=tuple(groups))
 
 

@@ -36,8 +36,8 @@ from hetrain.public.errors import (
     WorkerError,
     WorkerRefused,
 )
-from hetrain.public.plan import Group, Member, Plan
-from hetrain.public.weights import matrix_digest, max_l1, quantise
+from hetrain.public.plan import Member, Plan, group_of
+from hetrain.public.weights import quantise
 from hetrain.public.wire import (
     QUEUE,
     TASK_EVALUATE,
@@ -86,17 +86,8 @@ def matrix(model: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def plan(matrix: np.ndarray) -> Plan:
-    values = torch.from_numpy(matrix)
-    forward_l1, backward_l1 = max_l1(values)
-    group = Group(
-        name="w",
-        members=(Member(module="w", tensor="w.weight", out_features=OUT),),
-        in_features=IN,
-        forward_l1=forward_l1,
-        backward_l1=backward_l1,
-        digest=matrix_digest(values),
-    )
-    return Plan(model="tiny", groups=(group,))
+    members = (Member(module="w", tensor="w.weight", out_features=OUT),)
+    return Plan(model="tiny", groups=(group_of(members, torch.from_numpy(matrix)),))
 
 
 @pytest.fixture(scope="module")

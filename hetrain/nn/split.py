@@ -22,8 +22,8 @@ from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.trace import shared_inputs
 from hetrain.public.checkpoints import Checkpoint
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError, WireError
-from hetrain.public.plan import Group, Member, Plan, stack_group
-from hetrain.public.weights import Scales, matrix_digest, max_l1
+from hetrain.public.plan import Group, Member, Plan, group_of, stack_group
+from hetrain.public.weights import Scales
 
 # Layers that `row_attention` computes. Others may look like these on the few tokens of a trial.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -207,15 +207,7 @@ def _plan_group(
         matrix = stack_group(tuple(members), checkpoint.read)
     except WireError as error:
         raise ModelError(error.what, where=error.where) from error
-    rows, columns = max_l1(matrix.values)
-    group = Group(
-        name=members[0].module,
-        members=tuple(members),
-        in_features=matrix.values.shape[1],
-        forward_l1=rows,
-        backward_l1=columns,
-        digest=matrix_digest(matrix.values),
-    )
+    group = group_of(tuple(members), matrix.values)
     if witness is not None:
         witness(group, matrix.values)
     return group, matrix.scales

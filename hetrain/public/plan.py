@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import WireError
-from hetrain.public.weights import QuantisedMatrix, quantise
+from hetrain.public.weights import QuantisedMatrix, matrix_digest, max_l1, quantise
 from hetrain.public.wire import Direction, Name, Token, parse
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -61,6 +61,22 @@ class Group(_Part):
     def max_l1(self, direction: Direction) -> int:
         """max_j ‖W_j‖₁ of the matrix that this direction multiplies by."""
         return self.forward_l1 if direction == "forward" else self.backward_l1
+
+
+def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:
+    """The group of linears whose stacked int8 matrix is `values` [out_features, in_features].
+
+    It goes by the name of its first module.
+    """
+    rows, columns = max_l1(values)
+    return Group(
+        name=members[0].module,
+        members=members,
+        in_features=values.shape[1],
+        forward_l1=rows,
+        backward_l1=columns,
+        digest=matrix_digest(values),
+    )
 
 
 class Plan(_Part):

@@ -18,8 +18,8 @@ from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.checkpoints import Checkpoint, resolve
 from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.wire import Completion
-from hetrain.secret.engine import JobOptions, Sealer, client_engine
-from hetrain.secret.hints import Key, sketches_of
+from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
+from hetrain.secret.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.hints import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings
@@ -114,22 +114,31 @@ def open_session(
             channel = QueueChannel(broker_url)
         stack.callback(channel.close)
         # Meanwhile an embedded worker imports and tests its kernels.
-        sketches: dict[Key, Sketch] = {}
-        wanted = wants_hints(engine, outsourcing.hints, micro_batches)
-        split = split_model(
-            base.checkpoint,
-            outsourcing.patterns,
-            (lambda group, matrix: sketches.update(sketches_of(group, matrix))) if wanted else None,
-        )
+        split, hints = _split(base, outsourcing, engine, micro_batches)
         split.causal.to(target)
         plan = split.plan
-        hints = open_hints(plan, sketches, required=bool(outsourcing.hints)) if wanted else None
         if hints is not None:
             stack.callback(hints.close)
         sealer = engine.open(plan, JobOptions(outsourcing.activation_bits, hints))
         worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
         _log.info("worker %s on %s serves %s", worker.worker, worker.device, plan.model)
         yield Session(split, channel, sealer, worker)
+
+
+def _split(
+    base: Base, outsourcing: OutsourcingSettings, engine: ClientEngine, micro_batches: int
+) -> tuple[SplitModel, HintStore | None]:
+    """The split model, and where the job keeps its hints, if it does."""
+    if not wants_hints(engine, outsourcing.hints, micro_batches):
+        return split_model(base.checkpoint, outsourcing.patterns), None
+    # Held by their hints alone from here on, each until it has done its check.
+    sketches: dict[Key, Sketch] = {}
+    split = split_model(
+        base.checkpoint,
+        outsourcing.patterns,
+        lambda group, matrix: sketches.update(sketches_of(group, matrix)),
+    )
+    return split, open_hints(split.plan, sketches, required=bool(outsourcing.hints))
 
 
 def _device(name: str) -> torch.device:

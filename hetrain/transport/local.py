@@ -17,7 +17,7 @@ from hetrain.public.wire import (
     parse,
 )
 from hetrain.transport.channel import NO_HEADER, Reply, Rows
-from hetrain.transport.requests import evaluate_task
+from hetrain.transport.requests import evaluate_task, prepare_task
 
 Handler = Callable[[EvaluateTask, memoryview], list[memoryview]]
 Preparer = Callable[[PrepareTask, bytes], None]
@@ -43,15 +43,7 @@ class LocalChannel:
     ) -> Completion:
         """See `Channel.prepare`."""
         blob = Blob(job=self._job, kind="plan", token=plan_digest, nbytes=len(plan))
-        task = PrepareTask(
-            request=new_token(),
-            job=self._job,
-            model=model,
-            engine=engine,
-            plan=blob,
-            plan_digest=plan_digest,
-            setup=dict(setup),
-        )
+        task = prepare_task(model, engine, blob, setup)
         task = parse(PrepareTask, task.to_json(), where="local channel")
         begun = perf_counter()
         if self._preparer is not None:

@@ -23,7 +23,7 @@ from hetrain.public.wire import Blob, Completion, Direction, Header, PrepareTask
 from hetrain.transport.channel import NO_HEADER, Reply, Rows
 from hetrain.transport.collector import Collector
 from hetrain.transport.link import Link
-from hetrain.transport.requests import Patience, Request, Source, evaluate_task
+from hetrain.transport.requests import Patience, Request, Source, evaluate_task, prepare_task
 from hetrain.transport.sender import Sender
 
 MAX_REPLY_BYTES = 1 << 30
@@ -82,15 +82,7 @@ class QueueChannel:
         parts = [memoryview(plan)]
         blob = self._patiently(lambda: self._link.store.put(self.job, "plan", plan_digest, parts))
         self._collector.keep(Source(blob, parts))
-        task = PrepareTask(
-            request=new_token(),
-            job=self.job,
-            model=model,
-            engine=engine,
-            plan=blob,
-            plan_digest=plan_digest,
-            setup=dict(setup),
-        )
+        task = prepare_task(model, engine, blob, setup)
         request = Request(task, None, self._link.patience.prepare_s)
         try:
             self._submit([request])

@@ -9,7 +9,7 @@ from time import monotonic
 
 from hetrain.public.broker import FULL_S
 from hetrain.public.errors import HetrainError
-from hetrain.public.wire import Blob, Completion, Direction, EvaluateTask, PrepareTask
+from hetrain.public.wire import Blob, Completion, Direction, EvaluateTask, PrepareTask, new_token
 from hetrain.transport.channel import Header, Rows
 
 
@@ -118,6 +118,19 @@ class Request:
         if isinstance(task, EvaluateTask):
             return f"{text} {task.group} {task.direction} rows {task.start}:{task.stop}"
         return f"{text} prepare engine {task.engine}"
+
+
+def prepare_task(model: str, engine: str, plan: Blob, setup: Header) -> PrepareTask:
+    """The message that opens a job, whose plan lies in `plan` under its digest."""
+    return PrepareTask(
+        request=new_token(),
+        job=plan.job,
+        model=model,
+        engine=engine,
+        plan=plan,
+        plan_digest=plan.token,
+        setup=dict(setup),
+    )
 
 
 def evaluate_task(

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from hetrain.public.checkpoints import resolve
 from hetrain.public.parameters import largest_operand, parameters_for, switching_error_bound
-from hetrain.public.plan import Group, Member, Plan, stack_group
-from hetrain.public.weights import matrix_digest, max_l1
+from hetrain.public.plan import Group, Member, Plan, group_of, stack_group
+from hetrain.public.weights import max_l1
 from hetrain.public.wire import Direction, EvaluateTask
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
 from hetrain.secret.hints import HintStore, Key, sketches_of
@@ -79,17 +79,7 @@ class Bench:
         for name, w in weights.items():
             members = (Member(module=name, tensor=f"{name}.weight", out_features=w.shape[0]),)
             values = stack_group(members, checkpoint.read).values
-            rows, columns = max_l1(values)
-            groups.append(
-                Group(
-                    name=name,
-                    members=members,
-                    in_features=w.shape[1],
-                    forward_l1=rows,
-                    backward_l1=columns,
-                    digest=matrix_digest(values),
-                )
-            )
+            groups.append(group_of(members, values))
             self.matrices[name] = values
         self.plan = Plan(model=checkpoint.label, groups=tuple(groups))
         self.service = Service(COMPUTE, WeightStore(COMPUTE.device, {checkpoint.label: str(folder)}))

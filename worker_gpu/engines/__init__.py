@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -12,9 +13,9 @@ from hetrain.public.errors import WorkerRefused
 from hetrain.public.plan import Plan
 from hetrain.public.wire import EvaluateTask, Header
 from worker_gpu.device import Compute
-from worker_gpu.engines.clear import ClearEngine
+from worker_gpu.engines import clear, rlwe
 from worker_gpu.engines.concrete import ConcreteEngine
-from worker_gpu.engines.rlwe import RlweEngine
+from worker_gpu.engines.stateless import StatelessEngine
 
 
 class Engine(Protocol):
@@ -44,7 +45,11 @@ class Engine(Protocol):
 
 
 ENGINES: Mapping[str, Callable[[Compute], Engine]] = MappingProxyType(
-    {"rlwe": RlweEngine, "concrete": ConcreteEngine, "clear": ClearEngine}
+    {
+        "rlwe": partial(StatelessEngine, product=rlwe.evaluate),
+        "concrete": ConcreteEngine,
+        "clear": partial(StatelessEngine, product=clear.evaluate),
+    }
 )
 
 

@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.plan import Plan
-from hetrain.public.wire import EvaluateTask, Header
+from hetrain.public.wire import EvaluateTask
 from worker_gpu.device import Compute
-
-
-@dataclass(frozen=True)
-class ClearEngine:
-    """See `worker_gpu.engines.Engine`."""
-
-    compute: Compute
-
-    @property
-    def description(self) -> str:
-        """Device and kernel."""
-        return self.compute.description
-
-    def prepare(self, plan: Plan, setup: Header) -> None:
-        """There is nothing to agree on."""
-
-    def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        """See `worker_gpu.engines.Engine.evaluate`."""
-        return evaluate(self.compute, matrix, task, payload)
 
 
 def evaluate(

@@ -7,8 +7,6 @@ Ciphertext matrices as in "Private LoRA Fine-tuning of Open-Source LLMs with Hom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from hetrain.public.errors import WireError
@@ -20,31 +18,11 @@ from hetrain.public.parameters import (
     SWITCHED_B_BITS,
     ParameterSet,
 )
-from hetrain.public.plan import Plan
-from hetrain.public.wire import EvaluateTask, Header
+from hetrain.public.wire import EvaluateTask
 from worker_gpu.device import Compute
 
 _B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
 _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
-
-
-@dataclass(frozen=True)
-class RlweEngine:
-    """See `worker_gpu.engines.Engine`. All it needs to know comes with every task."""
-
-    compute: Compute
-
-    @property
-    def description(self) -> str:
-        """Device and kernel."""
-        return self.compute.description
-
-    def prepare(self, plan: Plan, setup: Header) -> None:
-        """There is nothing to agree on."""
-
-    def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        """See `worker_gpu.engines.Engine.evaluate`."""
-        return evaluate(self.compute, matrix, task, payload)
 
 
 def evaluate(
