@@ -1,0 +1,104 @@
+"""The fleet: what workers announce of themselves while they live, so that clients can route and cut tasks.
+
+Each worker keeps its card in one sorted set of the broker, scored by the moment at which it lapses on the
+broker's own clock. Nobody needs to say goodbye: a dead worker's card is simply not renewed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from hetrain.public.errors import UsageError
+from hetrain.public.wire import QUEUE, VERSION, Line, Name
+
+FLEET_KEY = "hetrain:fleet"
+CARD_TTL_S = 6.0
+CARD_RENEWAL_S = 1.5
+MAX_CARDS = 4096
+_MAX_SHARDS = 4096
+_SHARDS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?/(\d{1,4})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """Shards ``first..last`` (inclusive) of ``count`` equal slices of a model's groups, in plan order.
+
+    Raises:
+        UsageError: not 0 ≤ first ≤ last < count ≤ 4096.
+    """
+
+    first: int
+    last: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last < self.count <= _MAX_SHARDS:
+            raise UsageError(
+                f"shards {self} make no sense",
+                where="HETRAIN_SHARDS",
+                hint=f"FIRST-LAST/COUNT with 0 <= FIRST <= LAST < COUNT <= {_MAX_SHARDS}, such as 0-7/32",
+            )
+
+    @staticmethod
+    def parse(text: str) -> ShardRange:
+        """``"0-7/32"``, or ``"3/4"`` for one shard. Raises `UsageError`."""
+        match = _SHARDS.fullmatch(text.strip())
+        if match is None:
+            raise UsageError(
+                f"{text[:100]!r} is no range of shards",
+                where="HETRAIN_SHARDS",
+                hint="FIRST-LAST/COUNT, such as 0-7/32",
+            )
+        first, last, count = match.groups()
+        return ShardRange(int(first), int(last or first), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}/{self.count}"
+
+    def has(self, index: int, n_groups: int) -> bool:
+        """Whether group `index` of a plan of `n_groups` groups lies in these shards: ⌊index·count/n⌋."""
+        return self.first <= index * self.count // n_groups <= self.last
+
+    @property
+    def queue(self) -> str:
+        """The queue of workers that serve these shards alone, beside `QUEUE`."""
+        return f"{QUEUE}.{self.first}-{self.last}of{self.count}"
+
+
+def _sound_shards(text: str) -> str:
+    try:
+        return str(ShardRange.parse(text))
+    except UsageError as error:
+        raise ValueError(error.what) from error
+
+
+class WorkerCard(BaseModel):
+    """What one worker announces: constant while it lives, so that renewing it replaces it.
+
+    Attributes:
+        worker: its Celery name, unique in the fleet.
+        device: device and kernel, as in results.
+        queue: where it takes tasks.
+        models: labels of what it serves.
+        shards: the slices that it serves, as text; None for all.
+        concurrency: tasks that it runs at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[1] = VERSION
+    worker: Line
+    device: Line
+    queue: Name
+    models: Annotated[tuple[Line, ...], Field(max_length=1000, strict=False)]
+    shards: Annotated[str, AfterValidator(_sound_shards)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=1 << 16)]
+
+    def serves(self, model: str, index: int, n_groups: int) -> bool:
+        """Whether it can evaluate group `index` of `n_groups` of `model`."""
+        whole = self.shards is None or ShardRange.parse(self.shards).has(index, n_groups)
+        return whole and model in self.models
