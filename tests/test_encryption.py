@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from hetrain.public.parameters import (
 )
 from hetrain.public.weights import max_l1
 from hetrain.public.wire import Blob, EvaluateTask
-from hetrain.secret import clear
+from hetrain.secret import clear, rlwe
+from hetrain.secret.kernels import BLOCK_ROWS, TorchKernels, join_planes, kernels
 from hetrain.secret.negacyclic import TransformedSecret, reference_dot
 from hetrain.secret.quantisation import quantise_operand
 from hetrain.secret.randomness import SecretStream, sample_ternary
@@ -111,16 +113,14 @@ def test_ciphertexts_are_mask_times_secret_plus_noise_plus_message(
 ) -> None:
     """b − a·s − m, exactly in the ring, is noise within ±eta; also where rows do not fill the last block."""
     secret, seed = ternary_secret(parameters), PublicSeed.fresh()
-    transformed = TransformedSecret(secret)
-    k = transformed.block_rows + extra_rows if parameters is not INSECURE else 4 + extra_rows
-    tokens = parameters.ring_degree - 3
-    messages = random_words(k, tokens)
-    b = encrypt(messages, seed, transformed, parameters)
+    k, tokens = BLOCK_ROWS + extra_rows, parameters.ring_degree - 3
+    x = torch.randint(-(2**24), 2**24 + 1, (tokens, k)).to(torch.float32)
+    b = encrypt(x, torch.ones(tokens), 2**24, seed, kernels().transform(secret), parameters)
     assert (b.dtype, b.shape) == (torch.int32, (k, parameters.ring_degree))
     some = [0, k // 2, *range(max(k - 4, 0), k)]
     masks = expand_mask(seed, k, parameters.dimension)[some]
     padded = np.zeros((len(some), parameters.ring_degree), np.int64)
-    padded[:, :tokens] = messages[some].numpy()
+    padded[:, :tokens] = x.t()[some].numpy()
     noise = signed(b[some].numpy().astype(np.int64) - schoolbook(masks, secret) - padded)
     assert np.abs(noise).max() <= parameters.eta
     assert noise.std() == pytest.approx(parameters.noise_std, rel=8 / math.sqrt(2 * noise.size))
@@ -147,6 +147,23 @@ def evaluate(matrix: torch.Tensor, sealed: RlweSealed | clear.ClearSealed, name:
     return memoryview(bytearray(b"".join(half.evaluate(matrix.to(COMPUTE.device), task, payload))))
 
 
+Decryption = Callable[[RlweOpening, memoryview, int], torch.Tensor]
+
+
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> Decryption:
+    """Decrypts a whole product to integers, int64 [n, T], before they are scaled; by the reference."""
+    monkeypatch.setattr(rlwe, "kernels", TorchKernels)
+
+    def decrypt(opening: RlweOpening, part: memoryview, n: int) -> torch.Tensor:
+        b, planes = opening._take_apart(part, n)
+        assert planes is not None
+        product = opening.secret.dot(join_planes(*planes)).reshape(n, -1)
+        return ((b.to(torch.int32) << 16) - product)[:, : len(opening.scales)].to(torch.int64)
+
+    return decrypt
+
+
 def exact_product(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """W·m in int64: not reduced, so that a wrap would show."""
     return matrix.to(torch.int64) @ values.to(torch.int64)
@@ -163,14 +180,14 @@ def random_matrix(n: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [1, 7, 256, 257, 512, 513, 1024, 2048])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 5), (65, 33)])
-def test_decrypted_products_are_within_the_budget(tokens: int, n: int, k: int) -> None:
+def test_decrypted_products_are_within_the_budget(tokens: int, n: int, k: int, integers: Decryption) -> None:
     matrix, x = random_matrix(n, k), torch.randn(tokens, k) * torch.rand(tokens, 1).mul(20).exp()
     bound = max(max_l1(matrix)[0], 1)
     parameters = parameters_for(tokens)
     operand = quantise_operand(x, largest_operand(parameters, bound))
     sealed = seal(x, bound)
     part = evaluate(matrix, sealed)
-    error = sealed.opening.decrypt(part, 0, n).to(torch.int64) - exact_product(matrix, operand.values)
+    error = integers(sealed.opening, part, n) - exact_product(matrix, operand.values)
     assert bool((error.abs() <= noise_bound(matrix, parameters)[:, None]).all())
 
     y = sealed.opening.open([part], [(0, n)])
@@ -182,7 +199,7 @@ def test_decrypted_products_are_within_the_budget(tokens: int, n: int, k: int) -
 
 @pytest.mark.parametrize("parameters", REAL, ids=lambda p: p.name)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_operand_does_not_wrap(parameters: ParameterSet, sign: int) -> None:
+def test_the_largest_operand_does_not_wrap(parameters: ParameterSet, sign: int, integers: Decryption) -> None:
     """Every entry ±x_max with the signs of the row of maximal ‖W_j‖₁: the product touches the bound."""
     matrix = random_matrix(17, 96)
     matrix[3] = torch.where(matrix[3] < 0, -127, 127)
@@ -190,7 +207,7 @@ def test_the_largest_operand_does_not_wrap(parameters: ParameterSet, sign: int) 
     x_max = largest_operand(parameters, bound)
     x = (sign * x_max * matrix[3].sign().to(torch.float32)).repeat(parameters.ring_degree, 1)
     sealed = seal(x, bound)
-    decrypted = sealed.opening.decrypt(evaluate(matrix, sealed), 0, 17).to(torch.int64)
+    decrypted = integers(sealed.opening, evaluate(matrix, sealed), 17)
     exact = exact_product(matrix, x.t())
     assert int(exact[3].abs().min()) > 0.99 * 2**31
     assert bool(((decrypted - exact).abs() <= noise_bound(matrix, parameters)[:, None]).all())
@@ -219,7 +236,7 @@ def test_clear_computes_the_same_without_noise() -> None:
 @pytest.mark.parametrize(
     ("tokens", "k", "extreme"), [(2048, 96, False), (256, 4096, True), (1024, 700, True), (300, 512, False)]
 )
-def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool) -> None:
+def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool, integers: Decryption) -> None:
     """Measured against predicted standard deviation, as a whole and without the part of rounding b'."""
     n = 24
     matrix = random_matrix(n, k)
@@ -230,7 +247,7 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool) -> Non
     x = torch.randn(tokens, k)
     sealed = seal(x, bound)
     exact = exact_product(matrix, quantise_operand(x, largest_operand(parameters, bound)).values)
-    error = (sealed.opening.decrypt(evaluate(matrix, sealed), 0, n).to(torch.int64) - exact).double()
+    error = (integers(sealed.opening, evaluate(matrix, sealed), n) - exact).double()
     predicted = predicted_noise_std(matrix.double().norm(dim=1), parameters)[:, None]
     assert float((error / predicted).std()) == pytest.approx(1, rel=0.05)
     assert abs(float((error / predicted).mean())) < 8 / math.sqrt(error.numel())
@@ -243,11 +260,11 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool) -> Non
     assert float(((error - rounding) / rest).std()) == pytest.approx(1, rel=0.05)
 
 
-def test_noise_of_switching_alone_has_the_predicted_size() -> None:
+def test_noise_of_switching_alone_has_the_predicted_size(integers: Decryption) -> None:
     """W = 1: what is left besides rounding b' is rounding a', times s."""
     matrix = torch.eye(32, dtype=torch.int8)
     sealed = seal(torch.zeros(2048, 32), 1)
-    error = sealed.opening.decrypt(evaluate(matrix, sealed), 0, 32).double()
+    error = integers(sealed.opening, evaluate(matrix, sealed), 32).double()
     b = torch.frombuffer(bytearray(sealed.payload[0]), dtype=torch.int32).view(32, -1).to(torch.int64)
     rest = error - ((b + 2**15) // 2**16 * 2**16 - b)
     predicted = (predicted_noise_std(torch.ones(1), REAL[-1]).square() - 2**32 / 12).sqrt()
@@ -261,14 +278,14 @@ def excess_of_high_bytes(values: torch.Tensor) -> float:
     return float((((observed - expected) ** 2 / expected).sum() - 255) / math.sqrt(2 * 255))
 
 
-def test_a_wrong_secret_opens_nothing() -> None:
+def test_a_wrong_secret_opens_nothing(integers: Decryption) -> None:
     n = k = 96
     matrix, x = random_matrix(n, k), torch.randn(2048, k)
     mine, other = seal(x, max_l1(matrix)[0]), seal(x, max_l1(matrix)[0])
     part = evaluate(matrix, mine)
     wrong = RlweOpening(mine.opening.parameters, other.opening.secret, mine.opening.scales)
-    assert abs(excess_of_high_bytes(wrong.decrypt(part, 0, n))) < 8
-    assert excess_of_high_bytes(mine.opening.decrypt(part, 0, n)) > 1000
+    assert abs(excess_of_high_bytes(integers(wrong, part, n))) < 8
+    assert excess_of_high_bytes(integers(mine.opening, part, n)) > 1000
 
 
 def test_ciphertexts_look_uniform_and_share_nothing() -> None:

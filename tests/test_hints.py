@@ -14,6 +14,7 @@ from hetrain.public.parameters import SLOTS
 from hetrain.secret import rlwe
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.hints import ROW_BYTES, hint_bytes
+from hetrain.secret.kernels import TorchKernels
 from hetrain.secret.verification import Sketch
 from hetrain.train.hints import open_hints, wants_hints
 from tests.contract.bench import Bench
@@ -77,12 +78,13 @@ def test_two_messages_never_meet_one_mask_and_one_secret(
     seen: list[tuple[bytes, bytes]] = []
     encrypt = rlwe.encrypt
 
-    def watch(messages, seed, secret, parameters):  # type: ignore[no-untyped-def]
+    def watch(x, scales, x_max, seed, secret, parameters):  # type: ignore[no-untyped-def]
         one = torch.zeros(1, parameters.dimension, dtype=torch.int32)
         one[0, 0] = 1
         seen.append((seed.value, secret.dot(one).numpy().tobytes()))  # the secret's first polynomial
-        return encrypt(messages, seed, secret, parameters)
+        return encrypt(x, scales, x_max, seed, secret, parameters)
 
+    monkeypatch.setattr(rlwe, "kernels", TorchKernels)  # whose secrets can be asked
     monkeypatch.setattr(rlwe, "encrypt", watch)
     x = torch.randn(5, 29)
     with ThreadPoolExecutor(4) as pool:

@@ -106,7 +106,14 @@ class Witness:
                 return y
 
         return type(
-            "Sealed", (), {"header": sealed.header, "payload": sealed.payload, "opening": Recording()}
+            "Sealed",
+            (),
+            {
+                "header": sealed.header,
+                "payload": sealed.payload,
+                "opening": Recording(),
+                "row_step": sealed.row_step,
+            },
         )()
 
     def windows(self) -> Iterator[bytes]:

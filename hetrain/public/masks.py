@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
@@ -24,7 +24,7 @@ if sys.byteorder != "little":
 
 SEED_BYTES = 32
 _HEX_SEED = re.compile(f"[0-9a-f]{{{2 * SEED_BYTES}}}")
-_ZEROS = bytes(1 << 20)
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,37 @@ class PublicSeed:
         return self.value.hex()
 
 
+def _write_keystream(encryptor: CipherContext, out: memoryview) -> None:
+    """Fills `out`, bytes, with what comes next of an AES-CTR keystream."""
+    for start in range(0, len(out), len(_ZEROS)):
+        piece = out[start : start + len(_ZEROS)]
+        encryptor.update_into(_ZEROS[: len(piece)], piece)
+
+
 def keystream(key: bytes, nbytes: int) -> bytearray:
     """The first `nbytes` of AES-256-CTR under `key`, counter from 0 (NIST SP 800-38A)."""
-    encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
     out = bytearray(nbytes)
-    view = memoryview(out)
-    for start in range(0, nbytes, len(_ZEROS)):
-        piece = view[start : start + len(_ZEROS)]
-        encryptor.update_into(memoryview(_ZEROS)[: len(piece)], piece)
+    _write_keystream(_encryptor(key), memoryview(out))
     return out
+
+
+def _encryptor(key: bytes) -> CipherContext:
+    return Cipher(AES(key), CTR(bytes(16))).encryptor()
+
+
+def _key(seed: PublicSeed) -> bytes:
+    return hashlib.blake2b(seed.value, digest_size=32, person=b"hetrain.mask.v1").digest()
+
+
+class MaskStream:
+    """The mask of `expand_mask`, row after row, into memory of one's own."""
+
+    def __init__(self, seed: PublicSeed) -> None:
+        self._encryptor = _encryptor(_key(seed))
+
+    def fill(self, out: torch.Tensor) -> None:
+        """Overwrites `out`, contiguous int32 [rows, dimension], with the next rows of the mask."""
+        _write_keystream(self._encryptor, out.numpy().data.cast("B"))
 
 
 def expand_mask(seed: PublicSeed, polynomials: int, dimension: int) -> torch.Tensor:
@@ -73,6 +95,5 @@ def expand_mask(seed: PublicSeed, polynomials: int, dimension: int) -> torch.Ten
     Returns:
         int32 tensor [polynomials, dimension] on the CPU; row k holds the d polynomials of a_k side by side.
     """
-    key = hashlib.blake2b(seed.value, digest_size=32, person=b"hetrain.mask.v1").digest()
-    words = keystream(key, 4 * polynomials * dimension)
+    words = keystream(_key(seed), 4 * polynomials * dimension)
     return torch.frombuffer(words, dtype=torch.int32).view(polynomials, dimension)

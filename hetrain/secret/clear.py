@@ -43,6 +43,7 @@ class ClearSealed:
     header: Header
     payload: list[memoryview]
     opening: ClearOpening
+    row_step: int = 1
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ class ConcreteSealed:
     payload: list[memoryview]
     opening: ConcreteOpening
 
+    @property
+    def row_step(self) -> int:
+        """Columns of a tile: a piece of one costs as much as the whole."""
+        return self.opening.circuit.spec.columns
+
 
 class ConcreteSealer:
     """See `hetrain.secret.engine.Sealer`. Compiles all circuits of a plan and draws the job's keys.

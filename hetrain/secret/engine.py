@@ -45,6 +45,10 @@ class Sealed(Protocol):
     def payload(self) -> list[memoryview]: ...
     @property
     def opening(self) -> Opening: ...
+    @property
+    def row_step(self) -> int:
+        """Rows of the result that workers evaluate together: where a product is best cut."""
+        ...
 
 
 class Sealer(Protocol):

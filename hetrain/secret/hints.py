@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -27,6 +27,7 @@ from hetrain.public.masks import PublicSeed, expand_mask
 from hetrain.public.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
 from hetrain.public.plan import Group, Plan
 from hetrain.public.wire import DIRECTIONS, Direction
+from hetrain.secret.kernels import join_planes
 from hetrain.secret.verification import Sketch
 
 _HIGH_BYTES, _LOW_BYTES = 2 * SLOTS, SLOTS
@@ -93,43 +94,45 @@ class Hint:
         """
         stop = start + len(high)
         with self._lock:
-            if self._ready or any(start < b and a < stop for a, b in self._claimed):
-                return
-            self._claimed.add((start, stop))
+            fresh = [] if self._ready else _uncovered((start, stop), self._claimed)
+            self._claimed.update(fresh)
+        if not fresh:
+            return
         try:
-            self._write(high, self.offset + start * _HIGH_BYTES)
-            self._write(low, self.offset + self.rows * _HIGH_BYTES + start * _LOW_BYTES)
+            for first, last in fresh:
+                part = slice(first - start, last - start)
+                self._write(high[part], self.offset + first * _HIGH_BYTES)
+                self._write(low[part], self.offset + self.rows * _HIGH_BYTES + first * _LOW_BYTES)
         except OSError as error:
             _log.warning("a hint cannot be kept, workers go on computing it: %s", error)
             return
         with self._lock:
-            self._written += stop - start
+            self._written += sum(last - first for first, last in fresh)
             complete = self._written == self.rows
         if complete:
             self._check()
             self._ready = True
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of a'·2^8 modulo 2^32: int32 [stop - start, 2048]."""
-        high = self._read((stop - start) * _HIGH_BYTES, self.offset + start * _HIGH_BYTES)
-        base = self.offset + self.rows * _HIGH_BYTES
-        low = self._read((stop - start) * _LOW_BYTES, base + start * _LOW_BYTES)
-        return join_planes(
-            torch.frombuffer(high, dtype=torch.int16).view(-1, SLOTS),
-            torch.frombuffer(low, dtype=torch.uint8).view(-1, SLOTS),
-        )
+    def read(self, start: int, high: torch.Tensor, low: torch.Tensor) -> None:
+        """Fills `high`, int16 [rows, 2048], and `low`, uint8 [rows, 2048], with rows from `start` on."""
+        self._read(high, self.offset + start * _HIGH_BYTES)
+        self._read(low, self.offset + self.rows * _HIGH_BYTES + start * _LOW_BYTES)
+
+    def _product(self) -> torch.Tensor:
+        """a'·2^8 modulo 2^32: int32 [n, 2048]."""
+        product = torch.empty(self.rows, SLOTS, dtype=torch.int32)
+        for start in range(0, self.rows, _CHECK_ROWS_AT_ONCE):
+            block = product[start : start + _CHECK_ROWS_AT_ONCE]
+            high, low = torch.empty_like(block, dtype=torch.int16), torch.empty_like(block, dtype=torch.uint8)
+            self.read(start, high, low)
+            block.copy_(join_planes(high, low))
+        return product
 
     def _check(self) -> None:
         if self.sketch is None:
             return
         mask = expand_mask(self.seed, self.operand_rows, SLOTS)
-        product = torch.cat(
-            [
-                self.read(start, min(start + _CHECK_ROWS_AT_ONCE, self.rows))
-                for start in range(0, self.rows, _CHECK_ROWS_AT_ONCE)
-            ]
-        )
-        if not self.sketch.accepts(product, mask, rounding=1 << (_A_SHIFT - 1)):
+        if not self.sketch.accepts(self._product(), mask, rounding=1 << (_A_SHIFT - 1)):
             raise WireError(
                 "a worker's product with the public mask is wrong",
                 hint="do not trust that worker: its weights or its arithmetic are not what they should be",
@@ -142,15 +145,13 @@ class Hint:
             count = os.pwrite(self.file.fileno(), data, offset)
             data, offset = data[count:], offset + count
 
-    def _read(self, nbytes: int, offset: int) -> bytearray:
-        data = bytearray(nbytes)
-        view = memoryview(data)
+    def _read(self, plane: torch.Tensor, offset: int) -> None:
+        view = plane.numpy().data.cast("B")
         while view.nbytes:
             count = os.preadv(self.file.fileno(), [view], offset)
             if count == 0:
                 raise WireError("a hint ends before its last row", hint="the disk may be damaged")
             view, offset = view[count:], offset + count
-        return data
 
 
 class HintStore:
@@ -189,9 +190,13 @@ class HintStore:
         self._file.close()
 
 
-def join_planes(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """a'·2^8 modulo 2^32 from its top 16 bits (int16) and the 8 below (uint8): int32 of the same shape."""
-    return (high.to(torch.int32) << 16) | (low.to(torch.int32) << _A_SHIFT)
+def _uncovered(rows: tuple[int, int], covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges that are left of `rows` without those `covered`."""
+    left = [rows]
+    for start, stop in covered:
+        halves = ((a, min(b, start), max(a, stop), b) for a, b in left)
+        left = [half for a, b, c, d in halves for half in ((a, b), (c, d)) if half[0] < half[1]]
+    return left
 
 
 def _derive(root: PublicSeed, group: str, direction: Direction) -> PublicSeed:

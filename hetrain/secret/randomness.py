@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-_ZEROS = bytes(1 << 20)
+_ZEROS = memoryview(bytes(1 << 20))
 # CBD with eta = 21 takes 42 of 48 bits: bytes of 8, 8 and 5 bits for each side.
 _CBD_BYTES_PER_SIDE = 3
 
@@ -31,11 +31,15 @@ class SecretStream:
     def take(self, nbytes: int) -> torch.Tensor:
         """The next `nbytes` of the stream, as uint8 [nbytes]."""
         out = torch.empty(nbytes, dtype=torch.uint8)
-        view = out.numpy().data
-        for start in range(0, nbytes, len(_ZEROS)):
-            piece = view[start : start + len(_ZEROS)]
-            self._encryptor.update_into(memoryview(_ZEROS)[: len(piece)], piece)
+        self.fill(out)
         return out
+
+    def fill(self, out: torch.Tensor) -> None:
+        """Overwrites `out`, uint8 [n], with the next n bytes of the stream."""
+        view = out.numpy().data
+        for start in range(0, len(view), len(_ZEROS)):
+            piece = view[start : start + len(_ZEROS)]
+            self._encryptor.update_into(_ZEROS[: len(piece)], piece)
 
 
 def sample_ternary(stream: SecretStream, count: int) -> torch.Tensor:

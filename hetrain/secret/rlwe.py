@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.masks import PublicSeed, expand_mask
+from hetrain.public.masks import MaskStream, PublicSeed
 from hetrain.public.parameters import (
     MODULUS_BITS,
     SWITCHED_A_BITS,
@@ -29,11 +30,12 @@ from hetrain.public.parameters import (
     parameters_for,
 )
 from hetrain.public.plan import Group
+from hetrain.public.scratch import lasting, scratch
 from hetrain.public.wire import Direction, Header
-from hetrain.secret.hints import Hint, HintStore, join_planes
-from hetrain.secret.negacyclic import TransformedSecret
-from hetrain.secret.quantisation import dequantise_result, limited, quantise_operand
-from hetrain.secret.randomness import SecretStream, sample_centred_binomial, sample_ternary
+from hetrain.secret.hints import Hint, HintStore
+from hetrain.secret.kernels import BLOCK_ROWS, kernels
+from hetrain.secret.quantisation import limited, token_scales
+from hetrain.secret.randomness import SecretStream, sample_ternary
 
 _B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
 _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
@@ -48,38 +50,36 @@ class RlweOpening:
     """
 
     parameters: ParameterSet
-    secret: TransformedSecret
+    secret: Any
     scales: torch.Tensor
     hint: Hint | None = None
     hinted: bool = False
 
     def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
-        values = torch.cat(
-            [self.decrypt(part, start, stop) for part, (start, stop) in zip(parts, rows, strict=True)]
-        )
-        return dequantise_result(values, self.scales)
-
-    def decrypt(self, part: memoryview, start: int, stop: int) -> torch.Tensor:
-        """b'·2^16 − (a'·2^8)·s modulo 2^32, signed, for rows ``start:stop`` of the product: int32 [n, T].
+        """Y = X·Wᵀ, float32 [T, n], columns in the order of `rows`; see `hetrain.secret.engine.Opening`.
 
         Raises:
-            WireError: the result's length is not that of its rows, or its a' is found to be wrong.
+            WireError: a result's length is not that of its rows, or its a' is found to be wrong.
         """
-        n = stop - start
+        y = lasting((len(self.scales), sum(stop - start for start, stop in rows)), torch.float32)
+        column = 0
+        for part, (start, stop) in zip(parts, rows, strict=True):
+            self._decrypt(part, start, stop - start, y, column)
+            column += stop - start
+        return y
+
+    def _decrypt(self, part: memoryview, start: int, n: int, out: torch.Tensor, column: int) -> None:
+        """scale·(b'·2^16 − (a'·2^8)·s) for n rows of the product from `start` on, as columns of `out`."""
         b, planes = self._take_apart(part, n)
         if planes is not None and self.hint is not None:
             self.hint.offer(*planes, start)
-        degree, tokens = self.parameters.ring_degree, self.scales.shape[0]
-        out = torch.empty(n, degree, dtype=torch.int32)
-        step = self.secret.block_rows
-        for first in range(0, n, step):
-            rows = slice(first, min(first + step, n))
-            a = join_planes(planes[0][rows], planes[1][rows]) if planes else self._kept(start, rows)
-            block = b[rows].to(torch.int32) << _B_SHIFT
-            halves = block.view(-1, 2, degree // 2)
-            torch.sub(halves, self.secret.dot(a), out=out[rows].view(-1, 2, degree // 2))
-        return out[:, :tokens]
+        for first in range(0, n, BLOCK_ROWS):
+            rows = slice(first, min(first + BLOCK_ROWS, n))
+            if planes is None:
+                high, low = self._kept(start + first, rows.stop - first)
+            else:
+                high, low = planes[0][rows], planes[1][rows]
+            kernels().decrypt(out, column + first, b[rows], high, low, self.scales, self.secret)
 
     def _take_apart(
         self, part: memoryview, n: int
@@ -97,9 +97,12 @@ class RlweOpening:
         low = torch.frombuffer(part[b_bytes + high_bytes :], dtype=torch.uint8).view(n, dimension)
         return b, (high, low)
 
-    def _kept(self, start: int, rows: slice) -> torch.Tensor:
+    def _kept(self, start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.hint is not None
-        return self.hint.read(start + rows.start, start + rows.stop)
+        high = scratch("high", (rows, self.parameters.dimension), torch.int16)
+        low = scratch("low", (rows, self.parameters.dimension), torch.uint8)
+        self.hint.read(start, high, low)
+        return high, low
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,6 +112,7 @@ class RlweSealed:
     header: Header
     payload: list[memoryview]
     opening: RlweOpening
+    row_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -148,54 +152,55 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | Non
         NotFinite: x has a NaN or an infinity.
     """
     parameters = parameters_for(x.shape[0])
-    operand = quantise_operand(x, limited(largest_operand(parameters, max_l1), bits))
+    x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    x_max = limited(largest_operand(parameters, max_l1), bits)
+    scales = token_scales(x, x_max)
     secret = _fresh_secret(parameters)
     hinted = hint is not None and hint.is_ready
     seed = PublicSeed.fresh() if hint is None else hint.seed
-    b = encrypt(operand.values, seed, secret, parameters)
+    b = encrypt(x, scales, x_max, seed, secret, parameters)
     wanted = {"result": "b"} if hinted else {"mask_seed": seed.hex()}
     return RlweSealed(
         header={"parameters": parameters.name, **wanted},
         payload=[b.numpy().data.cast("B")],
-        opening=RlweOpening(parameters, secret, operand.scales, hint, hinted),
+        opening=RlweOpening(parameters, secret, scales, hint, hinted),
     )
 
 
-def _fresh_secret(parameters: ParameterSet) -> TransformedSecret:
+def _fresh_secret(parameters: ParameterSet) -> Any:
     values = sample_ternary(SecretStream("hetrain.secret"), parameters.dimension)
-    return TransformedSecret(values.view(parameters.rank, parameters.ring_degree))
+    return kernels().transform(values.view(parameters.rank, parameters.ring_degree))
 
 
 def encrypt(
-    messages: torch.Tensor, seed: PublicSeed, secret: TransformedSecret, parameters: ParameterSet
+    x: torch.Tensor, scales: torch.Tensor, x_max: int, seed: PublicSeed, secret: Any, parameters: ParameterSet
 ) -> torch.Tensor:
-    """b_k = a_k·s + e_k + m_k modulo 2^32.
+    """b_k = a_k·s + e_k + round(x_k / scale) modulo 2^32.
 
     The caller owns rule 1: this (seed, secret) pair must never have met another message.
 
     Args:
-        messages: int32 [K, T], T ≤ N.
+        x: contiguous float32 [T, K], T ≤ N.
+        scales: float32 [T].
+        x_max: the largest entry after rounding.
         seed: expands to the masks a_k.
-        secret: spectrum of s [d, N].
+        secret: s [d, N], from `Kernels.transform`.
         parameters: N, d and the noise.
 
     Returns:
         int32 [K, N].
     """
-    k, tokens = messages.shape
-    degree = parameters.ring_degree
-    masks = expand_mask(seed, k, parameters.dimension)
-    noise_stream = SecretStream("hetrain.noise")
-    out = torch.empty(k, degree, dtype=torch.int32)
-    step = secret.block_rows
-    for start in range(0, k, step):
-        rows = slice(start, min(start + step, k))
-        block = out[rows]
-        count = block.numel()
-        noise = sample_centred_binomial(noise_stream, count, parameters.eta)
-        halves = (-1, 2, degree // 2)
-        torch.add(secret.dot(masks[rows]), noise.view(halves), out=block.view(halves))
-        block[:, :tokens] += messages[rows]
+    k, degree = x.shape[1], parameters.ring_degree
+    inverse = scales.reciprocal()
+    mask_stream, noise_stream = MaskStream(seed), SecretStream("hetrain.noise")
+    out = lasting((k, degree), torch.int32)
+    for start in range(0, k, BLOCK_ROWS):
+        block = out[start : start + BLOCK_ROWS]
+        masks = scratch("masks", (len(block), parameters.dimension), torch.int32)
+        keystream = scratch("keystream", (6 * block.numel(),), torch.uint8)
+        mask_stream.fill(masks)
+        noise_stream.fill(keystream)
+        kernels().encrypt(block, masks, keystream, x, inverse, x_max, start, parameters.eta, secret)
     return out
 
 

@@ -1,0 +1,212 @@
+"""The client's kernels in C: one pass over memory that fits the cache. See kernels.c.
+
+Compiled when hetrain is installed, where there is a C compiler; else `hetrain.secret.kernels` takes torch's
+version, which is three times slower and their reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hetrain.public.errors import ParameterError
+
+_ALIGNMENT = 64
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, None where there are none. Calls give up the interpreter lock."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            break
+    else:
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError:  # compiled for another machine
+        return None
+    found.hetrain_workspace_bytes.argtypes = []
+    found.hetrain_workspace_bytes.restype = _SIZE
+    found.hetrain_spectrum.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3]
+    found.hetrain_encrypt.argtypes = [
+        *[_POINTER] * 5,
+        ctypes.c_int32,
+        *[_SIZE] * 5,
+        _INT,
+        _SIZE,
+        *[_POINTER] * 4,
+    ]
+    found.hetrain_decrypt.argtypes = [*[_POINTER] * 5, *[_SIZE] * 6, *[_POINTER] * 4]
+    for function in (found.hetrain_spectrum, found.hetrain_encrypt, found.hetrain_decrypt):
+        function.restype = None
+    return found
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Constants of a transform of N/2 points, as kernels.c reads them: float64."""
+
+    twist: npt.NDArray[np.float64]
+    twiddles: npt.NDArray[np.float64]
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(ring_degree: int) -> _Tables:
+    points = ring_degree // 2
+    angles = np.arange(points) * (math.pi / ring_degree)
+    stages, size = [], points
+    while size >= 4:
+        angle = np.arange(size // 4) * (-2 * math.pi / size)
+        powers = [function(k * angle) for k in (1, 2, 3) for function in (np.cos, np.sin)]
+        stages.append(np.stack(powers, axis=1).ravel())
+        size //= 4
+    return _Tables(np.stack([np.cos(angles), np.sin(angles)], axis=1), np.concatenate(stages))
+
+
+_local = threading.local()
+
+
+def _workspace(found: ctypes.CDLL) -> int:
+    """The address of this thread's scratch memory, aligned to a cache line."""
+    if not hasattr(_local, "memory"):
+        _local.memory = np.empty(found.hetrain_workspace_bytes() + _ALIGNMENT, np.uint8)
+    address: int = _local.memory.ctypes.data
+    return address + -address % _ALIGNMENT
+
+
+def _require(*conditions: bool) -> None:
+    """C believes what it is told: shapes, types and layout are checked here."""
+    if not all(conditions):
+        raise ParameterError("the operands of a native kernel do not fit each other")
+
+
+class NativeSecret:
+    """The spectrum of a secret int8 [d, N], in the order of the kernels' own transform. Never serialised."""
+
+    def __init__(self, secret: torch.Tensor, found: ctypes.CDLL) -> None:
+        self.rank, self.ring_degree = secret.shape
+        self.tables = _tables(self.ring_degree)
+        self.spectrum = np.empty((self.rank, self.ring_degree // 2, 2))
+        found.hetrain_spectrum(
+            self.spectrum.ctypes.data,
+            secret.contiguous().data_ptr(),
+            self.rank,
+            self.ring_degree // 2,
+            self.tables.twist.ctypes.data,
+            self.tables.twiddles.ctypes.data,
+            _workspace(found),
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied: a secret never leaves the memory it was drawn in."""
+        raise TypeError("a secret cannot be serialised or copied")
+
+
+@dataclass(frozen=True)
+class NativeKernels:
+    """See `hetrain.secret.kernels.Kernels`."""
+
+    found: ctypes.CDLL
+    name: str = "native"
+
+    def transform(self, secret: torch.Tensor) -> NativeSecret:
+        """See `Kernels.transform`."""
+        return NativeSecret(secret, self.found)
+
+    def encrypt(
+        self,
+        out: torch.Tensor,
+        masks: torch.Tensor,
+        keystream: torch.Tensor,
+        x: torch.Tensor,
+        inverse: torch.Tensor,
+        limit: int,
+        start: int,
+        eta: int,
+        secret: NativeSecret,
+    ) -> None:
+        """See `Kernels.encrypt`."""
+        rows, tokens, tables = len(out), len(x), secret.tables
+        _require(
+            out.shape == (rows, secret.ring_degree),
+            masks.shape == (rows, secret.rank * secret.ring_degree),
+            keystream.numel() == 6 * out.numel(),
+            start + rows <= x.shape[1],
+            tokens <= secret.ring_degree,
+            len(inverse) == tokens,
+            (out.dtype, masks.dtype, keystream.dtype) == (torch.int32, torch.int32, torch.uint8),
+            x.dtype == inverse.dtype == torch.float32,
+            all(tensor.is_contiguous() for tensor in (out, masks, keystream, x, inverse)),
+        )
+        self.found.hetrain_encrypt(
+            out.data_ptr(),
+            masks.data_ptr(),
+            keystream.data_ptr(),
+            x.data_ptr(),
+            inverse.data_ptr(),
+            limit,
+            start,
+            rows,
+            x.shape[1],
+            tokens,
+            secret.rank,
+            eta,
+            secret.ring_degree // 2,
+            tables.twist.ctypes.data,
+            tables.twiddles.ctypes.data,
+            secret.spectrum.ctypes.data,
+            _workspace(self.found),
+        )
+
+    def decrypt(
+        self,
+        out: torch.Tensor,
+        column: int,
+        b: torch.Tensor,
+        high: torch.Tensor,
+        low: torch.Tensor,
+        scales: torch.Tensor,
+        secret: NativeSecret,
+    ) -> None:
+        """See `Kernels.decrypt`."""
+        rows, (tokens, width), tables = len(b), out.shape, secret.tables
+        _require(
+            b.shape == (rows, secret.ring_degree),
+            high.shape == low.shape == (rows, secret.rank * secret.ring_degree),
+            column + rows <= width,
+            tokens <= secret.ring_degree,
+            len(scales) == tokens,
+            (b.dtype, high.dtype, low.dtype) == (torch.int16, torch.int16, torch.uint8),
+            out.dtype == scales.dtype == torch.float32,
+            all(tensor.is_contiguous() for tensor in (out, b, high, low, scales)),
+        )
+        self.found.hetrain_decrypt(
+            out.data_ptr(),
+            b.data_ptr(),
+            high.data_ptr(),
+            low.data_ptr(),
+            scales.data_ptr(),
+            column,
+            rows,
+            width,
+            tokens,
+            secret.rank,
+            secret.ring_degree // 2,
+            tables.twist.ctypes.data,
+            tables.twiddles.ctypes.data,
+            secret.spectrum.ctypes.data,
+            _workspace(self.found),
+        )
