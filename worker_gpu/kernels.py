@@ -6,19 +6,22 @@ torch knows. `hetrain` counts int32 overflow as the reduction modulo 2^32 that t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import pad
 
 from hetrain.public.errors import ParameterError
+from hetrain.public.scratch import lasting, scratch
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # What torch._int_mm asks for on CUDA: more than 16 rows, inner and outer widths in multiples of 8.
 _MIN_ROWS, _MULTIPLE = 17, 8
 _MAX_INNER = 1 << 17
-_DIGIT_OFFSET = -0x7F7F7F80  # 0x80808080 as int32
+_DIGIT_OFFSET = _TOP_BITS = -0x7F7F7F80  # 0x80808080 as int32
+_CACHED_WORDS = 1 << 16
+_SLAB_ROWS = 2048
 
 
 def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
@@ -38,18 +41,66 @@ def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
     m = operand.shape[1]
     if k >= _MAX_INNER:
         raise ParameterError(f"an inner dimension of {k} would overflow, {_MAX_INNER - 1} at most")
-    weights = pad(weights, (0, -k % _MULTIPLE, 0, max(_MIN_ROWS - n, 0)))
-    operand = pad(operand, (0, -m % _MULTIPLE, 0, -k % _MULTIPLE))
-    # Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.
-    shifted = operand + _DIGIT_OFFSET
-    result = torch._int_mm(weights, _digit(shifted, 3))
-    for position in (2, 1, 0):
-        result = torch.add(torch._int_mm(weights, _digit(shifted, position)), result, alpha=256)
+    weights = _padded(weights, max(_MIN_ROWS - n, 0), -k % _MULTIPLE)
+    digits = _digits(_padded(operand, -k % _MULTIPLE, -m % _MULTIPLE))
+    result = new_room((len(weights), digits.shape[2]), torch.int32, operand.device)
+    for rows in _slabs(len(weights)):
+        _combine(weights[rows], digits, result[rows])
     return result[:n, :m]
 
 
-def _digit(shifted: torch.Tensor, position: int) -> torch.Tensor:
-    return (shifted >> (8 * position)).to(torch.int8).bitwise_xor_(-128)
+def _combine(weights: torch.Tensor, digits: torch.Tensor, out: torch.Tensor) -> None:
+    """out = Σ_l 2^{8l}·W·D_l modulo 2^32, the sums block by block while they are in the cache."""
+    products = [_room(f"product {i}", out.shape, torch.int32, out.device) for i in range(3)]
+    for product, digit in zip((*products, out), digits, strict=True):
+        torch._int_mm(weights, digit, out=product)
+    for rows in blocks(out):
+        total = out[rows]
+        for product in reversed(products):
+            torch.add(product[rows], total, alpha=256, out=total)
+
+
+def _slabs(rows: int) -> list[slice]:
+    """Equal parts of so many rows that three products of a part are not much memory, none of them small."""
+    count = -(-rows // _SLAB_ROWS)
+    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def _digits(operand: torch.Tensor) -> torch.Tensor:
+    """D of X = Σ_l 2^{8l}·D_l with D_l in -128..127, in one pass: int32 [K, M] -> int8 [4, K, M].
+
+    Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.
+    """
+    digits = _room("digits", (4, *operand.shape), torch.int8, operand.device)
+    for rows in blocks(operand):
+        words = operand[rows] + _DIGIT_OFFSET
+        words ^= _TOP_BITS
+        digits[0, rows] = words
+        for position in (1, 2, 3):
+            words >>= 8
+            digits[position, rows] = words
+    return digits
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """With so many rows and columns of zeros more; the very same where there are none."""
+    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
+def blocks(matrix: torch.Tensor) -> Iterator[slice]:
+    """Rows of a matrix in pieces that fit a core's cache; on a GPU all of them at once."""
+    step = len(matrix) if matrix.is_cuda else max(_CACHED_WORDS // max(matrix[:1].numel(), 1), 1)
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
+
+
+def new_room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory that the next product does not touch."""
+    return lasting(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
+def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory until this thread's next product. What a GPU has freed torch keeps by itself."""
+    return scratch(name, shape, dtype) if device.type == "cpu" else new_room(shape, dtype, device)
 
 
 def float64_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:

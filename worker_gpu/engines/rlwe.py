@@ -20,6 +20,7 @@ from hetrain.public.parameters import (
 )
 from hetrain.public.wire import EvaluateTask
 from worker_gpu.device import Compute
+from worker_gpu.kernels import blocks, new_room
 
 _B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
 _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
@@ -51,13 +52,25 @@ def evaluate(
 
 def switch_b(values: torch.Tensor) -> torch.Tensor:
     """round(v / 2^16) modulo 2^16, as int16."""
-    return ((values + (1 << (_B_SHIFT - 1))) >> _B_SHIFT).to(torch.int16)
+    switched = new_room(values.shape, torch.int16, values.device)
+    for rows in blocks(values):
+        rounded = values[rows] + (1 << (_B_SHIFT - 1))
+        rounded >>= _B_SHIFT
+        switched[rows] = rounded
+    return switched
 
 
 def switch_a(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """round(v / 2^8) modulo 2^24, as its high 16 bits (int16) and its low 8 bits (uint8)."""
-    rounded = values + (1 << (_A_SHIFT - 1))
-    return (rounded >> 16).to(torch.int16), (rounded >> _A_SHIFT).to(torch.uint8)
+    high = new_room(values.shape, torch.int16, values.device)
+    low = new_room(values.shape, torch.uint8, values.device)
+    for rows in blocks(values):
+        rounded = values[rows] + (1 << (_A_SHIFT - 1))
+        rounded >>= _A_SHIFT
+        low[rows] = rounded
+        rounded >>= 16 - _A_SHIFT
+        high[rows] = rounded
+    return high, low
 
 
 def _parameters(task: EvaluateTask) -> ParameterSet:
