@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 
 class EngineName(StrEnum):
@@ -15,6 +16,14 @@ class EngineName(StrEnum):
     rlwe = "rlwe"
     concrete = "concrete"
     clear = "clear"
+
+
+def _size(text: str) -> int:
+    """Bytes, from a number with or without a unit."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise typer.BadParameter(f"{text!r} is no size: write a number of bytes, 500MB or 2GiB") from None
 
 
 Dataset = Annotated[
@@ -70,6 +79,17 @@ MicroBatchTokens = Annotated[
     int, typer.Option("--micro-batch-tokens", help="Tokens per micro-batch; 2048 fill the largest ring.")
 ]
 InFlight = Annotated[int, typer.Option("--in-flight", help="Micro-batches under way at once.")]
+MaxBytesInFlight = Annotated[
+    int | None,
+    typer.Option(
+        "--max-bytes-in-flight",
+        parser=_size,
+        metavar="SIZE",
+        help="The most that operands and results may take in the broker at once, e.g. 500MB or 2GiB; without "
+        "it, half of the broker's maxmemory, or 1 GiB where it has none.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON lines on standard output instead of a display.")
 ]

@@ -46,6 +46,8 @@ class TrainingDisplay:
         self._tokens = 0
         self._up = self._down = 0
         self._loss: float | None = None
+        self._begin: float | None = None
+        self._doing = "training"
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -57,29 +59,41 @@ class TrainingDisplay:
         self._progress.stop()
 
     def observe(self, record: MicroBatchRecord, total_steps: int) -> None:
-        """Takes a record; see `hetrain.train.submit.Observer`."""
+        """See `hetrain.train.submit.Observer`."""
         if self._json:
             typer.echo(json.dumps({"event": "micro_batch"} | asdict(record)))
             return
+        if self._begin is None:  # not zero in a run that goes on from a checkpoint
+            self._begin = record.elapsed_s - record.seconds
         self._tokens += record.tokens
         self._up += record.bytes_up
         self._down += record.bytes_down
         past = record.loss if self._loss is None else self._loss
         self._loss = _SMOOTHING * past + (1 - _SMOOTHING) * record.loss
         own = record.seconds - record.encrypt_s - record.wait_s - record.decrypt_s
+        rate = self._tokens / (record.elapsed_s - self._begin)
         figures = (
-            f"loss {record.loss:.3f} (mean {self._loss:.3f}) · {self._tokens / record.elapsed_s:.0f} tok/s · "
+            f"loss {record.loss:.3f} (mean {self._loss:.3f}) · {rate:.0f} tok/s · "
             f"{self._up / _MB:.0f} MB up {self._down / _MB:.0f} down · "
             f"encrypt {record.encrypt_s:.1f}s wait {record.wait_s:.1f}s (worker {record.server_s:.1f}s) "
             f"decrypt {record.decrypt_s:.1f}s own {own:.1f}s"
         )
         self._progress.update(
-            self._task, description="training", total=total_steps, completed=record.step, figures=figures
+            self._task, description=self._doing, total=total_steps, completed=record.step, figures=figures
         )
         if not self._console.is_terminal:
             self._console.print(
                 f"step {record.step}/{total_steps} {figures}", highlight=False, soft_wrap=True
             )
+
+    def stopping(self) -> None:
+        """See `hetrain.train.submit.Observer`."""
+        if self._json:
+            typer.echo(json.dumps({"event": "stopping"}))
+            return
+        self._doing = "stopping"
+        self._progress.update(self._task, description=self._doing)
+        self._console.print("finishing what is in flight; Ctrl-C again leaves now", highlight=False)
 
     def summary(self, outcome: Outcome) -> None:
         """Says how it ended."""

@@ -177,9 +177,9 @@ def test_a_full_broker_is_said(tmp_path: Path) -> None:
     assert "memory" in message(result)
 
 
-@pytest.mark.parametrize("place", ["embedded", "broker"])
+@pytest.mark.parametrize(("place", "presses"), [("embedded", 1), ("broker", 2)])
 def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
-    tiny_llama: Path, tmp_path: Path, broker: str, place: str
+    tiny_llama: Path, tmp_path: Path, broker: str, place: str, presses: int
 ) -> None:
     output = tmp_path / "out"
     with ExitStack() as stack:
@@ -216,11 +216,15 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
             assert time.monotonic() < deadline
             time.sleep(0.2)
         family = psutil.Process(client.pid).children(recursive=True)
-        os.killpg(client.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+        for _ in range(presses):
+            os.killpg(client.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+            time.sleep(0.05)
         _, errors = client.communicate(timeout=60)
         assert client.returncode == 130, errors
         assert "Traceback" not in errors
-        assert "the adapter as it stood was written" in " ".join(errors.split())
+        assert "the adapter as it stood was written, and checkpoint-" in " ".join(errors.split())
+        assert "--resume-from-checkpoint latest" in " ".join(errors.split())
+        assert presses > 1 or "finishing what is in flight" in errors
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
         if place == "broker":
@@ -228,4 +232,6 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
             left = [key for key in keys.scan_iter("hetrain:*") if keys.ttl(key) < 0]
             assert not left
     assert torch.isfinite(next(iter(load_file(output / "adapter_model.safetensors").values()))).all()
-    assert json.loads((output / "job.json").read_text())["status"] == "interrupted"
+    job = json.loads((output / "job.json").read_text())
+    assert job["status"] == "interrupted"
+    assert (output / f"checkpoint-{job['steps']}" / "trainer_state.json").exists()

@@ -50,7 +50,9 @@ def evaluate(
     base = open_base(model)
     rows = read_rows(dataset, base.tokenizer, settings.max_length)
     batches = list(micro_batches(rows, pack(rows, settings.micro_batch_tokens, range(len(rows)))))
-    with open_session(base, outsourcing, broker_url, device, micro_batches=len(batches)) as session:
+    with open_session(
+        base, outsourcing, broker_url, device, micro_batches=len(batches), in_flight=in_flight
+    ) as session:
         # Without an adapter a fresh one stands in: its B is zero, so it changes nothing.
         adapted = (
             add_adapter(session.split, LoraSettings(r=1, alpha=1), 0)

@@ -7,15 +7,19 @@ thread of the pool. So the adapter has one writer, and a step sees one version o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from hetrain.nn.replica import Replica
 from hetrain.train.packing import MicroBatch
+from hetrain.train.schedule import Entry, Schedule
 from hetrain.train.settings import FlightSettings
 from hetrain.train.step import StepResult, run_step
+from hetrain.train.stopping import Stop, never
 from hetrain.train.updates import Update, Updater
+
+_LOOK_S = 0.5  # how often a waiting loop looks whether it should stop
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ def train(
     flight: FlightSettings,
     seed: int,
     abort: Callable[[], None],
-) -> Iterator[Applied]:
+    stop: Stop = never,
+) -> Generator[Applied, None, None]:
     """Trains until `batches` is exhausted, yielding every update after it was applied.
 
     Args:
@@ -44,14 +49,18 @@ def train(
         seed: for LoRA dropout.
         abort: called when the loop ends early, whatever the reason; must make steps in other threads fail
             soon, since the loop waits for them.
+        stop: asked again and again; once it is true no micro-batch starts any more, and training ends when
+            those in flight have been applied.
 
     Raises:
         HetrainError: whatever a step raises, after `abort`.
     """
-    strategy = _lock_step if flight.sync else _asynchronous
     with ThreadPoolExecutor(len(replicas), thread_name_prefix="micro-batch") as pool:
         try:
-            yield from strategy(pool, updater, replicas, batches, seed)
+            if flight.sync:
+                yield from _lock_step(pool, updater, replicas, batches, seed, stop)
+            else:
+                yield from _asynchronous(pool, updater, replicas, batches, flight.staleness_bound, seed, stop)
         except BaseException:  # KeyboardInterrupt and GeneratorExit must release the threads as well
             abort()
             raise
@@ -62,21 +71,30 @@ def _asynchronous(
     updater: Updater,
     replicas: Sequence[Replica],
     batches: Iterator[MicroBatch],
+    bound: int,
     seed: int,
+    stop: Stop,
 ) -> Iterator[Applied]:
+    """Every micro-batch makes one update, with a staleness of at most `bound`: see `schedule`."""
+    schedule: Schedule[StepResult] = Schedule(bound)
     free = list(replicas)
-    flying: dict[Future[StepResult], Replica] = {}
+    flying: dict[Future[StepResult], tuple[Replica, Entry[StepResult]]] = {}
     while True:
-        for batch in itertools.islice(batches, len(free)):
+        while (result := schedule.take()) is not None:
+            yield Applied(updater.apply([result.gradients], result.batch.n_targets), (result,))
+        while free and schedule.can_start and not stop():
+            batch = next(batches, None)
+            if batch is None:
+                break
             replica = free.pop()
-            flying[pool.submit(run_step, replica, batch, updater.snapshot(), seed)] = replica
+            future = pool.submit(run_step, replica, batch, updater.snapshot(), seed)
+            flying[future] = replica, schedule.start()
         if not flying:
             return
-        landed, _ = wait(flying, return_when=FIRST_COMPLETED)
-        for future in landed:
-            result = future.result()
-            free.append(flying.pop(future))
-            yield Applied(updater.apply([result.gradients], result.batch.n_targets), (result,))
+        for future in _landed(flying, stop):
+            replica, entry = flying.pop(future)
+            schedule.land(entry, future.result())
+            free.append(replica)
 
 
 def _lock_step(
@@ -85,17 +103,30 @@ def _lock_step(
     replicas: Sequence[Replica],
     batches: Iterator[MicroBatch],
     seed: int,
+    stop: Stop,
 ) -> Iterator[Applied]:
-    while window := list(itertools.islice(batches, len(replicas))):
+    """As many micro-batches as there are replicas make one update, gradients added up in their order."""
+    while not stop() and (window := list(itertools.islice(batches, len(replicas)))):
         snapshot = updater.snapshot()
-        flying = [
+        futures = [
             pool.submit(run_step, replica, batch, snapshot, seed)
             for replica, batch in zip(replicas, window, strict=False)
         ]
-        wait(flying, return_when="FIRST_EXCEPTION")
-        for future in flying:
-            if future.done():
-                future.result()
-        results = tuple(future.result() for future in flying)
+        flying = set(futures)
+        while flying:
+            landed = _landed(flying, stop)
+            flying -= landed
+            for future in landed:
+                future.result()  # a failure ends the run, whatever the others still do
+        results = tuple(future.result() for future in futures)
         n_targets = sum(result.batch.n_targets for result in results)
         yield Applied(updater.apply([result.gradients for result in results], n_targets), results)
+
+
+def _landed(flying: Collection[Future[StepResult]], stop: Stop) -> set[Future[StepResult]]:
+    """Waits for at least one step, and lets `stop` be heard meanwhile."""
+    while True:
+        landed, _ = wait(flying, _LOOK_S, FIRST_COMPLETED)
+        stop()
+        if landed:
+            return landed

@@ -6,19 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-import torch
-from peft import PeftModel
-
 from hetrain.public.errors import UsageError
+from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.loop import Applied
 from hetrain.train.step import StepResult
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,21 +70,23 @@ def _record(applied: Applied, result: StepResult, elapsed_s: float) -> MicroBatc
 class OutputDirectory:
     """The directory of one run.
 
+    Args:
+        path: where it is, or will be.
+        overwrite: whether what another run left there may be replaced.
+        keep: the run goes on from a checkpoint in this very directory, after this many updates: what was
+            written up to then stays. None for a run that starts anew.
+
     Raises:
-        UsageError: it cannot be written, or holds an adapter already and `overwrite` is false.
+        UsageError: it cannot be written, or holds another run's adapter or checkpoints and `overwrite` is
+            false.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
+    def __init__(self, path: Path, *, overwrite: bool, keep: int | None = None) -> None:
         self.path = path
-        self._metrics: TextIO | None = (
-            None  # opened by the first record: a run that never starts costs no data
-        )
-        if (path / ADAPTER_FILE).exists() and not overwrite:
-            raise UsageError(
-                "there is an adapter already",
-                where=str(path),
-                hint="choose another --output-dir, or pass --overwrite-output-dir",
-            )
+        self._keep = keep
+        self._metrics: TextIO | None = None
+        if keep is None and not overwrite:
+            self._require_unused()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,28 +100,19 @@ class OutputDirectory:
     def add(self, record: MicroBatchRecord) -> None:
         """Appends a line to metrics.jsonl."""
         if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+            self._metrics = self._begin()
         self._metrics.write(json.dumps(asdict(record)) + "\n")
         self._metrics.flush()
 
     def write_job(self, job: Mapping[str, object]) -> None:
         """Replaces job.json."""
-        scratch = self.path / ".job.json.new"
-        scratch.write_text(json.dumps(job, indent=2, default=str) + "\n", encoding="utf-8")
-        scratch.replace(self.path / "job.json")
+        self._replace("job.json", json.dumps(job, indent=2, default=str) + "\n")
 
-    def save_adapter(self, model: PeftModel, values: Mapping[str, torch.Tensor], base_reference: str) -> None:
-        """Writes the adapter as stock peft reads it, `values` being the trained parameters by name."""
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in values:
-                    parameter.copy_(values[name])
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = base_reference
-            config.inference_mode = True
+    def save_adapter(self, write: Callable[[Path], None]) -> None:
+        """Puts the files that `write` writes to a directory into this one, the adapter itself last."""
         scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=self.path))
         try:
-            model.save_pretrained(str(scratch))
+            write(scratch)
             for file in sorted(scratch.iterdir(), key=lambda file: file.name == ADAPTER_FILE):
                 os.replace(file, self.path / file.name)
         finally:
@@ -133,3 +122,36 @@ class OutputDirectory:
         """Closes metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.close()
+
+    def _require_unused(self) -> None:
+        if (self.path / ADAPTER_FILE).exists():
+            found, way = "an adapter", ""
+        elif checkpoint_steps(self.path):
+            found, way = "a checkpoint", "go on from it with --resume-from-checkpoint latest, "
+        else:
+            return
+        raise UsageError(
+            f"there is {found} already",
+            where=str(self.path),
+            hint=f"{way}choose another --output-dir, or pass --overwrite-output-dir",
+        )
+
+    def _begin(self) -> TextIO:
+        """Removes what is not this run's. With the first record: a run that never starts costs no data."""
+        for step in checkpoint_steps(self.path):
+            if step > (self._keep or 0):
+                remove_checkpoint(self.path, step)
+        for torso in self.path.glob(".checkpoint-*"):  # left by a run that was killed
+            shutil.rmtree(torso, ignore_errors=True)
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if self._keep and metrics.exists() else []
+        kept = [
+            line for line in lines if line.endswith("}") and json.loads(line)["step"] <= (self._keep or 0)
+        ]
+        self._replace(metrics.name, "".join(f"{line}\n" for line in kept))
+        return metrics.open("a", encoding="utf-8")
+
+    def _replace(self, name: str, text: str) -> None:
+        scratch = self.path / f".{name}.new"
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(self.path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -84,6 +85,8 @@ def open_session(
     log_file: Path | None = None,
     *,
     micro_batches: int = 1,
+    in_flight: int = 1,
+    max_bytes_in_flight: int | None = None,
 ) -> Iterator[Session]:
     """Splits the model, finds workers (or starts one on this machine), and agrees with them on the plan.
 
@@ -95,6 +98,9 @@ def open_session(
         device: torch device of the client's own layers.
         log_file: where embedded broker and worker write; None writes beside temporary files.
         micro_batches: how many are to come: whether hints pay.
+        in_flight: how many of them at once: an embedded worker runs as many tasks, as far as it has cores.
+        max_bytes_in_flight: the most that may lie in the broker for this job at once; None takes a share of
+            its memory.
 
     Raises:
         HetrainError: any of its kinds but `DatasetError`.
@@ -108,10 +114,15 @@ def open_session(
             if log_file is None:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
                 log_file = Path(scratch) / "worker.log"
-            embedded = stack.enter_context(start_embedded(base.name_or_path, log_file))
-            channel = QueueChannel(embedded.url, watch=embedded.failure)
+            concurrency = min(in_flight, os.cpu_count() or 1)
+            embedded = stack.enter_context(
+                start_embedded(base.name_or_path, log_file, concurrency=concurrency)
+            )
+            channel = QueueChannel(
+                embedded.url, watch=embedded.failure, max_bytes_in_flight=max_bytes_in_flight
+            )
         else:
-            channel = QueueChannel(broker_url)
+            channel = QueueChannel(broker_url, max_bytes_in_flight=max_bytes_in_flight)
         stack.callback(channel.close)
         # Meanwhile an embedded worker imports and tests its kernels.
         split, hints = _split(base, outsourcing, engine, micro_batches)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import SchedulerType
-
 from hetrain.public.errors import UsageError
+
+# Those of transformers' schedules that need nothing but warm-up and the number of updates.
+_SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,11 @@ class OptimizerSettings:
             raise UsageError(f"{self.learning_rate} is not positive", where="--learning-rate")
         if self.warmup_steps < 0 or self.max_grad_norm < 0:
             raise UsageError("must not be negative", where="--warmup-steps, --max-grad-norm")
-        known = [kind.value for kind in SchedulerType]
-        if self.schedule not in known:
+        if self.schedule not in _SCHEDULES:
             raise UsageError(
                 f"unknown schedule {self.schedule!r}",
                 where="--lr-scheduler-type",
-                hint=f"one of: {', '.join(known)}",
+                hint=f"one of: {', '.join(_SCHEDULES)}",
             )
 
 
@@ -81,21 +89,56 @@ class FlightSettings:
     """How many micro-batches run at once, and whether updates wait for all of them.
 
     Asynchronous (default): a micro-batch's gradients are applied as soon as they are complete, so others may
-    have moved the adapter since it took its snapshot (staleness: usually ``in_flight - 1``, more when one
-    micro-batch takes longer than the others; logged with every one).
+    have moved the adapter since it took its snapshot. No more than `staleness_bound` of them: results that
+    would make a slower one too stale wait for it (see `schedule`). The staleness is logged with every one.
     `sync`: ``in_flight`` micro-batches share a snapshot and form one update, whatever order they finish in.
+
+    `max_staleness` None is ``2·(in_flight − 1)``: while the others keep flying, as many results again may
+    wait for a slow one, which may take about four times as long as they do before a replica idles. Less than
+    ``in_flight − 1`` leaves only ``max_staleness + 1`` micro-batches in flight.
+    `max_bytes_in_flight` limits what of this job lies in the broker; None takes a share of its memory.
     """
 
     in_flight: int = 2
     sync: bool = False
+    max_staleness: int | None = None
+    max_bytes_in_flight: int | None = None
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
             raise UsageError(
                 f"{self.in_flight} micro-batches in flight make no progress", where="--in-flight"
             )
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise UsageError(
+                f"{self.max_staleness} is negative",
+                where="--max-staleness",
+                hint="0 runs one micro-batch at a time",
+            )
+        if self.max_bytes_in_flight is not None and self.max_bytes_in_flight < 1:
+            raise UsageError("nothing could travel", where="--max-bytes-in-flight")
 
     @property
     def batches_per_update(self) -> int:
         """Micro-batches whose gradients one update adds up."""
         return self.in_flight if self.sync else 1
+
+    @property
+    def staleness_bound(self) -> int:
+        """The most updates between a micro-batch's snapshot and its own update."""
+        if self.sync:
+            return 0
+        return 2 * (self.in_flight - 1) if self.max_staleness is None else self.max_staleness
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """How often a checkpoint is written, in optimizer updates (0: only when a run is stopped or fails), and
+    how many are kept (0: all)."""
+
+    save_steps: int = 50
+    save_total_limit: int = 2
+
+    def __post_init__(self) -> None:
+        if self.save_steps < 0 or self.save_total_limit < 0:
+            raise UsageError("must not be negative", where="--save-steps, --save-total-limit")

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import hetrain
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
-from hetrain.public.errors import DatasetError, Interrupted
+from hetrain.public.errors import DatasetError, Interrupted, UsageError
+from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
+from hetrain.train.journal import Journal
 from hetrain.train.loop import train
 from hetrain.train.packing import MicroBatch, count_micro_batches, epochs
-from hetrain.train.records import MicroBatchRecord, OutputDirectory, records_of
+from hetrain.train.position import Position
+from hetrain.train.records import MicroBatchRecord, OutputDirectory
 from hetrain.train.rows import Row, read_rows
 from hetrain.train.session import Base, Session, open_base, open_session
-from hetrain.train.settings import BatchSettings, FlightSettings, OptimizerSettings, OutsourcingSettings
+from hetrain.train.settings import (
+    BatchSettings,
+    CheckpointSettings,
+    FlightSettings,
+    OptimizerSettings,
+    OutsourcingSettings,
+)
 from hetrain.train.step import share_cores
+from hetrain.train.stopping import stop_on_signals
 from hetrain.train.updates import Updater
 
 _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
@@ -27,7 +39,11 @@ _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryp
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job's parts are: data set, model, broker (None: embedded), client device, output."""
+    """Where a job's parts are: data set, model, broker (None: embedded), client device, output.
+
+    `resume_from` is a checkpoint's directory, ``latest`` for the one in the output directory with the most
+    updates, or None to start anew.
+    """
 
     dataset: Path
     model: str
@@ -35,17 +51,19 @@ class Place:
     device: str
     output_dir: Path
     overwrite: bool = False
+    resume_from: str | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train."""
+    """How to train. Updates, epochs and the schedule are counted in optimizer updates."""
 
     lora: LoraSettings
     optimizer: OptimizerSettings
     batches: BatchSettings
     flight: FlightSettings
     outsourcing: OutsourcingSettings
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
 
 
 @dataclass(frozen=True)
@@ -60,21 +78,47 @@ class Outcome:
     output_dir: Path
 
 
-Observer = Callable[[MicroBatchRecord, int], None]
-"""Called with every record and the number of updates that the job will make."""
+class Observer(Protocol):
+    """What a run tells about itself while it lasts."""
+
+    def observe(self, record: MicroBatchRecord, total_steps: int) -> None:
+        """Takes every record, and the number of updates that the job will make."""
+        ...
+
+    def stopping(self) -> None:
+        """Hears that the user has asked to stop, and that the run finishes what is in flight."""
+        ...
 
 
-def submit(place: Place, recipe: Recipe, observe: Observer) -> Outcome:
-    """Trains an adapter and writes it, metrics.jsonl and job.json to the output directory.
+@dataclass(frozen=True)
+class _Assignment:
+    """What is to be done, checked as far as it can be before workers are asked."""
+
+    base: Base
+    rows: list[Row]
+    recipe: Recipe
+    total_steps: int
+    checkpoint: Checkpoint | None
+
+    @property
+    def done_steps(self) -> int:
+        """Updates that an earlier run has made."""
+        return self.checkpoint.state.step if self.checkpoint else 0
+
+
+def submit(place: Place, recipe: Recipe, observer: Observer) -> Outcome:
+    """Trains an adapter and writes it, metrics.jsonl, job.json and checkpoints to the output directory.
 
     Raises:
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
-        Interrupted: the user stopped it; the adapter as it then stood is written.
+        Interrupted: the user stopped it; adapter and checkpoint as they then stood are written.
     """
     base = open_base(place.model)
     rows = read_rows(place.dataset, base.tokenizer, recipe.batches.max_length)
     total_steps = count_updates(rows, recipe)
-    output = OutputDirectory(place.output_dir, overwrite=place.overwrite)
+    checkpoint = _checkpoint(place, _identity(rows, recipe), total_steps)
+    assignment = _Assignment(base, rows, recipe, total_steps, checkpoint)
+    output = OutputDirectory(place.output_dir, overwrite=place.overwrite, keep=_kept(checkpoint, place))
     try:
         with open_session(
             base,
@@ -82,11 +126,12 @@ def submit(place: Place, recipe: Recipe, observe: Observer) -> Outcome:
             place.broker_url,
             place.device,
             output.log_file,
-            micro_batches=total_steps * recipe.flight.batches_per_update,
+            micro_batches=(total_steps - assignment.done_steps) * recipe.flight.batches_per_update,
+            in_flight=recipe.flight.in_flight,
+            max_bytes_in_flight=recipe.flight.max_bytes_in_flight,
         ) as session:
-            job = _describe(place, recipe, session, total_steps)
-            output.write_job(job | {"status": "running"})
-            return _run(base, session, rows, recipe, total_steps, output, job, observe)
+            job = _describe(place, recipe, session, total_steps, assignment.done_steps)
+            return _run(assignment, session, output, job, observer)
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped before the first update; no adapter was written", where=str(output.path)
@@ -104,56 +149,124 @@ def count_updates(rows: list[Row], recipe: Recipe) -> int:
     return -(-batches // recipe.flight.batches_per_update)
 
 
+def _checkpoint(place: Place, identity: Identity, total_steps: int) -> Checkpoint | None:
+    """The checkpoint to go on from, as far as it can be checked before a session is open."""
+    if place.resume_from is None:
+        return None
+    checkpoint = find_checkpoint(place.resume_from, place.output_dir)
+    checkpoint.require(identity)
+    if checkpoint.state.step >= total_steps:
+        raise UsageError(
+            f"all {total_steps} updates have been made",
+            where=str(checkpoint.path),
+            hint="the checkpoint holds the finished adapter",
+        )
+    return checkpoint
+
+
+def _kept(checkpoint: Checkpoint | None, place: Place) -> int | None:
+    """Updates whose traces in the output directory are this run's own."""
+    if checkpoint is None or checkpoint.path.resolve().parent != place.output_dir.resolve():
+        return None
+    return checkpoint.state.step
+
+
+def _identity(rows: list[Row], recipe: Recipe) -> Identity:
+    """What decides the course of a run, but for the plan: all that a resumed one must be given again."""
+    outsourcing = recipe.outsourcing
+    return {
+        **asdict(recipe.lora),
+        **asdict(recipe.optimizer),
+        **asdict(recipe.batches),
+        "engine": outsourcing.engine,
+        "activation_bits": outsourcing.activation_bits,
+        "outsource": outsourcing.patterns,
+        "sync": recipe.flight.sync,
+        "batches_per_update": recipe.flight.batches_per_update,
+        "data set, by the SHA-256 of its tokens,": rows_digest(rows),
+    }
+
+
 def _run(
-    base: Base,
+    assignment: _Assignment,
     session: Session,
-    rows: list[Row],
-    recipe: Recipe,
-    total_steps: int,
     output: OutputDirectory,
     job: dict[str, object],
-    observe: Observer,
+    observer: Observer,
 ) -> Outcome:
+    recipe, total_steps, checkpoint = assignment.recipe, assignment.total_steps, assignment.checkpoint
+    identity = {
+        **_identity(assignment.rows, recipe),
+        "plan, by its SHA-256,": session.split.plan.digest,
+    }
+    if checkpoint is not None:
+        checkpoint.require(identity)
     seed = recipe.batches.seed
     model = add_adapter(session.split, recipe.lora, seed)
     updater = Updater(adapter_parameters(model), recipe.optimizer, total_steps)
+    if checkpoint is not None:
+        checkpoint.restore(updater)
+    output.write_job(job | {"status": "running"})
+    writer = partial(write_adapter, model, assignment.base.reference)
+    journal = Journal(output, updater, writer, identity, recipe.checkpoints, checkpoint)
     share_cores(recipe.flight.in_flight)
     replicas = session.replicas(model, recipe.flight.in_flight)
-    batches = _draw(rows, recipe, total_steps)
-    begin, tokens, last = time.perf_counter(), 0, None
-    status = "failed"
+    batches = _draw(assignment.rows, recipe, total_steps, journal.position)
+
+    def stopping() -> None:
+        observer.stopping()
+        journal.checkpoint()  # already now: whoever sent the signal may not wait for long
+
+    status, saved = "failed", None
     try:
-        for applied in train(updater, replicas, batches, recipe.flight, seed, session.channel.close):
-            for record in records_of(applied, time.perf_counter() - begin):
-                tokens, last = tokens + record.tokens, record
-                output.add(record)
-                observe(record, total_steps)
-        status = "done"
+        with (
+            stop_on_signals(stopping) as stop,
+            closing(
+                train(updater, replicas, batches, recipe.flight, seed, session.channel.close, stop)
+            ) as course,
+        ):
+            for applied in course:
+                for record in journal.add(applied):
+                    observer.observe(record, total_steps)
+        status = "done" if journal.step == total_steps else "interrupted"
     except KeyboardInterrupt:
         status = "interrupted"
-        if last is not None:
-            raise Interrupted(
-                f"stopped after {last.step} of {total_steps} updates; the adapter as it stood was written",
-                where=str(output.path),
-            ) from None
-        raise
     finally:
-        if last is not None:
-            output.save_adapter(model, updater.snapshot().values, base.reference)
-        output.write_job(job | {"status": status, "steps": last.step if last else 0, "tokens": tokens})
-    if last is None:
+        if status != "done":
+            journal.checkpoint()
+        saved = journal.close()
+        output.write_job(job | {"status": status, "steps": journal.step, "tokens": journal.tokens})
+    if journal.last is None:
+        if status == "interrupted":
+            raise KeyboardInterrupt
         raise DatasetError("the data set made no micro-batch")
-    return Outcome(last.step, total_steps, tokens, time.perf_counter() - begin, last, output.path)
+    if status == "interrupted":
+        raise _interrupted(journal.step, total_steps, saved, output.path)
+    return Outcome(journal.step, total_steps, journal.tokens, journal.elapsed_s, journal.last, output.path)
 
 
-def _draw(rows: list[Row], recipe: Recipe, total_steps: int) -> Iterator[MicroBatch]:
+def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) -> Interrupted:
+    text = f"stopped after {step} of {total_steps} updates; the adapter as it stood was written"
+    if saved is None:
+        return Interrupted(f"{text}, but no checkpoint", where=str(output))
+    return Interrupted(
+        f"{text}, and {saved.name}",
+        where=str(output),
+        hint="Go on with the same command and --resume-from-checkpoint latest",
+    )
+
+
+def _draw(rows: list[Row], recipe: Recipe, total_steps: int, done: Position) -> Iterator[MicroBatch]:
     settings = recipe.batches
     n_epochs = None if settings.max_steps > 0 else settings.epochs
     drawn = epochs(rows, settings.micro_batch_tokens, settings.seed, n_epochs)
-    return islice(drawn, total_steps * recipe.flight.batches_per_update)
+    wanted = islice(drawn, total_steps * recipe.flight.batches_per_update)
+    return (batch for batch in wanted if batch.index not in done)
 
 
-def _describe(place: Place, recipe: Recipe, session: Session, total_steps: int) -> dict[str, object]:
+def _describe(
+    place: Place, recipe: Recipe, session: Session, total_steps: int, done_steps: int
+) -> dict[str, object]:
     """job.json: everything needed to say what ran, and no secret: the broker's URL stays out."""
     return {
         "hetrain": hetrain.__version__,
@@ -165,6 +278,7 @@ def _describe(place: Place, recipe: Recipe, session: Session, total_steps: int) 
         "plan_digest": session.split.plan.digest,
         "worker": {"name": session.worker.worker, "device": session.worker.device},
         "total_steps": total_steps,
+        "resumed_at": done_steps,
         "recipe": asdict(recipe),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in _VERSIONED},

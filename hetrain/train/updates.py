@@ -51,6 +51,43 @@ class Updater:
         )
         self._version = 0
 
+    @property
+    def version(self) -> int:
+        """Updates so far."""
+        return self._version
+
+    def optimizer_state(self) -> Tensors:
+        """A copy of AdamW's moments and counts: ``{parameter}/{exp_avg, exp_avg_sq, step}``."""
+        return {
+            f"{name}/{key}": value.detach().clone()
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state[parameter].items()
+        }
+
+    def schedule_state(self) -> dict[str, object]:
+        """The schedule's state: numbers and lists of numbers."""
+        return dict(self._scheduler.state_dict())
+
+    def restore(self, values: Tensors, moments: Tensors, schedule: dict[str, object], version: int) -> None:
+        """Goes on from where `snapshot`, `optimizer_state` and `schedule_state` were taken.
+
+        Raises:
+            ValueError: names or shapes are not those of this adapter.
+        """
+        expected = {name: parameter.shape for name, parameter in self._parameters.items()}
+        if {name: value.shape for name, value in values.items()} != expected:
+            raise ValueError("the adapter has other tensors")
+        state = {name: _moments_of(name, parameter, moments) for name, parameter in self._parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(values[name])
+        numbered = {index: state[name] for index, name in enumerate(self._parameters)}
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": numbered})
+        self._scheduler.load_state_dict(schedule)
+        for group, rate in zip(self._optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self._version = version
+
     def snapshot(self) -> Snapshot:
         """A copy of the adapter as it stands."""
         values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
@@ -84,3 +121,12 @@ class Updater:
         self._optimizer.zero_grad(set_to_none=True)
         self._version += 1
         return Update(self._version, learning_rate, float(norm))
+
+
+def _moments_of(name: str, parameter: nn.Parameter, moments: Tensors) -> dict[str, torch.Tensor]:
+    """AdamW's state of one parameter. Raises `ValueError` unless it is there and fits."""
+    shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size(())}
+    state = {key: moments[f"{name}/{key}"] for key in shapes if f"{name}/{key}" in moments}
+    if {key: value.shape for key, value in state.items()} != shapes:
+        raise ValueError(f"the optimizer has no fitting state for {name}")
+    return state

@@ -1,0 +1,220 @@
+"""Checkpoints: everything with which a stopped run goes on as if it had not been stopped.
+
+``checkpoint-<step>/`` in the output directory holds
+
+    adapter_model.safetensors, adapter_config.json   a PEFT adapter, as in the output directory itself
+    optimizer.safetensors                            AdamW's moments and counts, by parameter
+    trainer_state.json                               a `TrainerState`
+
+No pickle. A checkpoint appears whole under its name or not at all. It holds no keys: every ciphertext has
+its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hetrain.public.errors import UsageError
+from hetrain.train.position import Position
+from hetrain.train.rows import Row
+from hetrain.train.updates import Tensors, Updater
+
+LATEST = "latest"
+ADAPTER_FILE = "adapter_model.safetensors"
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_OPTION = "--resume-from-checkpoint"
+
+Identity = Mapping[str, Any]
+"""What two runs must have in common for one to go on where the other stopped: names and JSON values."""
+
+
+class TrainerState(BaseModel):
+    """How far a run has come, but for tensors.
+
+    Attributes:
+        format: version of this layout.
+        identity: what a run that goes on from here must have in common with this one.
+        step: updates so far.
+        low: all micro-batches below it have been applied,
+        beyond: and these.
+        tokens: tokens of applied micro-batches.
+        elapsed_s: seconds of training.
+        schedule: state of the learning rate's schedule.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    identity: dict[str, Any]
+    step: int = Field(ge=1)
+    low: int = Field(ge=0)
+    beyond: list[int]
+    tokens: int = Field(ge=0)
+    elapsed_s: float = Field(ge=0)
+    schedule: dict[str, Any]
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands in its data."""
+        return Position(self.low, frozenset(self.beyond))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its state read and checked."""
+
+    path: Path
+    state: TrainerState
+
+    def require(self, identity: Identity) -> None:
+        """Raises `UsageError` unless a run of this `identity` may go on from here."""
+        was, now = self.state.identity, json.loads(json.dumps(dict(identity)))
+        differing = sorted(name for name in now if name not in was or was[name] != now[name])
+        if differing:
+            told = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in differing)
+            raise UsageError(
+                f"the checkpoint belongs to another run: {told}",
+                where=str(self.path),
+                hint="give the model, data set and options that it was made with, or start anew without "
+                + _OPTION,
+            )
+
+    def restore(self, updater: Updater) -> None:
+        """Puts adapter, optimizer and schedule back. Raises `UsageError` where they do not fit."""
+        try:
+            saved = load_file(self.path / ADAPTER_FILE)
+            # peft leaves the adapter's own name out of its files.
+            values = {name: saved[name.replace(".default.", ".")] for name in updater.snapshot().values}
+            moments = load_file(self.path / OPTIMIZER_FILE)
+            updater.restore(values, moments, dict(self.state.schedule), self.state.step)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise _unreadable(self.path, error) from error
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of the tokens and targets of all rows: of the data set as this model's tokenizer reads it."""
+    digest = sha256()
+    for row in rows:
+        digest.update(len(row.tokens).to_bytes(8, "little"))
+        digest.update(np.array(row.tokens, "<i8").tobytes())
+        digest.update(bytes(row.supervised))
+    return digest.hexdigest()
+
+
+def find_checkpoint(wanted: str, output_dir: Path) -> Checkpoint:
+    """The checkpoint that `wanted` names: a directory, or ``latest`` for that of the most updates.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    if wanted != LATEST:
+        return _read(Path(wanted))
+    steps = checkpoint_steps(output_dir)
+    if not steps:
+        raise UsageError("there is no checkpoint", where=str(output_dir), hint=f"start without {_OPTION}")
+    return _read(checkpoint_path(output_dir, steps[-1]))
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """The checkpoints there, by their updates, in ascending order."""
+    if not output_dir.is_dir():
+        return []
+    matches = [_NAME.fullmatch(path.name) for path in output_dir.iterdir() if path.is_dir()]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def write_checkpoint(
+    output_dir: Path, state: TrainerState, optimizer: Tensors, write_adapter: Callable[[Path], None]
+) -> None:
+    """Writes a checkpoint, which appears when it is complete and on disk.
+
+    Args:
+        output_dir: the run's directory.
+        state: how far the run has come.
+        optimizer: its optimizer's state.
+        write_adapter: writes the adapter's files into a directory.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    target = checkpoint_path(output_dir, state.step)
+    scratch = output_dir / f".{target.name}.new"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        write_adapter(scratch)
+        save_file(dict(optimizer), scratch / OPTIMIZER_FILE)
+        (scratch / STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in (*scratch.iterdir(), scratch):
+            _sync(path)
+        scratch.rename(target)
+        _sync(output_dir)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how a full disk shows itself there
+            raise OSError(str(error)) from error
+        raise
+
+
+def remove_checkpoint(output_dir: Path, step: int) -> None:
+    """Removes a checkpoint, so that it is never seen in part."""
+    path = checkpoint_path(output_dir, step)
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_adapter(model: PeftModel, base_reference: str, values: Tensors, directory: Path) -> None:
+    """Writes an adapter as stock peft reads it, `values` being its parameters by name in `model`."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_reference
+    # The embeddings are never trained; left to decide, peft looks for the base model on the hub.
+    model.save_pretrained(str(directory), state_dict=dict(values), save_embedding_layers=False)
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(path, TrainerState.model_validate_json((path / STATE_FILE).read_bytes()))
+    except FileNotFoundError as error:
+        raise UsageError(
+            "there is no checkpoint", where=str(path), hint=f"give a directory checkpoint-N, or {LATEST}"
+        ) from error
+    except (OSError, ValidationError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UsageError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UsageError(
+        f"the checkpoint cannot be used: {reason}", where=str(path), hint="name an earlier one, or start anew"
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

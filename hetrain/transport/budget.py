@@ -1,0 +1,123 @@
+"""Back pressure: how many bytes of a job may lie in the broker at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from hetrain.public.errors import HetrainError, UsageError
+
+DEFAULT_BYTES = 1 << 30
+"""The limit where the broker has no maxmemory, or does not tell."""
+
+_SHARE = 2  # of the broker's memory; the rest is for queues, leases, buffers, and what is stored twice
+_BYTES_PER_VALUE = 5
+_SLOTS = 2048
+
+
+def share_of(maxmemory: int | None) -> int:
+    """Half of the broker's memory; `DEFAULT_BYTES` where that has no limit or is not known."""
+    return maxmemory // _SHARE if maxmemory else DEFAULT_BYTES
+
+
+class ByteBudget:
+    """A counting semaphore in bytes, fair: whoever asks first is served first, whatever the sizes.
+
+    Nobody waits for ever. A thread asks once for all that a request needs and asks for no more until it has
+    given that back, so whoever holds bytes waits for workers alone; and the first in line is served as soon
+    as nothing is held at all, however much it asks for.
+
+    Args:
+        limit: bytes that may be held at once.
+        strict: whether a request of more than `limit` is refused. Otherwise it waits until it is alone.
+    """
+
+    def __init__(self, limit: int, *, strict: bool) -> None:
+        self._limit, self._strict = limit, strict
+        self._held = 0
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+        self._end: HetrainError | None = None
+
+    def acquire(self, nbytes: int) -> None:
+        """Waits until `nbytes` more may be held, and holds them.
+
+        Raises:
+            UsageError: it is more than the limit, and the budget is strict.
+            HetrainError: what the budget was closed with.
+        """
+        if self._strict and nbytes > self._limit:
+            raise UsageError(
+                f"one product and its operand take {nbytes / 1e6:.0f} MB, "
+                f"more than the {self._limit / 1e6:.0f} MB that may be in flight",
+                where="--max-bytes-in-flight",
+                hint="raise it, or lower --micro-batch-tokens",
+            )
+        ticket = object()
+        with self._changed:
+            self._line.append(ticket)
+            try:
+                self._changed.wait_for(
+                    lambda: self._end is not None or (self._line[0] is ticket and self._has_room(nbytes))
+                )
+                if self._end is not None:
+                    raise self._end
+                self._held += nbytes
+            finally:
+                self._line.remove(ticket)
+                self._changed.notify_all()
+
+    def release(self, nbytes: int) -> None:
+        """Gives back what `acquire` took."""
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+
+    def close(self, reason: HetrainError) -> None:
+        """Wakes all who wait, and whoever comes later, with `reason`."""
+        with self._changed:
+            self._end = self._end or reason
+            self._changed.notify_all()
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self._held == 0 or self._held + nbytes <= self._limit
+
+
+class Backpressure:
+    """Holds a budget's bytes for products on their way: of the operand, and as many as the result may have.
+
+    A result is expected to be as large as the last one to the like of its request. A first one is taken for 5
+    bytes a value and 2048 values a row, which is what `rlwe` sends for a full ring.
+    """
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self.budget = budget
+        self._seen: dict[tuple[object, ...], int] = {}
+
+    def hold(self, kind: tuple[object, ...], operand_bytes: int, rows: int) -> Hold:
+        """Waits for room for a product of `rows` rows. Raises as `ByteBudget.acquire`.
+
+        Args:
+            kind: what the result's size depends on besides.
+            operand_bytes: bytes of the operand.
+            rows: rows of the result.
+        """
+        key = (*kind, operand_bytes, rows)
+        nbytes = operand_bytes + self._seen.get(key, rows * _SLOTS * _BYTES_PER_VALUE)
+        self.budget.acquire(nbytes)
+        return Hold(self.budget, nbytes, lambda result: self._seen.update({key: result}))
+
+
+class Hold:
+    """Bytes held for one product."""
+
+    def __init__(self, budget: ByteBudget, nbytes: int, learn: Callable[[int], None]) -> None:
+        self._budget, self._nbytes, self._learn = budget, nbytes, learn
+
+    def release(self, result_bytes: int | None = None) -> None:
+        """Gives them back once operand and result are gone; may be called again. Learns the result's size."""
+        nbytes, self._nbytes = self._nbytes, 0
+        self._budget.release(nbytes)
+        if result_bytes is not None:
+            self._learn(result_bytes)

@@ -1,0 +1,155 @@
+"""The asynchronous loop: what may be applied when, and what a stop leaves undone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.public.wire import Direction, Header
+from hetrain.train.loop import Applied, train
+from hetrain.train.packing import epochs
+from hetrain.train.position import Position
+from hetrain.train.rows import read_rows
+from hetrain.train.schedule import Entry, Schedule
+from hetrain.train.session import open_base, open_session
+from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
+from hetrain.train.updates import Updater
+from hetrain.transport.channel import Channel, Reply, Rows
+
+HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+SENDS = 15  # of one micro-batch of `tiny_llama`: eight groups forward, seven backward
+
+
+@given(
+    bound=st.integers(0, 8),
+    replicas=st.integers(1, 6),
+    total=st.integers(0, 40),
+    data=st.data(),
+)
+def test_no_update_is_too_stale_and_none_is_lost(
+    bound: int, replicas: int, total: int, data: st.DataObject
+) -> None:
+    """Whatever order micro-batches finish in."""
+    schedule: Schedule[int] = Schedule(bound)
+    flying: dict[int, Entry[int]] = {}
+    applied: list[int] = []
+    snapshots: list[int] = []
+    while True:
+        while (index := schedule.take()) is not None:
+            assert len(applied) - snapshots[index] <= bound
+            applied.append(index)
+        while len(snapshots) < total and len(flying) < replicas and schedule.can_start:
+            flying[len(snapshots)] = schedule.start()
+            snapshots.append(len(applied))
+        if not flying:
+            break
+        landing = data.draw(st.sets(st.sampled_from(sorted(flying)), min_size=1))
+        for index in landing:
+            schedule.land(flying.pop(index), index)
+    assert sorted(applied) == list(range(total))
+    if bound == 0:
+        assert applied == list(range(total))
+
+
+@given(order=st.permutations(range(12)))
+def test_a_wide_bound_makes_nothing_wait(order: list[int]) -> None:
+    schedule: Schedule[int] = Schedule(11)
+    flying = [schedule.start() for _ in order]
+    for index in order:
+        schedule.land(flying[index], index)
+        assert schedule.take() == index
+        assert schedule.take() is None
+
+
+@given(order=st.permutations(range(12)), stop=st.integers(0, 12))
+def test_a_position_knows_exactly_what_was_applied(order: list[int], stop: int) -> None:
+    position = Position()
+    for index in order[:stop]:
+        position = position.after([index])
+    assert {index for index in range(12) if index in position} == set(order[:stop])
+    assert position.low not in position.beyond
+    assert all(index > position.low for index in position.beyond)
+
+
+class Slowed:
+    """A channel whose first micro-batch waits at its first product until the others got `others` results."""
+
+    def __init__(self, channel: Channel, others: int) -> None:
+        self._channel = channel
+        self._left = others
+        self._lock = threading.Lock()
+        self._slow: int | None = None
+        self._free = threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._channel, name)
+
+    def send(
+        self,
+        group: str,
+        direction: Direction,
+        header: Header,
+        payload: Sequence[memoryview],
+        rows: Sequence[Rows],
+    ) -> Slowed.Pending:
+        me = threading.get_ident()
+        with self._lock:
+            self._slow = self._slow or me
+        if me == self._slow:
+            assert self._free.wait(60)
+        return Slowed.Pending(self, self._channel.send(group, direction, header, payload, rows))
+
+    class Pending:
+        """Counts its result."""
+
+        def __init__(self, slowed: Slowed, pending: object) -> None:
+            self._slowed, self._pending = slowed, pending
+
+        def result(self) -> Reply:
+            reply: Reply = self._pending.result()  # type: ignore[attr-defined]
+            with self._slowed._lock:
+                self._slowed._left -= 1
+                if self._slowed._left == 0:
+                    self._slowed._free.set()
+            return reply
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_slow_micro_batch_is_waited_for_and_no_result_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
+    base = open_base(str(tiny_llama))
+    rows = read_rows(HANDBOOK, base.tokenizer, 64)
+    flight = FlightSettings(in_flight=3, max_staleness=2)
+    with open_session(base, OutsourcingSettings("clear"), None, "cpu", tmp_path / "log") as session:
+        model = add_adapter(session.split, LoraSettings(r=4, alpha=8), 1)
+        updater = Updater(adapter_parameters(model), OptimizerSettings(), 8)
+
+        def run(channel: Channel, count: int, stop_at: int) -> list[Applied]:
+            replicas = replace(session, channel=channel).replicas(model, flight.in_flight)
+            batches = islice(epochs(rows, 256, 1, None), count)
+            course: list[Applied] = []
+            for applied in train(
+                updater, replicas, batches, flight, 1, session.channel.close, lambda: len(course) >= stop_at
+            ):
+                course.append(applied)
+            return course
+
+        # The other replicas overtake it twice, and finish two more that must wait: then there is nothing left
+        # to do but to let it land. Without a bound it would come after four updates.
+        slowed = run(Slowed(session.channel, others=4 * SENDS), count=8, stop_at=99)
+        order = [applied.results[0].batch.index for applied in slowed]
+        assert sorted(order) == list(range(8))
+        assert order[2] in (0, 1, 2)  # the slow one, whichever was the first to send
+        assert max(applied.update.step - 1 - applied.results[0].version for applied in slowed) == 2
+
+        # Asked to stop at the second update, it applies what is in flight and draws no more.
+        stopped = run(session.channel, count=99, stop_at=2)
+        assert sorted(a.results[0].batch.index for a in stopped) == list(range(len(stopped)))
+        assert 2 <= len(stopped) <= 2 + flight.in_flight

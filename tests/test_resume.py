@@ -1,0 +1,187 @@
+"""A run that is stopped and goes on ends like one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hetrain.nn.lora import LoraSettings
+from hetrain.public.errors import HetrainError, Interrupted, UsageError
+from hetrain.train.checkpoint import checkpoint_steps
+from hetrain.train.records import MicroBatchRecord
+from hetrain.train.settings import (
+    BatchSettings,
+    CheckpointSettings,
+    FlightSettings,
+    OptimizerSettings,
+    OutsourcingSettings,
+)
+from hetrain.train.submit import Outcome, Place, Recipe, submit
+from tasks.processes import start_worker, stop
+from tests.running import serving
+
+HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+IN_STEP = FlightSettings(in_flight=2, sync=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A worker that all runs share; the output directory is still missing."""
+    with serving() as served, ExitStack() as stack:
+        worker = start_worker(1, served.url, str(tiny_llama), served.log)
+        stack.callback(stop, [worker])
+        yield Place(HANDBOOK, str(tiny_llama), served.url, "cpu", Path("/nonexistent"))
+
+
+def recipe(flight: FlightSettings, updates: int, **checkpoints: int) -> Recipe:
+    return Recipe(
+        LoraSettings(r=4, alpha=8, dropout=0.1),
+        OptimizerSettings(learning_rate=1e-2, schedule="cosine", warmup_steps=2),
+        BatchSettings(micro_batch_tokens=256, max_length=64, max_steps=updates, seed=5),
+        flight,
+        OutsourcingSettings("clear"),
+        CheckpointSettings(**checkpoints),
+    )
+
+
+class Signals:
+    """An observer that signals its own process when an update has been made."""
+
+    def __init__(self, at: int = 0, times: int = 1) -> None:
+        self._at, self._times = at, times
+        self._sent = False
+        self.told = 0
+
+    def observe(self, record: MicroBatchRecord, total_steps: int) -> None:
+        if record.step == self._at and not self._sent:
+            self._sent = True
+            for _ in range(self._times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def stopping(self) -> None:
+        self.told += 1
+
+
+def run(place: Place, how: Recipe, output: Path, resume: str | None = None) -> Outcome:
+    return submit(replace(place, output_dir=output, resume_from=resume), how, Signals())
+
+
+def interrupt(place: Place, how: Recipe, output: Path, at: int, times: int = 1) -> Interrupted:
+    observer = Signals(at, times)
+    with pytest.raises(Interrupted) as caught:
+        submit(replace(place, output_dir=output), how, observer)
+    assert observer.told == (times == 1)
+    assert json.loads((output / "job.json").read_text())["status"] == "interrupted"
+    return caught.value
+
+
+def metrics(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def course(output: Path) -> list[tuple[object, ...]]:
+    """What must repeat to the bit."""
+    names = ("step", "micro_batch", "loss", "learning_rate", "grad_norm", "staleness")
+    return [tuple(record[name] for name in names) for record in metrics(output)]
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (a, b))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_in_lock_step_a_stop_changes_not_a_bit(place: Place, tmp_path: Path) -> None:
+    calm, stopped, left = (tmp_path / name for name in ("calm", "stopped", "left"))
+    run(place, recipe(IN_STEP, 6), calm)
+    assert checkpoint_steps(calm) == []
+
+    error = interrupt(place, recipe(IN_STEP, 6), stopped, at=2)
+    assert "--resume-from-checkpoint latest" in str(error)
+    reached = checkpoint_steps(stopped)[-1]
+    assert 2 <= reached <= 3  # the window that was in flight was finished
+    assert course(stopped) == course(calm)[: 2 * reached]
+    assert_same_adapter(stopped, stopped / f"checkpoint-{reached}")
+    files = sorted(path.name for path in (stopped / f"checkpoint-{reached}").iterdir())
+    assert files == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ]
+    # How much may be in flight changes nothing: room for little more than one product is enough.
+    narrow = replace(IN_STEP, max_bytes_in_flight=2_200_000)
+    outcome = run(place, recipe(narrow, 6), stopped, "latest")
+    assert (outcome.steps, outcome.tokens) == (6, sum(int(r["tokens"]) for r in metrics(calm)))  # type: ignore[call-overload]
+    assert course(stopped) == course(calm)
+    assert_same_adapter(stopped, calm)
+    elapsed = [float(record["elapsed_s"]) for record in metrics(stopped)]  # type: ignore[arg-type]
+    assert elapsed == sorted(elapsed)
+
+    # Twice: it leaves at once. And it may go on from an older checkpoint, which drops what came after.
+    how = recipe(IN_STEP, 6, save_steps=1, save_total_limit=2)
+    interrupt(place, how, left, at=4, times=2)
+    assert checkpoint_steps(left) == [3, 4]
+    with (left / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "half a li')
+    (left / ".checkpoint-9.new").mkdir()
+    run(place, how, left, str(left / "checkpoint-3"))
+    assert checkpoint_steps(left) == [5, 6]
+    assert course(left) == course(calm)
+    assert_same_adapter(left, calm)
+    assert not list(left.glob(".*"))
+
+
+def test_asynchronously_every_micro_batch_counts_once(place: Place, tmp_path: Path) -> None:
+    how = recipe(FlightSettings(in_flight=3, max_staleness=3), 12)
+    interrupt(place, how, tmp_path, at=4)
+    run(place, how, tmp_path, "latest")
+    records = metrics(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert sorted(int(record["micro_batch"]) for record in records) == list(range(12))  # type: ignore[call-overload]
+    assert all(0 <= int(record["staleness"]) <= 3 for record in records)  # type: ignore[call-overload]
+
+
+def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(place: Place, tmp_path: Path) -> None:
+    output, how = tmp_path / "out", recipe(IN_STEP, 4)
+    interrupt(place, how, output, at=2)
+    latest = output / f"checkpoint-{checkpoint_steps(output)[-1]}"
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(HANDBOOK.read_text().splitlines(keepends=True)[:-1]))
+
+    def refused(says: str, attempt: Callable[[], object]) -> None:
+        with pytest.raises(UsageError) as caught:
+            attempt()
+        assert says in str(caught.value)
+
+    other_rate = replace(how, optimizer=OptimizerSettings(learning_rate=1e-3))
+    refused("learning_rate was 0.01, is 0.001", lambda: run(place, other_rate, output, "latest"))
+    other_rows = replace(place, dataset=shorter)
+    refused("data set, by", lambda: run(other_rows, how, output, "latest"))
+    fewer = replace(how, outsourcing=OutsourcingSettings("clear", patterns=("*.mlp.*",)))
+    refused("outsource", lambda: run(place, fewer, output, "latest"))
+    refused("there is no checkpoint", lambda: run(place, how, tmp_path / "empty", "latest"))
+    refused("there is no checkpoint", lambda: run(place, how, output, str(output)))
+    refused("--overwrite-output-dir", lambda: run(place, how, output))
+    narrow = replace(how, flight=replace(IN_STEP, max_bytes_in_flight=1_000_000))
+    refused("--max-bytes-in-flight", lambda: run(place, narrow, tmp_path / "narrow"))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "empty").exists()
+
+    moments = latest / "optimizer.safetensors"
+    moments.write_bytes(moments.read_bytes()[:-7])
+    with pytest.raises(HetrainError, match="cannot be used"):
+        run(place, how, output, "latest")
