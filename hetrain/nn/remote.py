@@ -60,14 +60,15 @@ class Outsourcer:
         Returns:
             float32 [T, n] on the CPU.
         """
-        blocks = x.split(SLOTS)
-        return torch.cat([self._block(group, direction, block) for block in blocks])
+        products = [self._block(group, direction, block) for block in x.split(SLOTS)]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def _block(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
-        rows = [(0, group.result_rows(direction))]
         begin = time.perf_counter()
         sealed = self.sealer.seal(x, group, direction)
         sealed_at = time.perf_counter()
+        nbytes = sum(part.nbytes for part in sealed.payload)
+        rows = self.channel.cut(group.name, group.result_rows(direction), nbytes, sealed.row_step)
         reply = self.channel.send(group.name, direction, sealed.header, sealed.payload, rows).result()
         replied_at = time.perf_counter()
         y = sealed.opening.open(reply.parts, rows)

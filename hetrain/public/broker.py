@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,29 @@ from hetrain.public.errors import BrokerError, BrokerFull, BrokerUnreachable, Us
 _SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "redis+socket": "unix"}
 _FULL_HINT = "raise the broker's maxmemory, or lower --in-flight"
 _REACH_HINT = "check that the server runs and that the address and the password in the URL are right"
+_CERTIFICATE_HINT = (
+    "name the authority that signed the broker's certificate, ?ssl_ca_certs=/path/ca.crt in the URL, and the "
+    "broker as the certificate names it"
+)
+_DENIED_HINT = (
+    "a client may use only its tenant's keys: set HETRAIN_TENANT to the tenant of this user, and see "
+    "docs/deployment.md for what else a user needs"
+)
 _TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 5.0
 
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+
 FULL_S = 20.0
 """How long writers wait for a full broker's memory, unless they are told otherwise."""
+
+KEEPALIVE: dict[str, object] = {
+    "socket_keepalive": True,
+    "socket_keepalive_options": {
+        getattr(socket, name): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)
+    },
+}
+"""Options of TCP connections: a peer that has silently gone is noticed after 30 s instead of 2 hours."""
 
 T = TypeVar("T")
 
@@ -123,13 +142,15 @@ def _bad_url(url: str, what: str) -> UsageError:
 
 def connection_pool(url: str, *, max_connections: int = 256) -> redis.ConnectionPool:
     """Connections to the broker at `url`: RESP 2, bounded waits, no hidden retries."""
+    address = parse_broker_url(url)
     return redis.ConnectionPool.from_url(
-        parse_broker_url(url).for_redis(),
+        address.for_redis(),
         protocol=2,
         socket_timeout=_TIMEOUT_S,
         socket_connect_timeout=_CONNECT_TIMEOUT_S,
         max_connections=max_connections,
         retry=None,
+        **({} if address.socket else KEEPALIVE),
     )
 
 
@@ -161,13 +182,18 @@ def broker_errors(url: str) -> Iterator[None]:
         yield
     except foreign.OutOfMemoryError as error:
         raise BrokerFull("the broker is out of memory", where=where, hint=_FULL_HINT) from error
-    except (foreign.AuthenticationError, foreign.AuthorizationError, foreign.NoPermissionError) as error:
+    except foreign.NoPermissionError as error:
+        raise BrokerError(
+            f"the broker's access list forbids this ({error})", where=where, hint=_DENIED_HINT
+        ) from error
+    except (foreign.AuthenticationError, foreign.AuthorizationError) as error:
         raise BrokerUnreachable(
             "the broker refuses these credentials", where=where, hint="check user and password in the URL"
         ) from error
     except (foreign.ConnectionError, foreign.TimeoutError, OSError, EOFError) as error:
+        hint = _CERTIFICATE_HINT if "CERTIFICATE_VERIFY_FAILED" in str(error) else _REACH_HINT
         raise BrokerUnreachable(
-            f"the broker cannot be reached ({error or type(error).__name__})", where=where, hint=_REACH_HINT
+            f"the broker cannot be reached ({error or type(error).__name__})", where=where, hint=hint
         ) from error
     except foreign.RedisError as error:
         if "OOM" in str(error):  # inside MULTI the refusal arrives as EXECABORT

@@ -15,7 +15,7 @@ ALIVE_TTL_S = 60
 ALIVE_VALUE = "." * 4096
 LEASE_TTL_MS = 4000
 LEASE_RENEWAL_S = 1.0
-MAX_TRIES = 3
+MAX_TRIES = 5
 
 
 def done_list(job: str) -> str:

@@ -109,6 +109,8 @@ def _refusal(line: bytes) -> Exception:
         error = foreign.OutOfMemoryError(text[1:])
     elif text.startswith(("-NOAUTH", "-WRONGPASS")):
         error = foreign.AuthenticationError(text[1:])
+    elif text.startswith("-NOPERM"):
+        error = foreign.NoPermissionError(text[1:])
     elif text.startswith("-"):
         error = foreign.ResponseError(text[1:])
     return error

@@ -134,7 +134,8 @@ class WorkerReport(_Message):
     """What a worker says of itself when asked by the control command `CONTROL_ABOUT`.
 
     ``device`` names device and kernel, as in results; it is empty, and so is ``engines``, where forked
-    processes choose for themselves. ``concurrency`` counts the tasks that it runs at once.
+    processes choose for themselves. ``shards`` names the slices of its models that it serves, empty for all.
+    ``concurrency`` counts the tasks that it runs at once.
     """
 
     worker: Line
@@ -143,6 +144,7 @@ class WorkerReport(_Message):
     device: Line
     engines: Annotated[list[EngineReport], Field(max_length=32)]
     models: Annotated[list[Line], Field(max_length=1000)]
+    shards: Line = ""
     queues: Annotated[list[Line], Field(max_length=100)]
     concurrency: Annotated[int, Field(ge=1, le=1 << 16)]
 

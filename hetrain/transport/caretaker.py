@@ -10,15 +10,18 @@ from collections.abc import Callable
 from time import monotonic
 
 from hetrain.public import keys
-from hetrain.public.broker import redacted, while_full
-from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, NoWorker, TaskFailed
-from hetrain.public.wire import QUEUE
+from hetrain.public.broker import while_full
+from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, TaskFailed, WorkerRefused
 from hetrain.transport.link import Link
-from hetrain.transport.requests import Request, Source
+from hetrain.transport.requests import Patience, Request, Source
+from hetrain.transport.routing import Router
 
 _PLAN_REFRESH_S = 60.0
 _LOOKS_UNTIL_DEAD = 2
+_SILENCE_S = 3.0
 _SHARE_UNTIL_RESENT = 1 / 3
+_OVERTAKEN_S = 1.0
+_REFUSALS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +31,24 @@ class Caretaker:
 
     Args:
         link: where lost blobs and tasks are sent again.
+        router: finds the way for them.
         hear: takes a `Completion` message that was found without the done-list.
     """
 
-    def __init__(self, link: Link, hear: Callable[[bytes], None]) -> None:
+    def __init__(self, link: Link, router: Router, hear: Callable[[bytes], None]) -> None:
         self._link = link
+        self._router = router
         self._hear = hear
         self._plan: Source | None = None
         self._plan_refreshed_at = 0.0
         self._progress_at = monotonic()
         self._refused_at: float | None = None
+        self._fronts: dict[str, float] = {}
 
     def start(self) -> None:
-        """Tells workers that this job's tasks are wanted. Raises `BrokerError`."""
+        """Tells workers that this job's tasks are wanted, and looks who is there. Raises `BrokerError`."""
         while_full(self._declare_alive, limit_s=self._link.patience.full_s)
+        self._router.watch.refresh()
 
     def keep(self, plan: Source) -> None:
         """Keeps the job's plan in the broker from now on."""
@@ -50,6 +57,11 @@ class Caretaker:
     def note_progress(self) -> None:
         """Starts the waits for a sign of any worker, and for a full broker's memory, anew."""
         self._progress_at, self._refused_at = monotonic(), None
+
+    def note_start(self, request: Request, worker: str) -> None:
+        """Notes that `worker` has begun `request`: what its queue got before it has been taken as well."""
+        self._fronts[request.queue] = max(self._fronts.get(request.queue, 0.0), request.sent_at or 0.0)
+        request.mark_started(worker)
 
     def look_after(self, requests: list[Request]) -> None:
         """One round over all requests without outcome.
@@ -66,6 +78,7 @@ class Caretaker:
             self._plan_refreshed_at = 0.0
             for request in sent:
                 request.is_lost = True
+        self._look_at_fleet([request for request in sent if request.started_at is None])
         self._look_at_workers([request for request in sent if request.started_at is not None])
         try:
             self._try_memory(sent)
@@ -85,6 +98,27 @@ class Caretaker:
         logger.warning("sending again: %s (%s)", request.summary(), error.what)
         request.resends += 1
         request.is_lost = True
+
+    def mark_refused(self, request: Request, error: WorkerRefused) -> None:
+        """Has `request` sent again after a worker that does not serve it took it from those that do.
+
+        Fails it with `error` after too many refusals. Raises `BrokerError`.
+        """
+        request.refused_on.append(request.queue)
+        if len(request.refused_on) > _REFUSALS:
+            request.settle(error)
+            return
+        request.is_lost = True
+        with self._link.errors():
+            # Workers count how often a request was begun, to give up one that kills them.
+            self._link.client.unlink(keys.tries(self._link.job, request.id))
+
+    def _look_at_fleet(self, unstarted: list[Request]) -> None:
+        """Has requests sent again that a worker may have had when it left, or that only others would take."""
+        bereft = self._router.watch.refresh()
+        for request in unstarted:
+            if request.queue in bereft or self._router.is_astray(request):
+                request.is_lost = True
 
     def _is_alive(self) -> bool:
         with self._link.errors():
@@ -165,39 +199,55 @@ class Caretaker:
             if request.is_settled:
                 continue
             if request.is_lost:
-                self._send_again(request)
+                self._send_again(request, sent)
             elif request.started_at is None:
-                self._look_at_waiting(request)
+                self._look_at_waiting(request, sent)
 
-    def _look_at_waiting(self, request: Request) -> None:
+    def _look_at_waiting(self, request: Request, sent: list[Request]) -> None:
         """Fails or repeats a request that nobody has begun."""
         now, sent_at, patience = monotonic(), request.sent_at or 0.0, self._link.patience
-        if now - max(request.asked_at or 0.0, self._progress_at) > patience.no_worker_s:
-            request.settle(
-                NoWorker(
-                    f"no worker answered on queue {QUEUE!r} within {patience.no_worker_s:.0f} s",
-                    where=redacted(self._link.url),
-                    hint=f"start one with HETRAIN_BROKER_URL=... celery -A tasks worker -Q {QUEUE}",
-                )
-            )
+        if self._is_given_up(request):
+            request.settle(self._router.not_served(self._router.cover().missing, patience.no_worker_s))
+        elif now - max(request.asked_at or 0.0, self._progress_at) > patience.no_worker_s:
+            request.settle(self._router.no_worker(request.queue, patience.no_worker_s))
         elif (
             now - sent_at > patience.deadline_s
-            or now - max(sent_at, self._progress_at) > patience.no_worker_s * _SHARE_UNTIL_RESENT
+            or now - max(sent_at, self._progress_at) > _longest_silence(request, patience)
+            or self._is_overtaken(request)
         ):
             # A worker may have died before it could say that it had begun. A second copy does no harm.
-            self._send_again(request)
+            self._send_again(request, sent)
 
-    def _send_again(self, request: Request) -> None:
+    def _is_overtaken(self, request: Request) -> bool:
+        """Whether its queue, first in, first out, has handed out what came well after it."""
+        taken = self._fronts.get(request.queue, 0.0)
+        return taken > (request.sent_at or 0.0) + _OVERTAKEN_S * request.sends
+
+    def _is_given_up(self, request: Request) -> bool:
+        """Whether the group of `request` has been without a worker for too long, while others have some."""
+        if not self._router.is_unserved(request):
+            request.unserved_at = None
+            return False
+        request.unserved_at = request.unserved_at or monotonic()
+        return monotonic() - request.unserved_at > self._link.patience.no_worker_s
+
+    def _send_again(self, request: Request, sent: list[Request]) -> None:
         try:
             if self._plan is not None:
                 self._restore(self._plan)
             if request.source is not None:
                 self._restore(request.source)
+            self._router.assign(request, sent)
             request.mark_sent()
             self._link.sender.send(request, full_s=0)
         except BrokerError:
             request.is_lost = True
             raise
+
+
+def _longest_silence(request: Request, patience: Patience) -> float:
+    """Seconds without a sign of any worker until a request is sent again: twice as many after each time."""
+    return min(_SILENCE_S * 2.0 ** (request.sends - 1), patience.no_worker_s * _SHARE_UNTIL_RESENT)
 
 
 def _died(request: Request) -> TaskFailed:

@@ -66,6 +66,17 @@ class Channel(Protocol):
         """
         ...
 
+    def cut(self, group: str, n_rows: int, nbytes: int, step: int) -> list[Rows]:
+        """Ranges that partition the ``0:n_rows`` rows of a product: what to ask `send` for.
+
+        Args:
+            group: the group's name in the plan.
+            n_rows: rows of the product.
+            nbytes: bytes of the operand.
+            step: rows that the engine evaluates together.
+        """
+        ...
+
     def send(
         self,
         group: str,

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic, sleep
 
 from hetrain.public import keys
-from hetrain.public.errors import BlobMissing, BrokerError, BrokerUnreachable, HetrainError, WireError
+from hetrain.public.errors import (
+    BlobMissing,
+    BrokerError,
+    BrokerUnreachable,
+    HetrainError,
+    WireError,
+    WorkerRefused,
+)
 from hetrain.public.wire import Blob, Completion, EvaluateTask, parse
 from hetrain.transport.caretaker import Caretaker
 from hetrain.transport.failures import error_of
 from hetrain.transport.link import Link
+from hetrain.transport.rates import work_of
 from hetrain.transport.requests import Request, Source
+from hetrain.transport.routing import Router
 
 _TICK_S = 1.0
 _POP_COUNT = 64
@@ -30,13 +39,15 @@ class Collector:
 
     Args:
         link: the job's link to its broker.
+        router: finds the way for requests.
         watch: says what became of processes that this client depends on, None while they are well.
     """
 
-    def __init__(self, link: Link, watch: Callable[[], HetrainError | None]) -> None:
+    def __init__(self, link: Link, router: Router, watch: Callable[[], HetrainError | None]) -> None:
         self._link = link
+        self._router = router
         self._watch = watch
-        self._caretaker = Caretaker(link, self._hear)
+        self._caretaker = Caretaker(link, router, self._hear)
         self._requests: dict[str, Request] = {}
         self._end: HetrainError | None = None
         self._lock = threading.Lock()
@@ -63,6 +74,21 @@ class Collector:
             for request in requests:
                 self._requests.pop(request.id, None)
 
+    def assign(self, request: Request) -> None:
+        """Chooses the queue of a request that is about to be sent."""
+        with self._lock:
+            self._router.assign(request, self._requests.values())
+
+    def remaining(self) -> list[Request]:
+        """The requests that it looks after now."""
+        with self._lock:
+            return list(self._requests.values())
+
+    def count_products(self) -> int:
+        """How many products wait for workers."""
+        tasks = [request.task for request in self._waiting()]
+        return len({task.input.token for task in tasks if isinstance(task, EvaluateTask)})
+
     def check(self) -> None:
         """Raises what ended the collector, if something has."""
         with self._lock:
@@ -74,6 +100,17 @@ class Collector:
             if not self._thread.is_alive():
                 self.stop(BrokerError("the thread that hears from the workers has ended"))
         return completion
+
+    def wait_any(self, requests: Sequence[Request]) -> Request:
+        """Waits until one of `requests`, which share a bell, has an outcome."""
+        bell = requests[0].bell
+        while True:
+            bell.clear()
+            for request in requests:
+                if request.is_settled:
+                    return request
+            if not bell.wait(_TICK_S) and not self._thread.is_alive():
+                self.stop(BrokerError("the thread that hears from the workers has ended"))
 
     def ask_again(self, request: Request) -> None:
         """Has a request run again whose result was lost. Raises `BrokerError`."""
@@ -159,19 +196,29 @@ class Collector:
             return
         self._caretaker.note_progress()
         if completion.state == "started":
-            request.mark_started(completion.worker)
+            self._caretaker.note_start(request, completion.worker)
         elif completion.state == "done":
-            request.settle(self._checked(request, completion))
+            self._finish(request, completion)
         elif completion.failure is None:
             request.settle(
                 WireError("a worker reported a failure without saying which", where=request.summary())
             )
         else:
-            self._fail(request, error_of(completion.failure))
+            self._fail(request, error_of(completion.failure), completion.worker)
 
-    def _fail(self, request: Request, error: HetrainError) -> None:
-        if isinstance(error, BlobMissing) and not request.is_settled:
+    def _finish(self, request: Request, completion: Completion) -> None:
+        outcome, task = self._checked(request, completion), request.task
+        if outcome is completion and isinstance(task, EvaluateTask) and not request.is_settled:
+            self._router.rates.note(completion.worker, work_of(task), completion.seconds)
+        request.settle(outcome)
+
+    def _fail(self, request: Request, error: HetrainError, worker: str) -> None:
+        if request.is_settled:
+            return
+        if isinstance(error, BlobMissing):
             self._caretaker.mark_lost(request, error)  # its blobs can be uploaded again
+        elif isinstance(error, WorkerRefused) and self._router.serves_elsewhere(request, worker):
+            self._caretaker.mark_refused(request, error)
         else:
             request.settle(error)
 

@@ -49,7 +49,7 @@ class Embedded:
 
 @contextmanager
 def start_embedded(
-    model: str, log_file: Path, *, workers: int = 1, maxmemory: int | None = None
+    model: str, log_file: Path, *, workers: int = 1, concurrency: int = 1, maxmemory: int | None = None
 ) -> Iterator[Embedded]:
     """Starts a broker and workers that serve `model`, and takes them down when the block ends.
 
@@ -59,13 +59,14 @@ def start_embedded(
         model: name or path of a model, as in HETRAIN_MODELS.
         log_file: where they write; kept afterwards.
         workers: number of worker processes.
+        concurrency: tasks that each of them runs at once; they share the cores.
         maxmemory: bytes the broker may hold; None takes the supervisor's default.
 
     Raises:
         WorkerError: they do not start; with the end of the log.
     """
     command = [sys.executable, "-m", "tasks.embedded", "--model", model, "--workers", str(workers)]
-    command += ["--log-file", str(log_file)]
+    command += ["--concurrency", str(concurrency), "--log-file", str(log_file)]
     if maxmemory is not None:
         command += ["--maxmemory", str(maxmemory)]
     with open(log_file, "ab") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,15 +20,24 @@ from hetrain.public.errors import (
     Interrupted,
     UsageError,
 )
+from hetrain.public.plan import parse_plan
+from hetrain.public.tenants import new_job
 from hetrain.public.wire import Blob, Completion, Direction, Header, PrepareTask, new_token
+from hetrain.transport.budget import Backpressure, ByteBudget, Hold, share_of
+from hetrain.transport.census import ask_broker
 from hetrain.transport.channel import NO_HEADER, Reply, Rows
 from hetrain.transport.collector import Collector
+from hetrain.transport.cutting import cut
+from hetrain.transport.fleet import FleetWatch
 from hetrain.transport.link import Link
 from hetrain.transport.requests import Patience, Request, Source, evaluate_task, prepare_task
+from hetrain.transport.routing import Router
 from hetrain.transport.sender import Sender
+from hetrain.transport.traces import Traces
 
 MAX_REPLY_BYTES = 1 << 30
 _RETRY_PAUSE_S = 0.5
+_POLL_S = 0.1
 
 T = TypeVar("T")
 
@@ -45,6 +55,8 @@ class QueueChannel:
         patience: how long to wait for what.
         watch: says what became of processes that this client depends on (see `Embedded.failure`).
         max_reply_bytes: the largest result that is accepted for one task.
+        max_bytes_in_flight: the most that operands and results may take in the broker at once; None takes a
+            share of its memory, and lets a request that is larger than that travel alone.
 
     Raises:
         UsageError: the URL makes no sense.
@@ -60,13 +72,18 @@ class QueueChannel:
         patience: Patience | None = None,
         watch: Callable[[], HetrainError | None] = _all_well,
         max_reply_bytes: int = MAX_REPLY_BYTES,
+        max_bytes_in_flight: int | None = None,
     ) -> None:
         ping(url)
+        limit = max_bytes_in_flight or share_of(ask_broker(url).maxmemory)
+        self._pressure = Backpressure(ByteBudget(limit, strict=max_bytes_in_flight is not None))
         patience = patience or Patience()
-        self.job = job or new_token()
+        self.job = job or new_job()
         self._link = Link(url, self.job, BlobStore(url, full_s=patience.full_s), Sender(url), patience)
         self._max_reply_bytes = max_reply_bytes
-        self._collector = Collector(self._link, watch)
+        self._traces = Traces(self._link)
+        self._router = Router(FleetWatch(self._link), url)
+        self._collector = Collector(self._link, self._router, watch)
         self._prepared: PrepareTask | None = None
         self._closed = False
         try:
@@ -79,18 +96,20 @@ class QueueChannel:
         self, model: str, engine: str, plan: bytes, plan_digest: str, setup: Header = NO_HEADER
     ) -> Completion:
         """See `Channel.prepare`."""
+        self._router.follow(parse_plan(plan, plan_digest))
         parts = [memoryview(plan)]
         blob = self._patiently(lambda: self._link.store.put(self.job, "plan", plan_digest, parts))
+        self._traces.note_plan(blob)
         self._collector.keep(Source(blob, parts))
         task = prepare_task(model, engine, blob, setup)
-        request = Request(task, None, self._link.patience.prepare_s)
-        try:
-            self._submit([request])
-            completion = self._collector.wait(request)
-        finally:
-            self._collector.remove([request])
+        completion = self._agree(task)
         self._prepared = task
         return completion
+
+    def cut(self, group: str, n_rows: int, nbytes: int, step: int) -> list[Rows]:
+        """See `Channel.cut`."""
+        in_flight = 1 + self._collector.count_products()
+        return cut(n_rows, self._router.pieces(group, n_rows * nbytes, in_flight), step)
 
     def send(
         self,
@@ -100,7 +119,27 @@ class QueueChannel:
         payload: Sequence[memoryview],
         rows: Sequence[Rows],
     ) -> QueuePending:
-        """See `Channel.send`."""
+        """See `Channel.send`. Waits while as much is on its way as may be."""
+        self._collector.check()
+        n_rows = sum(stop - start for start, stop in rows)
+        hold = self._pressure.hold((group, direction), sum(part.nbytes for part in payload), n_rows)
+        try:
+            pending = self._ship(group, direction, header, payload, rows)
+        except BaseException:
+            hold.release()
+            raise
+        pending.hold = hold
+        return pending
+
+    def _ship(
+        self,
+        group: str,
+        direction: Direction,
+        header: Header,
+        payload: Sequence[memoryview],
+        rows: Sequence[Rows],
+    ) -> QueuePending:
+        """Uploads and sends, whatever is on its way."""
         self._collector.check()
         prepared = self._prepared
         if prepared is None:
@@ -108,11 +147,13 @@ class QueueChannel:
         token = new_token()
         blob = self._patiently(lambda: self._link.store.put(self.job, "in", token, payload))
         source = Source(blob, payload)
+        bell = threading.Event()
         requests = [
             Request(
                 evaluate_task(prepared, new_token(), group, direction, header, part, blob),
                 source,
                 self._link.patience.run_s,
+                bell=bell,
             )
             for part in rows
         ]
@@ -128,7 +169,9 @@ class QueueChannel:
         if self._closed:
             return
         self._closed = True
-        self._collector.stop(Interrupted("the channel was closed"))
+        reason = Interrupted("the channel was closed")
+        self._collector.stop(reason)
+        self._pressure.budget.close(reason)
         with suppress(BrokerError), self._link.errors():
             pipe = self._link.client.pipeline(transaction=True)
             pipe.rpush(keys.done_list(self.job), "")  # wakes the collector
@@ -136,25 +179,52 @@ class QueueChannel:
             pipe.execute()
         # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
         self._collector.join(5.0)
-        with suppress(BrokerError), self._link.errors():
-            client = self._link.client
-            # First of all: without its `alive` key workers drop what is still queued.
-            client.unlink(keys.alive(self.job))
-            names = list(client.scan_iter(f"hetrain:{self.job}:*", count=1000))
-            if names:
-                client.unlink(*names)
+        with suppress(BrokerError):
+            self._traces.declare_dead()
+            self._traces.remove_all(self._collector.remaining())
         self._link.close()
+
+    def _agree(self, task: PrepareTask) -> Completion:
+        """Waits until a worker of every queue that serves a part of the plan has agreed to it.
+
+        Raises: what a worker refuses with; `NoWorker` when a part stays without any.
+        """
+        asked: dict[str, Request] = {}
+        missing: tuple[int, ...] = ()
+        missing_at = 0.0
+        patience = self._link.patience
+        try:
+            while True:
+                cover = self._router.cover()
+                for queue in set(cover.queues) - set(asked):
+                    copy = task.model_copy(update={"request": new_token()})
+                    asked[queue] = Request(copy, None, patience.prepare_s, queue=queue)
+                    self._submit([asked[queue]])
+                answers = [asked[queue].outcome(_POLL_S) for queue in cover.queues]
+                agreed = [answer for answer in answers if answer is not None]
+                if agreed and len(agreed) == len(answers) and not cover.missing:
+                    return agreed[0]
+                self._collector.check()
+                if cover.missing != missing:
+                    missing, missing_at = cover.missing, monotonic()
+                if missing:  # workers may still be starting
+                    if monotonic() - missing_at > patience.no_worker_s:
+                        raise self._router.not_served(missing, patience.no_worker_s)
+                    sleep(_POLL_S)
+        finally:
+            self._forget(list(asked.values()), [])
 
     def _submit(self, requests: Sequence[Request]) -> None:
         self._collector.add(requests)
         for request in requests:
+            self._collector.assign(request)
             request.mark_sent()  # first: a broker that restarts now must not be missed
             self._patiently(partial(self._link.sender.send, request, full_s=self._link.patience.full_s))
 
     def _forget(self, requests: Sequence[Request], blobs: Sequence[Blob]) -> None:
         self._collector.remove(requests)
         with suppress(BrokerError):  # they expire anyway
-            self._link.store.delete(blobs)
+            self._traces.remove(requests, blobs)
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until the broker can be reached, within the limits of patience."""
@@ -193,21 +263,28 @@ class QueuePending:
         self._channel = channel
         self._requests = requests
         self._operand = operand
+        self.hold: Hold | None = None
 
     def result(self) -> Reply:
         """See `Pending.result`."""
-        parts: list[memoryview] = []
-        completions: list[Completion] = []
+        found: dict[str, tuple[Completion, memoryview]] = {}
         blobs = [self._operand]
         try:
-            for request in self._requests:
-                completion, data = self._channel._fetch(request)
-                completions.append(completion)
-                parts.append(data)
-                if completion.output is not None:
-                    blobs.append(completion.output)
+            left = list(self._requests)
+            while left:
+                request = self._channel._collector.wait_any(left)
+                left.remove(request)
+                found[request.id] = self._channel._fetch(request)
+                output = found[request.id][0].output
+                if output is not None:
+                    blobs.append(output)
         finally:
             self._channel._forget(self._requests, blobs)
+            if self.hold is not None:
+                complete = len(found) == len(self._requests)
+                self.hold.release(sum(data.nbytes for _, data in found.values()) if complete else None)
+        completions = [found[request.id][0] for request in self._requests]
+        parts = [found[request.id][1] for request in self._requests]
         return Reply(
             parts=parts,
             bytes_up=self._operand.nbytes,

@@ -9,7 +9,7 @@ from time import monotonic
 
 from hetrain.public.broker import FULL_S
 from hetrain.public.errors import HetrainError
-from hetrain.public.wire import Blob, Completion, Direction, EvaluateTask, PrepareTask, new_token
+from hetrain.public.wire import QUEUE, Blob, Completion, Direction, EvaluateTask, PrepareTask, new_token
 from hetrain.transport.channel import Header, Rows
 
 
@@ -33,7 +33,7 @@ class Patience:
     prepare_s: float = 1800.0
     outage_s: float = 60.0
     full_s: float = FULL_S
-    attempts: int = 3
+    attempts: int = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,15 @@ class Request:
         task: the message.
         source: its input, None when it has none but the plan.
         run_limit_s: for how long a living worker may run it.
+        queue: where it is sent.
+        bell: set at every outcome; the requests of one product share it.
         asked_at: when it was sent first (monotonic clock), None before.
         sent_at: when it was sent last, None before.
         started_at: when a worker reported its start, None before.
+        sends: how often it was sent at all.
         resends: how often it was sent again because a worker or a blob was lost.
+        refused_on: queues of workers that do not serve it, for each refusal.
+        unserved_at: since when nobody announces to serve its group, None while somebody does.
         unleased: how many looks in a row found its worker gone.
         is_lost: whether it must be sent again, with its blobs where they are missing.
     """
@@ -63,11 +68,16 @@ class Request:
     task: PrepareTask | EvaluateTask
     source: Source | None
     run_limit_s: float
+    queue: str = QUEUE
+    bell: threading.Event = field(default_factory=threading.Event)
     asked_at: float | None = None
     sent_at: float | None = None
     started_at: float | None = None
     worker: str = ""
+    sends: int = 0
     resends: int = 0
+    refused_on: list[str] = field(default_factory=list)
+    unserved_at: float | None = None
     unleased: int = 0
     is_lost: bool = False
     _settled: threading.Event = field(default_factory=threading.Event)
@@ -88,6 +98,7 @@ class Request:
         if not self.is_settled:
             self._outcome = outcome
             self._settled.set()
+            self.bell.set()
 
     def outcome(self, wait_s: float) -> Completion | None:
         """The completion; None after `wait_s` seconds without one. Raises the error it was settled with."""
@@ -101,6 +112,7 @@ class Request:
         """Notes that it is being sent now."""
         self.sent_at, self.started_at, self.unleased, self.is_lost = monotonic(), None, 0, False
         self.asked_at = self.asked_at or self.sent_at
+        self.sends += 1
 
     def mark_started(self, worker: str) -> None:
         """Notes that a worker has begun it now."""
@@ -112,7 +124,7 @@ class Request:
         self._settled.clear()
 
     def summary(self) -> str:
-        """One line for Flower and messages."""
+        """One line for messages."""
         task = self.task
         text = f"job {task.job[:4]}… model {task.model}"
         if isinstance(task, EvaluateTask):

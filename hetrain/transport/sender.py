@@ -1,4 +1,4 @@
-"""Sends tasks to the workers' queue, by name: the client knows no worker code."""
+"""Sends tasks to the workers' queues, by name: the client knows no worker code."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from hetrain.public.broker import broker_errors, parse_broker_url, while_full
-from hetrain.public.wire import QUEUE, TASK_EVALUATE, TASK_PREPARE, EvaluateTask
+from hetrain.public.broker import KEEPALIVE, broker_errors, parse_broker_url, while_full
+from hetrain.public.wire import TASK_EVALUATE, TASK_PREPARE, EvaluateTask, PrepareTask
 from hetrain.transport.requests import Request
 
 
@@ -25,7 +25,7 @@ class Sender:
             broker_transport_options={
                 "socket_timeout": 30,
                 "socket_connect_timeout": 5,
-                "socket_keepalive": True,
+                **KEEPALIVE,
             },
             broker_pool_limit=64,
             task_serializer="json",
@@ -34,7 +34,7 @@ class Sender:
         )
 
     def send(self, request: Request, *, full_s: float) -> None:
-        """Puts the request's task on the queue; again and again under the same id.
+        """Puts the request's task on its queue; again and again under the same id.
 
         Raises:
             BrokerUnreachable: the broker cannot be reached.
@@ -54,9 +54,10 @@ class Sender:
                     name,
                     args=[request.task.to_json()],
                     task_id=request.id,
-                    queue=QUEUE,
-                    argsrepr=request.summary(),
-                    kwargsrepr="",
+                    queue=request.queue,
+                    declare=[],  # workers do; so a client may push to the queue, and needs no other right
+                    argsrepr=_product(request.task),
+                    kwargsrepr=f"job {request.task.job[:4]}… model {request.task.model}",
                     origin="hetrain",  # by default it tells the client's host and process
                     ignore_result=True,
                     retry=False,
@@ -64,3 +65,11 @@ class Sender:
             except OperationalError as error:
                 cause = error.__cause__
                 raise (cause if isinstance(cause, RedisError | OSError) else OSError(str(error))) from error
+
+
+def _product(task: PrepareTask | EvaluateTask) -> str:
+    """What is asked for: Flower's column ``args``, beside job and model in its column ``kwargs``."""
+    if isinstance(task, EvaluateTask):
+        # Flower cuts a column off after about 45 characters, so the group, which may be longer, comes last.
+        return f"{task.direction} {task.start}:{task.stop} {task.group}"
+    return f"prepare {task.engine}"

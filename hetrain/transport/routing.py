@@ -1,0 +1,190 @@
+"""Where a job's requests go, and into how many pieces its products are cut, by what workers announce."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from hetrain.public.broker import redacted
+from hetrain.public.errors import NoWorker
+from hetrain.public.fleet import ShardRange, WorkerCard
+from hetrain.public.plan import Plan
+from hetrain.public.wire import QUEUE, EvaluateTask
+from hetrain.transport.cutting import count_pieces
+from hetrain.transport.fleet import FleetWatch
+from hetrain.transport.rates import Rates
+from hetrain.transport.requests import Request
+
+_LOAD_WEIGHT = 0.125
+_NAMES_IN_A_MESSAGE = 5
+_NO_GROUPS: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How the fleet covers a plan.
+
+    Attributes:
+        queues: those that the job's requests may take.
+        missing: groups that nobody serves while others are served, as indices in plan order.
+    """
+
+    queues: tuple[str, ...]
+    missing: tuple[int, ...]
+
+
+class Router:
+    """Finds the way for a job's requests. Thread-safe, once it follows a plan.
+
+    Args:
+        watch: sees the fleet.
+        url: the broker's address, for messages.
+    """
+
+    def __init__(self, watch: FleetWatch, url: str) -> None:
+        self.watch = watch
+        self.rates = Rates()
+        self._url = url
+        self._model = ""
+        self._groups = _NO_GROUPS
+        self._load: float | None = None
+        self._lock = threading.Lock()
+
+    def follow(self, plan: Plan) -> None:
+        """Routes requests for the groups of `plan` from now on."""
+        self._model = plan.model
+        self._groups = {group.name: index for index, group in enumerate(plan.groups)}
+
+    def cover(self) -> Cover:
+        """Which queues serve the plan. `QUEUE` alone where no card names the model."""
+        if not self.watch.fleet.knows(self._model):
+            return Cover((QUEUE,), ())
+        queues: set[str] = set()
+        missing = []
+        for group, index in self._groups.items():
+            serving = self._serving(group)
+            queues.update(card.queue for card in serving)
+            if not serving:
+                missing.append(index)
+        return Cover(tuple(sorted(queues)), tuple(missing))
+
+    def assign(self, request: Request, among: Iterable[Request]) -> None:
+        """Chooses the queue of `request`: of those that serve it the one with the fewest requests per slot.
+
+        Where nobody serves it, it stays on the queue it was sent to; a first time it goes to `QUEUE`.
+
+        Args:
+            request: about to be sent. A `PrepareTask` stays on its queue.
+            among: all of the job's requests.
+        """
+        slots: Counter[str] = Counter()
+        for card in self._serving_request(request):
+            slots[card.queue] += card.concurrency
+        if not slots:
+            return
+        load = Counter(other.queue for other in among if other is not request and not other.is_settled)
+        request.queue = min(
+            slots, key=lambda queue: (queue in request.refused_on, (load[queue] + 1) / slots[queue], queue)
+        )
+
+    def is_astray(self, request: Request) -> bool:
+        """Whether nobody takes `request` from its queue, while another queue's workers would."""
+        serving = self._serving_request(request)
+        return bool(serving) and request.queue not in {card.queue for card in serving}
+
+    def serves_elsewhere(self, request: Request, worker: str) -> bool:
+        """Whether `worker`, which has refused `request`, does not announce to serve it while others do."""
+        if isinstance(request.task, EvaluateTask):
+            serving = self._serving_request(request)
+        else:
+            serving = tuple(
+                card
+                for card in self.watch.fleet.cards
+                if card.queue == request.queue and self._model in card.models
+            )
+        return bool(serving) and worker not in {card.worker for card in serving}
+
+    def is_unserved(self, request: Request) -> bool:
+        """Whether nobody serves the group of `request`, while other groups of its model are served."""
+        task = request.task
+        return (
+            isinstance(task, EvaluateTask)
+            and task.group in self._groups
+            and self.watch.fleet.knows(self._model)
+            and not self._serving(task.group)
+        )
+
+    def pieces(self, group: str, work: float, in_flight: int) -> int:
+        """How many pieces to cut a product with `group` into.
+
+        Args:
+            group: the group's name.
+            work: see `hetrain.transport.rates.work_of`.
+            in_flight: products that wait for workers now, this one included.
+        """
+        with self._lock:
+            load = in_flight if self._load is None else self._load
+            self._load = load + _LOAD_WEIGHT * (in_flight - load)
+            load = max(self._load, 1.0)
+        paces = [(card.concurrency, self.rates.of(card.worker)) for card in self._serving(group)]
+        return count_pieces(paces, load, work)
+
+    def no_worker(self, queue: str, waited_s: float) -> NoWorker:
+        """The error that nobody has taken a request from `queue`."""
+        models = sorted({model for card in self.watch.fleet.cards for model in card.models})
+        only = f"; the workers that are there serve only: {_listed(models)}" if models else ""
+        only = "" if self._model in models else only
+        shards = "" if queue == QUEUE else f" HETRAIN_SHARDS={queue.partition('.')[2].replace('of', '/')}"
+        return NoWorker(
+            f"no worker answered on queue {queue!r} within {waited_s:.0f} s{only}",
+            where=redacted(self._url),
+            hint=f"start one with HETRAIN_BROKER_URL=...{shards} celery -A tasks worker -Q {queue}",
+        )
+
+    def not_served(self, missing: Sequence[int], waited_s: float) -> NoWorker:
+        """The error that nobody serves the groups `missing` of the plan, while others are served."""
+        names = [name for name, index in self._groups.items() if index in set(missing)]
+        shards = self._shards_of(missing)
+        told = f" (shards {', '.join(shards)})" if shards else ""
+        return NoWorker(
+            f"for {waited_s:.0f} s no worker has served {len(names)} of the {len(self._groups)} groups of "
+            f"{self._model}: {_listed(names)}{told}",
+            where=redacted(self._url),
+            hint=f"start workers with HETRAIN_SHARDS={shards[0] if shards else 'FIRST-LAST/COUNT'}, "
+            "or workers that serve the whole model",
+        )
+
+    def _shards_of(self, indices: Sequence[int]) -> list[str]:
+        """`indices` as ranges of shards, in the count that most workers of the model announce."""
+        counts = Counter(
+            ShardRange.parse(card.shards).count
+            for card in self.watch.fleet.cards
+            if card.shards is not None and self._model in card.models
+        )
+        if not counts:
+            return []
+        count, _ = counts.most_common(1)[0]
+        runs: list[list[int]] = []
+        for shard in sorted({index * count // len(self._groups) for index in indices}):
+            if runs and shard == runs[-1][1] + 1:
+                runs[-1][1] = shard
+            else:
+                runs.append([shard, shard])
+        return [str(ShardRange(first, last, count)) for first, last in runs]
+
+    def _serving_request(self, request: Request) -> tuple[WorkerCard, ...]:
+        return self._serving(request.task.group) if isinstance(request.task, EvaluateTask) else ()
+
+    def _serving(self, group: str) -> tuple[WorkerCard, ...]:
+        index = self._groups.get(group)
+        if index is None:
+            return ()
+        return self.watch.fleet.serving(self._model, index, len(self._groups))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_IN_A_MESSAGE
+    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")
