@@ -98,12 +98,13 @@ def _broker(broker: BrokerReport | None, *, embedded: bool) -> list[str]:
 
 def _worker(worker: WorkerReport) -> list[str]:
     tasks = "1 task" if worker.concurrency == 1 else f"{worker.concurrency} tasks"
+    shards = f"shards {worker.shards} of " if worker.shards else ""
     engines = [
         _STATES[engine.state].format(name=engine.name, about=engine.about) for engine in worker.engines
     ]
     return [
         f"{worker.worker} on {worker.hostname}, hetrain {worker.hetrain}, {tasks} at once",
         f"computes on {worker.device or 'what its forked processes choose'}",
-        f"serves {', '.join(worker.models) or 'no model'}",
+        f"serves {shards}{', '.join(worker.models) or 'no model'}",
         *engines,
     ]

@@ -45,11 +45,13 @@ def main() -> None:
     from cli.evaluate import evaluate
     from cli.plan import plan
     from cli.submit import submit
+    from cli.worker import worker
 
     app.command("submit")(submit)
     app.command("eval")(evaluate)
     app.command("plan")(plan)
     app.command("doctor")(doctor)
+    app.command("worker")(worker)
     stderr = Console(stderr=True)
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])

@@ -27,19 +27,21 @@ logger = logging.getLogger(__name__)
 @inspect_command(name=CONTROL_ABOUT)
 def about(state: Any) -> dict[str, Any]:
     """What this worker computes on, and what it serves."""
+    from worker_gpu.shards import served_shards
     from worker_gpu.weights import served_models
 
     consumer = state.consumer
     # Service and device belong to the forked processes; the parent must not touch CUDA.
     forked = isinstance(consumer.pool, PreforkPool)
     report = WorkerReport(
-        worker=_plain(state.hostname, _LINE),
-        hostname=_plain(socket.gethostname(), _LINE),
+        worker=plain_line(state.hostname),
+        hostname=plain_line(socket.gethostname()),
         hetrain=hetrain.__version__,
-        device="" if forked else _plain(_service().description, _LINE),
+        device="" if forked else plain_line(_service().description),
         engines=[] if forked else _engines(),
-        models=[_plain(label, _LINE) for label in served_models()],
-        queues=[_plain(queue.name, _LINE) for queue in consumer.task_consumer.queues],
+        models=[plain_line(label) for label in served_models()],
+        shards=str(served_shards() or ""),
+        queues=[plain_line(queue.name) for queue in consumer.task_consumer.queues],
         concurrency=consumer.controller.concurrency,
     )
     return report.model_dump(mode="json")
@@ -66,9 +68,8 @@ def _looks() -> dict[str, Future[EngineReport]]:
     """A look at every engine, begun on the first call: what comes of it holds as long as the process."""
     from worker_gpu.engines import ENGINES
 
-    # One after the other: the service opens them under a lock that tasks need too.
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetrain-about")
-    return {name: thread.submit(_look, name) for name in ENGINES}
+    threads = ThreadPoolExecutor(len(ENGINES), thread_name_prefix="hetrain-about")
+    return {name: threads.submit(_look, name) for name in ENGINES}
 
 
 def _look(name: str) -> EngineReport:
@@ -81,6 +82,11 @@ def _look(name: str) -> EngineReport:
         reason = f"cannot be opened ({type(error).__name__}: {error}); the worker's log has the traceback"
         return EngineReport(name=name, state="refused", about=_plain(reason, _PARAGRAPH))
     return EngineReport(name=name, state="ready", about=_plain(description, _PARAGRAPH))
+
+
+def plain_line(text: str) -> str:
+    """`text` as a `Line` of a message."""
+    return _plain(text, _LINE)
 
 
 def _plain(text: str, limit: int) -> str:

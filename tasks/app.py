@@ -10,7 +10,7 @@ from celery import Celery, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.broker import parse_broker_url, redacted
+from hetrain.public.broker import KEEPALIVE, parse_broker_url, redacted
 from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.wire import QUEUE
 
@@ -38,6 +38,7 @@ def _settings() -> dict[str, Any]:
         "broker_read_url": address,
         "broker_write_url": address,
         "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # a worker outlives its broker, however long it is away
         # Else a broker that is out of memory for a moment ends the worker.
         "broker_channel_error_retry": True,
         "worker_consumer": "tasks.consumer:Consumer",
@@ -46,9 +47,9 @@ def _settings() -> dict[str, Any]:
             "unacked_restore_interval": 1,
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 5,
-            "socket_keepalive": True,
+            **KEEPALIVE,
         },
-        "include": ["tasks.evaluate", "tasks.about"],
+        "include": ["tasks.evaluate", "tasks.about", "tasks.display", "tasks.announce"],
         "task_default_queue": QUEUE,
         "accept_content": ["json"],
         "task_serializer": "json",
@@ -64,16 +65,38 @@ def _settings() -> dict[str, Any]:
     }
 
 
+def _flower_defaults() -> None:
+    """For ``celery -A tasks flower``, which reads them later; variables and options of the user win."""
+    # Flower by itself listens everywhere, shuts down workers for whoever asks, and shows no arguments.
+    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")
+    os.environ.setdefault("FLOWER_READ_ONLY", "true")
+    os.environ.setdefault("FLOWER_TASKS_COLUMNS", "args,kwargs,state,runtime,result,worker,received,uuid")
+
+
 app = Celery("hetrain", set_as_current=False)
 app.conf.update(_settings())
+_flower_defaults()
 
 
 @signals.worker_init.connect
 def _before_the_pool(sender: Any, **_: object) -> None:
-    """Makes the device ready before the first task is taken; a prefork parent must not touch it."""
+    """Settles queue and device before the first task is taken; a prefork parent must not touch the device."""
+    _choose_queue()
     pool = sender.pool_cls
     if pool != "prefork" and not (isinstance(pool, type) and issubclass(pool, PreforkPool)):
         _start_service()
+
+
+def _choose_queue() -> None:
+    """A worker of some shards takes from their queue alone, whatever -Q says: others' tasks must not come."""
+    from worker_gpu.shards import served_shards
+
+    try:
+        shards = served_shards()
+    except HetrainError as error:
+        raise _cannot_start(error) from error
+    if shards is not None:
+        app.amqp.queues.select([shards.queue])
 
 
 @signals.worker_process_init.connect
@@ -96,7 +119,11 @@ def _start_service() -> None:
 
         description = service().description
     except Exception as error:
-        sys.stderr.write(f"hetrain worker cannot start: {type(error).__name__}: {error}\n")
-        # Celery logs an Exception of a signal handler and goes on; this worker could do nothing.
-        raise SystemExit(EX_CONFIG if isinstance(error, HetrainError) else 1) from error
+        raise _cannot_start(error) from error
     sys.stderr.write(f"hetrain worker: {description}, broker {redacted(broker_url())}\n")
+
+
+def _cannot_start(error: Exception) -> SystemExit:
+    """Celery logs an Exception of a signal handler and goes on; a worker that can do nothing has to end."""
+    sys.stderr.write(f"hetrain worker cannot start: {type(error).__name__}: {error}\n")
+    return SystemExit(EX_CONFIG if isinstance(error, HetrainError) else 1)

@@ -17,70 +17,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import IO
 
-from hetrain.public.errors import BrokerUnreachable, HetrainError, WorkerError
-from tasks.app import EX_CONFIG
-from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
+from hetrain.public.errors import BrokerUnreachable, HetrainError
+from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker
+from tasks.supervision import KeptWorker, stop, threads_per_worker
 
 _POLL_S = 0.2
-_MAX_RESTARTS = 10
-_MAX_FAILED_STARTS = 3
 
 
-@dataclass
-class KeptWorker:
-    """A worker that is started again when it dies, within limits."""
-
-    start: Callable[[int], subprocess.Popen[bytes]]
-    restarts: int = 0
-    failed_starts: int = 0
-    process: subprocess.Popen[bytes] | None = None
-    not_before: float = 0.0
-    _ready: int = field(default=-1, repr=False)
-
-    def tend(self) -> None:
-        """Starts the worker if it is not running. Raises `WorkerError` when that makes no sense any more."""
-        if self.process is not None and self.process.poll() is not None:
-            self._note_death(self.process.returncode)
-        if self.process is None and monotonic() >= self.not_before:
-            self._ready, theirs = os.pipe()
-            os.set_blocking(self._ready, False)
-            try:
-                self.process = self.start(theirs)
-            finally:
-                os.close(theirs)
-
-    def _note_death(self, status: int) -> None:
-        try:
-            was_ready = bool(os.read(self._ready, 1))
-        except BlockingIOError:
-            was_ready = False
-        os.close(self._ready)
-        self.process = None
-        self.failed_starts = 0 if was_ready else self.failed_starts + 1
-        self.restarts += 1
-        if status == EX_CONFIG:
-            raise WorkerError("the embedded worker cannot start as it is configured", hint="see its log")
-        if self.failed_starts >= _MAX_FAILED_STARTS:
-            raise WorkerError(
-                f"the embedded worker does not start (exit status {status})", hint="see its log"
-            )
-        if self.restarts > _MAX_RESTARTS:
-            raise WorkerError(f"the embedded worker died {self.restarts} times", hint="see its log")
-        self.not_before = monotonic() + min(0.2 * 2 ** (self.restarts - 1), 10.0)
-
-
-def supervise(model: str, workers: int, maxmemory: int, directory: Path, log: IO[bytes]) -> None:
+def supervise(
+    model: str, workers: int, concurrency: int, maxmemory: int, directory: Path, log: IO[bytes]
+) -> None:
     """Runs server and workers until standard input ends. Raises `HetrainError` when it has to give up."""
     server, url = start_server(directory, log, maxmemory=maxmemory)
-    threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
+    threads = threads_per_worker(workers * concurrency)
 
     def starter(index: int) -> Callable[[int], subprocess.Popen[bytes]]:
-        return lambda ready: start_worker(index, url, model, log, threads=threads, ready=ready)
+        return lambda ready: start_worker(
+            index, url, model, log, threads=threads, concurrency=concurrency, ready=ready
+        )
 
     kept = [KeptWorker(starter(index + 1)) for index in range(workers)]
     try:
@@ -120,18 +77,19 @@ def main() -> int:
         "--model", required=True, help="name or path of the model to serve (see HETRAIN_MODELS)"
     )
     parser.add_argument("--workers", type=int, default=1, help="number of worker processes")
+    parser.add_argument("--concurrency", type=int, default=1, help="tasks that each of them runs at once")
     parser.add_argument("--maxmemory", type=int, default=DEFAULT_MAXMEMORY, help="bytes the broker may hold")
     parser.add_argument("--log-file", type=Path, help="where broker and workers write; kept afterwards")
     options = parser.parse_args()
-    if options.workers < 1 or options.maxmemory < 1:
-        parser.error("--workers and --maxmemory must be positive")
+    if min(options.workers, options.concurrency, options.maxmemory) < 1:
+        parser.error("--workers, --concurrency and --maxmemory must be positive")
     # Ctrl-C reaches the whole foreground group; the client decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     directory = private_directory()
     try:
         with open(options.log_file or directory / "log", "ab") as log:
-            supervise(options.model, options.workers, options.maxmemory, directory, log)
+            supervise(options.model, options.workers, options.concurrency, options.maxmemory, directory, log)
     except HetrainError as error:
         _say({"error": str(error)})
         return 1

@@ -26,18 +26,22 @@ from tasks.app import app
 from tasks.run import Outcome, run
 
 _PLAN_LIMIT = 64 << 20
+_REQUEST = "tasks.display:SummarizedRequest"
 
 
-@app.task(name=TASK_PREPARE, bind=True, throws=(HetrainError,))
-def prepare(self: Task[Any, Any], message: str) -> None:
-    """Loads a job's plan and matrices. Argument: a `PrepareTask` as JSON."""
-    run(PrepareTask, message, _prepare, _worker(self))
+@app.task(name=TASK_PREPARE, bind=True, throws=(HetrainError,), Request=_REQUEST)
+def prepare(self: Task[Any, Any], message: str) -> str:
+    """Loads a job's plan and matrices. Argument: a `PrepareTask` as JSON. Returns a line for Flower."""
+    return run(PrepareTask, message, _prepare, _worker(self))
 
 
-@app.task(name=TASK_EVALUATE, bind=True, throws=(HetrainError,))
-def evaluate(self: Task[Any, Any], message: str) -> None:
-    """Multiplies a blob's ciphertexts by rows of a public matrix. Argument: an `EvaluateTask` as JSON."""
-    run(EvaluateTask, message, _evaluate, _worker(self))
+@app.task(name=TASK_EVALUATE, bind=True, throws=(HetrainError,), Request=_REQUEST)
+def evaluate(self: Task[Any, Any], message: str) -> str:
+    """Multiplies a blob's ciphertexts by rows of a public matrix. Argument: an `EvaluateTask` as JSON.
+
+    Returns a line for Flower.
+    """
+    return run(EvaluateTask, message, _evaluate, _worker(self))
 
 
 def _worker(task: Task[Any, Any]) -> str:

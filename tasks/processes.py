@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
-import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic, sleep
-from typing import IO, Any
+from typing import IO
 
 from hetrain.public.broker import ping
 from hetrain.public.errors import BrokerError, BrokerUnreachable
-from hetrain.public.wire import QUEUE
+from tasks.supervision import spawn_worker, stop, tie_to_parent
 
 DEFAULT_MAXMEMORY = 2 << 30
 _SOCKET_PATH_LIMIT = 100
 _SERVER_START_S = 15.0
-_GRACE_S = 3.0
-_PR_SET_PDEATHSIG = 1
-
-
-def tie_to_parent() -> Callable[[], None] | None:
-    """What a child runs before exec so that it is killed when its parent's thread ends (Linux only)."""
-    if sys.platform != "linux":
-        return None
-    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
-
-    def tie() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the tie held
-            os._exit(1)
-
-    return tie
 
 
 def private_directory() -> Path:
@@ -117,7 +97,14 @@ def _await_server(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def start_worker(
-    index: int, url: str, model: str, log: IO[bytes], *, threads: int = 0, ready: int | None = None
+    index: int,
+    url: str,
+    model: str,
+    log: IO[bytes],
+    *,
+    threads: int = 0,
+    concurrency: int = 1,
+    ready: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Starts a Celery worker on the broker at `url` that serves `model`. Call it from the main thread.
 
@@ -126,45 +113,16 @@ def start_worker(
         url: the broker's address.
         model: name or path of the model that it serves.
         log: its output.
-        threads: CPU threads it may use; 0 leaves the choice to torch.
-        ready: a file descriptor it closes when it is ready to take tasks.
+        threads: CPU threads each of its tasks may use; 0 leaves the choice to torch.
+        concurrency: tasks that it runs at once, unless the environment says otherwise.
+        ready: see `spawn_worker`.
     """
-    environment = os.environ | {
+    settings = {
         "HETRAIN_BROKER_URL": url,
         "HETRAIN_MODELS": json.dumps([model]),
-        "PYTHONSAFEPATH": "1",
+        "HETRAIN_SHARDS": "",  # it is all there is
+        "HETRAIN_WORKER_CONCURRENCY": os.environ.get("HETRAIN_WORKER_CONCURRENCY", str(concurrency)),
     }
     if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    if ready is not None:
-        environment["HETRAIN_READY_FD"] = str(ready)
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = ["worker", "-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tasks", *command, "-n", f"hetrain-{index}@%h"],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        pass_fds=() if ready is None else (ready,),
-        preexec_fn=tie_to_parent(),
-    )
-
-
-def stop(processes: Sequence[subprocess.Popen[Any]], grace_s: float = _GRACE_S) -> None:
-    """Ends processes and their groups: politely, then after `grace_s` seconds for good."""
-    for signum, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
-        end = monotonic() + patience
-        for process in processes:
-            if process.poll() is None:
-                try:
-                    os.killpg(process.pid, signum)
-                except ProcessLookupError:
-                    continue
-        for process in processes:
-            try:
-                process.wait(max(0.0, end - monotonic()))
-            except subprocess.TimeoutExpired:
-                continue
+        settings["OMP_NUM_THREADS"] = str(threads)
+    return spawn_worker(f"hetrain-{index}", settings, log, ready=ready)

@@ -25,6 +25,7 @@ M = TypeVar("M", PrepareTask, EvaluateTask)
 Outcome = tuple[Sequence[memoryview] | None, float]
 """The result's parts, None where there is no result, and the seconds of computing."""
 Work = Callable[[M, BlobStore], Outcome]
+_SKIPPED = "no result: finished, given up or running elsewhere"
 
 
 class Desk:
@@ -52,7 +53,7 @@ class _Address(BaseModel):
     request: Token
 
 
-def run(kind: type[M], message: str, work: Work[M], worker: str) -> None:
+def run(kind: type[M], message: str, work: Work[M], worker: str) -> str:
     """Runs the request in `message`, and reports to its job how it ended.
 
     It is not run when it is finished, given up by its client, or running elsewhere.
@@ -62,6 +63,9 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> None:
         message: JSON, of unknown content.
         work: computes the result from the request and the blobs.
         worker: this worker's name.
+
+    Returns:
+        What Flower shows as its result: how long was computed, and on what.
 
     Raises:
         HetrainError: the request failed; this has been reported already, as far as that is possible.
@@ -73,13 +77,14 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> None:
         raise
     tools = desk()
     if not tools.ledger.is_wanted(task.job, task.request):
-        return
+        return _SKIPPED
     with tools.leases.held(keys.lease(task.job, task.request)) as mine:
         completion, error = _attempt(tools, worker, task, work) if mine else (None, None)
     if completion is not None:
         _report(tools, task.job, completion)
     if error is not None:
         raise error
+    return _SKIPPED if completion is None else f"{completion.seconds:.4f} s on {completion.device}"
 
 
 def _report(tools: Desk, job: str, completion: Completion) -> None:

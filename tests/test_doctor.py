@@ -125,7 +125,7 @@ def test_worker_device_and_engines_are_named(
         assert part in text
     assert all(engine in text for engine in engines)
     assert "clear (hides nothing)" in text
-    assert not list(connect(url).scan_iter("hetrain:*"))
+    assert not list(connect(url).scan_iter("hetrain:*:*"))
 
 
 def test_no_worker_and_a_careless_broker_are_said() -> None:

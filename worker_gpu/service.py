@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 
 from hetrain.public.errors import WireError, WorkerRefused
+from hetrain.public.fleet import ShardRange
 from hetrain.public.plan import Group, Plan, parse_plan
 from hetrain.public.wire import EvaluateTask, PrepareTask
+from worker_gpu.cache import Cache
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.engines import Engine, open_engine
-from worker_gpu.weights import WeightStore
+from worker_gpu.shards import own_part, refuse_others, served_shards
+from worker_gpu.weights import WeightStore, weights_limit
 
 PlanLoader = Callable[[], bytes | bytearray | memoryview]
 _MAX_PLANS = 64
 
 
 class Service:
-    """Device, kernel, weights and the plans of recent jobs. Results depend on the arguments alone."""
+    """Device, kernel, weights and the plans of recent jobs. Results depend on the arguments alone.
 
-    def __init__(self, compute: Compute, weights: WeightStore) -> None:
+    Thread-safe: what one task has to open or load first keeps no other waiting that does not need it.
+
+    Args:
+        compute: device and kernel.
+        weights: the matrices.
+        shards: the part of every model that is served; None for all.
+    """
+
+    def __init__(self, compute: Compute, weights: WeightStore, shards: ShardRange | None = None) -> None:
         self._compute = compute
         self._weights = weights
-        self._engines: dict[str, Engine] = {}
-        self._plans: OrderedDict[str, Plan] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards = shards
+        self._engines: Cache[Engine] = Cache()
+        self._plans: Cache[Plan] = Cache(_MAX_PLANS)
 
     @property
     def description(self) -> str:
@@ -44,13 +53,10 @@ class Service:
 
     def engine(self, name: str) -> Engine:
         """The engine called `name`, opened on first use. Raises `WorkerRefused` when there is none."""
-        with self._lock:
-            if name not in self._engines:
-                self._engines[name] = open_engine(name, self._compute)
-            return self._engines[name]
+        return self._engines.get(name, lambda: open_engine(name, self._compute))
 
     def prepare(self, task: PrepareTask, load_plan: PlanLoader) -> None:
-        """Loads and checks all that a job needs.
+        """Loads and checks all that a job needs of this worker.
 
         Raises:
             WorkerRefused: unknown engine or model, other weights than the client's, or a setup that this
@@ -58,9 +64,9 @@ class Service:
             WireError: the plan is malformed.
         """
         half = self.engine(task.engine)
-        plan = self._plan(task, load_plan)
-        half.prepare(plan, task.setup)
-        self._weights.load_all(plan)
+        own = own_part(self._plan(task, load_plan), self._shards)
+        half.prepare(own, task.setup)
+        self._weights.load_all(own)
 
     def evaluate(self, task: EvaluateTask, load_plan: PlanLoader, payload: memoryview) -> list[memoryview]:
         """Multiplies the operand by rows ``start:stop`` of the group's matrix in the task's direction.
@@ -69,41 +75,41 @@ class Service:
             The result's parts, to be sent one after the other.
 
         Raises:
-            WorkerRefused: as `prepare`.
+            WorkerRefused: as `prepare`, or the group lies in other shards.
             WireError: the task does not fit the plan, or the operand does not fit the task.
         """
         half = self.engine(task.engine)
         plan = self._plan(task, load_plan)
-        group = _group(plan, task)
+        index, group = _group(plan, task)
+        refuse_others(plan, index, self._shards)
         matrix = self._weights.matrix(plan.model, group)
         rows = matrix if task.direction == "forward" else matrix.t()
         with torch.inference_mode():
             return half.evaluate(rows[task.start : task.stop], task, payload)
 
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:
-        with self._lock:
-            plan = self._plans.pop(task.plan_digest, None)
-            if plan is None:
-                plan = parse_plan(load_plan(), task.plan_digest)
-            self._plans[task.plan_digest] = plan  # now the youngest
-            while len(self._plans) > _MAX_PLANS:
-                self._plans.popitem(last=False)
+        plan = self._plans.get(task.plan_digest, lambda: parse_plan(load_plan(), task.plan_digest))
         if plan.model != task.model:
             raise WireError(f"the task says model {task.model!r}, its plan {plan.model!r}")
         return plan
 
 
-def _group(plan: Plan, task: EvaluateTask) -> Group:
-    for group in plan.groups:
+def _group(plan: Plan, task: EvaluateTask) -> tuple[int, Group]:
+    for index, group in enumerate(plan.groups):
         if group.name == task.group:
             if task.start < task.stop <= group.result_rows(task.direction):
-                return group
+                return index, group
             raise WireError(f"rows {task.start}:{task.stop} are out of range", where=task.group)
     raise WireError("the plan has no such group", where=task.group)
 
 
 @functools.cache
 def service() -> Service:
-    """The process's service: device and kernel are chosen on the first call."""
-    compute = choose_compute(choose_device())
-    return Service(compute, WeightStore(compute.device))
+    """The process's service: device and kernel are chosen on the first call.
+
+    Raises:
+        HetrainError: its configuration makes no sense here.
+    """
+    device, shards = choose_device(), served_shards()
+    weights = WeightStore(device, limit=weights_limit(device))
+    return Service(choose_compute(device), weights, shards)
