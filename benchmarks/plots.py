@@ -123,6 +123,31 @@ def engines(figures: Mapping[str, Any]) -> Figure:
     return drawing
 
 
+def scaling(figures: Mapping[str, Any]) -> Figure:
+    """For each part: efficiency against workers, and throughput with what limits it."""
+    parts, worker_s = figures["parts"], figures["mean_product"]["worker_s"]
+    drawing, axes = _panels(len(parts), 2, f"One client and many workers, {figures['shape']}")
+    for row, (name, one) in enumerate(parts.items()):
+        efficiency, rate = axes[2 * row : 2 * row + 2]
+        counts = sorted({cell["workers"] for cell in one["cells"]})
+        for in_flight in dict.fromkeys(cell["in_flight"] for cell in one["cells"]):
+            line = [cell for cell in one["cells"] if cell["in_flight"] == in_flight]
+            workers = [cell["workers"] for cell in line]
+            efficiency.plot(workers, [cell["efficiency"] for cell in line], marker="o", label=in_flight)
+            reached = [cell["efficiency"] * cell["workers"] / worker_s for cell in line]
+            rate.plot(workers, reached, marker="o")
+        efficiency.axhline(0.9, color=_GREY, linestyle="--", linewidth=1)
+        rate.plot(counts, [count / worker_s for count in counts], color=_GREY, linestyle=":")
+        rate.axhline(min(one["client_limits_per_s"].values()), color=_GREY, linestyle="--", linewidth=1)
+        rate.set_ylim(top=1.25 * min(one["client_limits_per_s"].values()))
+        for axis, label in ((efficiency, f"{name}: efficiency"), (rate, f"{name}: mean products per second")):
+            axis.set(xscale="log", xlabel="workers", ylabel=label)
+            axis.set_xticks(counts, [str(count) for count in counts], minor=False)
+            axis.set_ylim(bottom=0)
+        efficiency.legend(title="in flight", fontsize="x-small")
+    return drawing
+
+
 def convergence(figures: Mapping[str, Any]) -> Figure:
     """Losses step by step."""
     drawing, (axis,) = _panels(1, 1, f"Loss, {figures['tokens']} tokens of {figures['data']} a step")

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import client, engines, gemm, growth, plots
+from benchmarks import client, engines, gemm, growth, plots, scaling
 from benchmarks.output import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,6 +126,14 @@ SECTIONS = (
         "--all",
         lambda figures: engines.table(figures["figures"]),
         plots.engines,
+    ),
+    Section(
+        "scaling",
+        "One client and many workers",
+        "scaling",
+        "--asynchronous",
+        scaling.table,
+        plots.scaling,
     ),
     Section(
         "convergence", "Agreement with plain training", "convergence", "", convergence, plots.convergence

@@ -1,0 +1,73 @@
+"""The model behind `benchmarks.scaling`: its arithmetic, workers that keep to it, and what the docs quote."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import pytest
+
+from benchmarks import documents, scaling
+from benchmarks.delayed import Pace
+from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, Decoder, Product, Work, WorkerModel
+
+SMALL = Decoder(hidden=2048, ffn=4096, layers=2, heads=16, kv_heads=4, head_dim=128, vocabulary=1000)
+
+
+def test_a_product_takes_what_the_formulas_say() -> None:
+    worker = WorkerModel(int8_ops_per_s=2e15, int8_share=0.5, pcie_bytes_per_s=50e9, network_bits_per_s=8e9)
+    hinted = Product("gate_up", "forward", k=4096, n=28672)
+    plain = Product("gate_up", "forward", k=4096, n=28672, hints=False)
+    assert (hinted.bytes_up, hinted.bytes_down) == (33_554_432, 117_440_512)  # 4·K·N, 2·n·N
+    assert (plain.bytes_up, plain.bytes_down) == (33_554_432, 293_601_280)  # 5·n·N
+    assert plain.int8_ops == 2 * hinted.int8_ops == 2 * 8 * 4096 * 28672 * 2048
+    seconds = 150_994_944 / 1e9 + 150_994_944 / 50e9 + 8 * 4096 * 28672 * 2048 / 1e15
+    assert worker.seconds(hinted) == pytest.approx(seconds)
+    # A token's masks are 2048 words whatever the ring: without hints short micro-batches cost more.
+    short = Product("gate_up", "forward", k=4096, n=28672, tokens=300, hints=False)
+    assert short.bytes_down == 28672 * (2 * 512 + 3 * 2048)
+
+
+def test_a_decoder_has_the_published_weights_and_its_backward_mirrors_its_forward() -> None:
+    # 8.03·10^9 parameters, less embedding and output layer (128256 × 4096 each) and norms.
+    assert DECODERS[LLAMA_8B].weights == 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
+    block = DECODERS[LLAMA_8B].block()
+    assert [(one.k, one.n) for one in block[:4]] == [(one.n, one.k) for one in block[:3:-1]]
+
+
+def test_the_client_is_limited_by_what_it_does_least_often() -> None:
+    client = ClientModel(cores=10, core_s_per_coefficient=1e-8, network_bits_per_s=80e9)
+    limits = client.limits(Work(bytes_up=2e9, bytes_down=5e9, coefficients=1e9, int8_ops=0))
+    assert list(limits.values()) == pytest.approx([5.0, 2.0, 1.0])
+
+
+def test_a_share_of_the_rows_takes_the_time_of_all() -> None:
+    pace = Pace(WorkerModel(), dilation=3.0, share=16)
+    product = DECODERS[LLAMA_8B].block()[0]
+    small = pace.scaled(product)
+    networks = pace.network_s(small.bytes_up) + pace.network_s(small.bytes_down)
+    assert networks + pace.gpu_s(product) == pytest.approx(pace.seconds(product))
+    assert pace.seconds(product) == pytest.approx(3 * WorkerModel().seconds(product))
+    with pytest.raises(ValueError, match="cannot be shared"):
+        Pace(share=1000).scaled(product)
+
+
+def test_real_tasks_on_delayed_workers_take_the_modelled_time() -> None:
+    products = SMALL.block(256)
+    pace = Pace(WorkerModel(), dilation=10.0, share=16)
+    with scaling.bench(products, seconds=0.3) as bench:
+        figures = bench.run(pace, encrypts=True, workers=2, in_flight=3)
+        assert figures["products_per_s"] > 0
+        assert figures["bytes_up_per_s"] > figures["bytes_down_per_s"] > 0
+        # The workers of that pace are still there.
+        begin = perf_counter()
+        reply = scaling.ready_made(bench.channel, products, pace)[2]()
+        assert perf_counter() - begin >= pace.seconds(products[2])
+    assert reply.server_s >= pace.gpu_s(products[2])
+    assert reply.bytes_up == products[2].bytes_up // 16
+    assert reply.bytes_down == products[2].bytes_down // 16
+
+
+def test_the_documentation_quotes_the_programs() -> None:
+    text = documents.DOCUMENT.read_text(encoding="utf-8")
+    assert all(f"<!-- begin: {name} -->" in text for name in documents.PARTS)
+    assert documents.rewritten(text) == text
