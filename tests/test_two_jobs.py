@@ -1,0 +1,104 @@
+"""Several jobs at once on one fleet: each gets the adapter that it gets alone, and none waits for another."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import sleep
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.convergence import cosine
+from hetrain.train.updates import Tensors
+from tests.running import hetrain, serving
+from tests.zygote import fleet_of
+
+HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+COMMON = ("--quiet", "--sync", "--max-length", 48, "--micro-batch-tokens", 48, "--lora-dropout", 0.1)
+COMMON += ("--learning-rate", 1e-2, "--lora-r", 4, "--no-hints")
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job: its lines of the handbook, how many updates, and how many micro-batches in each."""
+
+    name: str
+    engine: str
+    lines: tuple[int, int]
+    seed: int
+    updates: int
+    in_flight: int
+
+    def run(self, model: Path, url: str, directory: Path) -> Path:
+        """Trains. Returns the output directory."""
+        data, output = directory / f"{self.name}.jsonl", directory / self.name
+        data.write_text("".join(HANDBOOK.read_text().splitlines(keepends=True)[slice(*self.lines)]))
+        size = ("--seed", self.seed, "--max-steps", self.updates, "--in-flight", self.in_flight)
+        where = ("--broker-url", url, "--output-dir", output, "--model-name-or-path", model)
+        done = hetrain("submit", data, *where, "--engine", self.engine, *size, *COMMON)
+        assert done.returncode == 0, done.stderr
+        return output
+
+    def done(self, directory: Path) -> int:
+        """Micro-batches that it has finished."""
+        metrics = directory / self.name / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+BIG = Job("big", "clear", (0, 60), seed=1, updates=6, in_flight=6)
+SMALL = Job("small", "clear", (60, 90), seed=2, updates=3, in_flight=1)
+HIDDEN = Job("hidden", "rlwe", (90, 120), seed=3, updates=2, in_flight=1)
+JOBS = (BIG, SMALL, HIDDEN)
+
+
+def watch(jobs: Sequence[Job], directory: Path, is_over: Callable[[], bool]) -> dict[str, dict[str, int]]:
+    """How far every job was when each of them ended."""
+    ends: dict[str, dict[str, int]] = {}
+    while not is_over():
+        now = {job.name: job.done(directory) for job in jobs}
+        for job in jobs:
+            if now[job.name] == job.updates * job.in_flight:
+                ends.setdefault(job.name, now)
+        sleep(0.02)
+    return ends
+
+
+def adapter(output: Path) -> Tensors:
+    return load_file(output / "adapter_model.safetensors")
+
+
+def waiting(output: Path) -> float:
+    """Seconds in which a micro-batch waits for workers, on average."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return sum(line["wait_s"] for line in lines) / len(lines)
+
+
+def test_jobs_that_share_a_fleet_get_the_adapters_they_get_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    together.mkdir()
+    alone.mkdir()
+    with serving() as served, fleet_of(2, served.url, tiny_llama, tmp_path / "workers.log"):
+        with ThreadPoolExecutor(len(JOBS)) as pool:
+            running = [pool.submit(job.run, tiny_llama, served.url, together) for job in JOBS]
+            ends = watch(JOBS, together, lambda: all(each.done() for each in running))
+            shared = {job.name: each.result() for job, each in zip(JOBS, running, strict=True)}
+        solo = {job.name: job.run(tiny_llama, served.url, alone) for job in JOBS}
+    for name, path in shared.items():
+        logger.warning("%s waits %.3f s, alone %.3f s", name, waiting(path), waiting(solo[name]))
+    logger.warning("when one ends: %s", ends)
+    adapters = {name: (adapter(path), adapter(solo[name])) for name, path in shared.items()}
+    for one, other in (adapters[BIG.name], adapters[SMALL.name]):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert cosine(*adapters[HIDDEN.name]) > 0.99
+    # None waits for the end of the one that keeps six times as much in the queue, nor does that stand still.
+    assert 0 < ends[SMALL.name][BIG.name] < BIG.updates * BIG.in_flight
+    assert ends[HIDDEN.name][BIG.name] < BIG.updates * BIG.in_flight
