@@ -55,7 +55,7 @@ EXPECTED = {
 del EXPECTED["backward", "model.layers.0.self_attn.q_proj"]
 
 PRODUCT = re.compile(r"(forward|backward) (\d+):(\d+) (\S+)")
-JOB = re.compile(r"job [0-9a-f]{4}… model tiny-llama")
+JOB = re.compile(r"job …[0-9a-f]{4} model tiny-llama")
 RESULT = re.compile(r"'\d+\.\d{4} s on cpu · \w+ kernel'")
 DURATION = re.compile(r"\d+(\.\d+)? (µs|ms|s)")
 

@@ -82,7 +82,7 @@ class Checkup:
         ready = {
             engine.name
             for worker in self.workers
-            if QUEUE in worker.queues
+            if _listens(worker)
             for engine in worker.engines
             if engine.state == "ready"
         }
@@ -170,7 +170,7 @@ def _half(engine: ClientEngine) -> ClientHalf:
 
 def _nobody(place: _Place, census: Census) -> HetrainError | None:
     """Why nobody can take a job, None when somebody can."""
-    if any(QUEUE in worker.queues for worker in census.workers):
+    if any(_listens(worker) for worker in census.workers):
         return None
     if census.refused and not census.workers:
         return WireError(
@@ -210,10 +210,15 @@ def _of_workers(census: Census) -> Iterator[str]:
                 f"worker {worker.worker} runs hetrain {worker.hetrain}, this client {hetrain.__version__}; "
                 "install the same version on both sides"
             )
-        if QUEUE not in worker.queues:
+        if not _listens(worker):
             yield f"worker {worker.worker} does not take from queue {QUEUE!r}; start it with -Q {QUEUE}"
         if not worker.device:
             yield (
                 f"worker {worker.worker} cannot say what its forked processes compute on; see its log, or "
                 "start it with the default pool (threads)"
             )
+
+
+def _listens(worker: WorkerReport) -> bool:
+    """Whether it takes tasks: from the queue of all, or from that of its shards."""
+    return any(queue == QUEUE or queue.startswith(f"{QUEUE}.") for queue in worker.queues)

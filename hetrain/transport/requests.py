@@ -126,7 +126,7 @@ class Request:
     def summary(self) -> str:
         """One line for messages."""
         task = self.task
-        text = f"job {task.job[:4]}… model {task.model}"
+        text = f"job …{task.job[-4:]} model {task.model}"
         if isinstance(task, EvaluateTask):
             return f"{text} {task.group} {task.direction} rows {task.start}:{task.stop}"
         return f"{text} prepare engine {task.engine}"

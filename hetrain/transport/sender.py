@@ -57,7 +57,7 @@ class Sender:
                     queue=request.queue,
                     declare=[],  # workers do; so a client may push to the queue, and needs no other right
                     argsrepr=_product(request.task),
-                    kwargsrepr=f"job {request.task.job[:4]}… model {request.task.model}",
+                    kwargsrepr=f"job …{request.task.job[-4:]} model {request.task.model}",
                     origin="hetrain",  # by default it tells the client's host and process
                     ignore_result=True,
                     retry=False,
