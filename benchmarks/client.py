@@ -26,12 +26,12 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.masks import PublicSeed, expand_mask
+from hetrain.public.masks import MaskStream, PublicSeed
 from hetrain.public.parameters import SLOTS, parameters_for
 from hetrain.secret.hints import Hint
-from hetrain.secret.negacyclic import TransformedSecret
-from hetrain.secret.quantisation import dequantise_result, quantise_operand
-from hetrain.secret.randomness import SecretStream, sample_centred_binomial, sample_ternary
+from hetrain.secret.kernels import BLOCK_ROWS, kernels
+from hetrain.secret.quantisation import token_scales
+from hetrain.secret.randomness import SecretStream, sample_ternary
 from hetrain.secret.rlwe import seal
 
 THREADS = (1, 2)
@@ -39,7 +39,6 @@ TARGET_NS = 6.0
 """Encryption and decryption on average, two threads on two cores."""
 WHOLE = ("encrypt", "decrypt")
 _MAX_L1 = 30_000  # of SmolLM2's matrices: what fixes the range of quantised values
-_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -82,29 +81,47 @@ def _ready_hint(rows: int) -> Hint:
 
 
 def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
-    """What encryption and decryption are made of, over the same coefficients, block by block as there."""
+    """What encryption and decryption are made of, over the same coefficients, block by block as there.
+
+    "encrypt rows" and "decrypt rows" are one pass each: product with the secret, noise, rounding, scaling.
+    """
     parameters = parameters_for(tokens)
-    ternary = sample_ternary(SecretStream("hetrain.secret"), parameters.dimension)
-    secret = TransformedSecret(ternary.view(parameters.rank, parameters.ring_degree))
-    seed, hint, stream = PublicSeed.fresh(), _ready_hint(k), SecretStream("hetrain.noise")
-    masks = expand_mask(seed, k, parameters.dimension)
-    x, scales = torch.randn(tokens, k), torch.rand(tokens)
-    values = torch.randint(-(1 << 31), 1 << 31, (k, tokens)).to(torch.int32)
+    degree, dimension = parameters.ring_degree, parameters.dimension
+    ternary = sample_ternary(SecretStream("hetrain.secret"), dimension)
+    secret = kernels().transform(ternary.view(parameters.rank, degree))
+    hint, mask_stream, noise_stream = (
+        _ready_hint(k),
+        MaskStream(PublicSeed.fresh()),
+        SecretStream("hetrain.noise"),
+    )
+    x, scales = torch.randn(tokens, k), torch.rand(tokens) + 1
+    out, y = torch.empty(k, degree, dtype=torch.int32), torch.empty(tokens, k)
+    masks = torch.empty(BLOCK_ROWS, dimension, dtype=torch.int32)
+    keystream = torch.empty(6 * BLOCK_ROWS * degree, dtype=torch.uint8)
+    b = torch.randint(-(1 << 15), 1 << 15, (BLOCK_ROWS, degree)).to(torch.int16)
+    high, low = torch.empty_like(masks, dtype=torch.int16), torch.empty_like(masks, dtype=torch.uint8)
+    for stream, room in ((mask_stream, masks), (noise_stream, keystream)):
+        stream.fill(room)
 
     def each_block(work: Callable[[int, int], object]) -> None:
-        for start in range(0, k, secret.block_rows):
-            work(start, min(start + secret.block_rows, k))
+        for start in range(0, k, BLOCK_ROWS):
+            work(start, min(BLOCK_ROWS, k - start))
 
-    def noise(start: int, stop: int) -> torch.Tensor:
-        return sample_centred_binomial(stream, (stop - start) * parameters.ring_degree, parameters.eta)
+    def encrypt(start: int, n: int) -> None:
+        stream = keystream[: 6 * n * degree]
+        kernels().encrypt(
+            out[start : start + n], masks[:n], stream, x, scales, 1 << 15, start, parameters.eta, secret
+        )
 
     return {
-        "quantise": lambda: quantise_operand(x, (1 << (_BITS - 1)) - 1),
-        "expand masks": lambda: expand_mask(seed, k, parameters.dimension),
-        "products a·s": lambda: each_block(lambda start, stop: secret.dot(masks[start:stop])),
-        "sample noise": lambda: each_block(noise),
-        "read hints": lambda: each_block(hint.read),
-        "dequantise": lambda: dequantise_result(values, scales),
+        "scales of tokens": lambda: token_scales(x, 1 << 15),
+        "expand masks": lambda: each_block(lambda _, n: mask_stream.fill(masks[:n])),
+        "keystream of noise": lambda: each_block(lambda _, n: noise_stream.fill(keystream[: 6 * n * degree])),
+        "encrypt rows": lambda: each_block(encrypt),
+        "read hints": lambda: each_block(lambda start, n: hint.read(start, high[:n], low[:n])),
+        "decrypt rows": lambda: each_block(
+            lambda start, n: kernels().decrypt(y, start, b[:n], high[:n], low[:n], scales, secret)
+        ),
     }
 
 
@@ -197,6 +214,7 @@ def main() -> None:
         "cases": cases,
         "averages": list(averages(cases)),
         "target_ns_two_threads": TARGET_NS,
+        "kernels": kernels().name,
         "torch_threads_each": 1,
         "environment": before,
         "load_after": os.getloadavg(),

@@ -140,7 +140,12 @@ def test_forms_of_a_checkpoint(form: str, name: str, tmp_path: Path) -> None:
     assert any("lm_head" in t or t.startswith(("model.", "transformer.")) for t in tensors) == (
         form != "bare"
     )
-    assert_faithful(Bench(tmp_path))
+    bench = Bench(tmp_path)
+    # Embeddings are most of what the client holds.
+    stored = torch.bfloat16 if form == "bf16" else torch.float32
+    assert bench.split.causal.get_input_embeddings().weight.dtype == stored
+    assert bench.split.causal.get_output_embeddings().weight.dtype == stored
+    assert_faithful(bench)
 
 
 def test_tied_embeddings_may_be_saved_under_the_name_of_the_head(tmp_path: Path) -> None:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from hetrain.nn import saved as saved_module
 from hetrain.nn.saved import HalfSaver
+from hetrain.train.step import run_step
+from tests.split_bench import (
+    FAMILIES,
+    Bench,
+    adapter_parameters,
+    packed,
+    rows,
+    save_model,
+    stock_loss,
+)
 
 WIDTH = 256
 
@@ -62,13 +75,78 @@ def test_outliers_and_what_is_not_finite_survive() -> None:
     assert back.isinf().sum() == 1
 
 
+def stored_values(saver: HalfSaver) -> int:
+    """How many values lie in the saver's memory."""
+    return sum(arena.used for arena in saver._arenas.values())
+
+
 def test_a_tensor_that_is_saved_twice_is_stored_once() -> None:
-    x = torch.randn(WIDTH, WIDTH)
-    packed, back = saved([x, x, x.t(), x.view(-1)], [])
-    assert packed[0] is packed[1]
-    assert packed[0] is not packed[2]
-    assert torch.equal(back[2], back[0].t())
-    assert torch.equal(back[3].view(WIDTH, WIDTH), back[0])
+    x, saver = torch.randn(WIDTH, WIDTH), HalfSaver([])
+    tensors = [x, x, x.t(), x.view(-1), x[:, 1:], x[:, 1:]]
+    with saver.saving():
+        packed = [saver._pack(tensor) for tensor in tensors]
+    assert stored_values(saver) == x.numel() + x[:, 1:].numel()
+    for tensor, back in zip(tensors, map(saver._unpack, packed), strict=True):
+        assert torch.equal(back, tensor.half().float())
+
+
+def test_what_follows_from_what_is_stored_is_computed_again() -> None:
+    """A gated MLP over a norm keeps the norm's input, gate and up, not the norm, SiLU and the product."""
+    generator = torch.Generator().manual_seed(3)
+    weight = [torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / 16) for _ in range(3)]
+    scale, x = torch.rand(WIDTH, generator=generator), torch.randn(128, WIDTH, generator=generator)
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        norm = scale * (inputs * torch.rsqrt(inputs.pow(2).mean(-1, keepdim=True) + 1e-6))
+        gate, up = norm @ weight[0], norm @ weight[1]
+        return ((torch.nn.functional.silu(gate) * up) @ weight[2]).square().mean()
+
+    expected = torch.autograd.grad(forward(inputs := x.clone().requires_grad_()), [inputs, *weight])
+    saver = HalfSaver(weight)
+    with saver.saving():
+        loss = forward(inputs)
+    assert stored_values(saver) == 4 * x.numel()  # and what the square is of
+    for half, full in zip(torch.autograd.grad(loss, [inputs, *weight]), expected, strict=True):
+        assert float((half - full).norm() / full.norm()) < 2e-3
+
+
+def test_what_was_written_to_since_is_not_computed_again() -> None:
+    x, saver = torch.randn(WIDTH, WIDTH, requires_grad=True), HalfSaver([])
+    with saver.saving():
+        kept = x.detach() * 1.0
+        saver._pack(kept)
+        product = torch.mul(kept, 2.0)
+        kept.add_(1.0)
+        before = saver._pack(product)
+        other = torch.mul(kept, 2.0)
+        kept.add_(1.0)
+        after = saver._pack(other)
+        product.add_(1.0)
+        changed = saver._pack(product)
+    assert torch.allclose(saver._unpack(before), 2 * x, atol=0.02)
+    assert torch.allclose(saver._unpack(after), 2 * x + 2, atol=0.02)
+    assert torch.allclose(saver._unpack(changed), 2 * x + 1, atol=0.02)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_architecture_keeps_its_gradients(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 weights, and tensors that all count as large: kept in half precision or computed again."""
+    monkeypatch.setattr(saved_module, "_SMALLEST", 64)
+    save_model(FAMILIES[name], tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    bench = Bench(tmp_path)
+    result = run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
+    reference = bench.stock_peft()
+    losses = [stock_loss(reference, row) for row in rows()]
+    sum(losses).backward()
+    assert result.summed_loss == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
+    expected = {name: p.grad for name, p in adapter_parameters(reference).items()}
+    largest = max(gradient.norm() for gradient in expected.values())
+    for parameter, gradient in expected.items():
+        error = (result.gradients[parameter] - gradient).norm()
+        assert error <= 2e-2 * gradient.norm() + 1e-4 * largest, parameter
 
 
 def test_memory_that_was_given_back_is_not_taken_for_what_lay_there() -> None:

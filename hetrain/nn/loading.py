@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers import __version__ as _VERSION
 
 from hetrain.nn.attention import IMPLEMENTATION
+from hetrain.nn.stored import is_stored, keep_as_stored
 from hetrain.nn.trace import NO_INTERFACE
 from hetrain.public.checkpoints import Checkpoint
 from hetrain.public.errors import ModelError, UnsupportedArchitecture
+
+_ROWS_AT_ONCE = 8192
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -51,6 +54,8 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 def load_kept(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[str, str]) -> None:
     """Loads every parameter that is on the meta device still, frozen, and every buffer that was saved.
 
+    Embeddings and output head keep the type that they are stored in; all others become float32.
+
     Args:
         causal: from `skeleton`; what is to stay empty is no longer part of it.
         checkpoint: where to read.
@@ -59,17 +64,21 @@ def load_kept(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[
     Raises:
         ModelError: a tensor is missing, has another shape, or a parameter is not finite.
     """
+    keep_as_stored(causal)
     for name, parameter in list(causal.named_parameters()):
         if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            module = causal.get_submodule(owner)
             value = _read(checkpoint, tensor_of(tensors, checkpoint, name), parameter)
-            if not bool(torch.isfinite(value).all()):
+            if leaf != "weight" or not is_stored(module) or not value.is_floating_point():
+                value = value.to(parameter.dtype)
+            if not all(bool(torch.isfinite(rows).all()) for rows in value.split(_ROWS_AT_ONCE)):
                 raise ModelError(
                     "the weights are not finite",
                     where=name,
                     hint="the checkpoint is damaged: download it again",
                 )
-            owner, _, leaf = name.rpartition(".")
-            setattr(causal.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     causal.tie_weights()
     for name, buffer in causal.named_buffers():
         if name in tensors:
@@ -115,4 +124,4 @@ def _read(checkpoint: Checkpoint, tensor: str, like: torch.Tensor) -> torch.Tens
             f"tensor {tensor} has shape {tuple(value.shape)}, the architecture says {tuple(like.shape)}",
             where=str(checkpoint.directory),
         )
-    return value.to(like.dtype)
+    return value

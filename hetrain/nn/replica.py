@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
-from hetrain.nn.loss import output_head, summed_loss
+from hetrain.nn.loss import OutputHead, summed_loss
 from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
 from hetrain.nn.saved import HalfSaver
 from hetrain.nn.split import SplitModel
@@ -28,7 +28,7 @@ class Replica:
         self.parameters = adapter_parameters(self._model)
         self._causal = self._model.get_base_model()
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
-        self._head = output_head(self._causal)
+        self._head = OutputHead.of(self._causal)
         self._saver = HalfSaver(self._model.parameters())
         self._dropouts = [m for m in self._model.modules() if isinstance(m, SeededDropout)]
         _bind(split, self._causal, Outsourcer(channel, sealer, self.meter), self._device)

@@ -1,4 +1,4 @@
-"""Activations that wait for the backward pass, kept in half the memory."""
+"""Activations that wait for the backward pass: kept in half the memory, and only those that must be."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hetrain.nn.recompute import Place, Recorder, Source, View, strides_of, values_of
 from hetrain.public.allocator import release_freed_memory
 
 _SMALLEST = 1 << 14
 _CHUNK = 1 << 25
+_TIDY_AFTER = 1 << 24
 _LARGEST_HALF = 32768.0
-
-_Place = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 
 
 class _Arena:
@@ -46,6 +46,11 @@ class _Arena:
     def _new_chunk(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.float16, device=self._device)
 
+    @property
+    def used(self) -> int:
+        """Values in use; what is left over at the ends of chunks counts."""
+        return sum(map(len, self._chunks[: self._chunk])) + self._used
+
     def reset(self) -> None:
         """Gives all of it to the next values."""
         self._chunk = self._used = 0
@@ -57,6 +62,7 @@ class _Half:
 
     values: torch.Tensor
     scale: float
+    operations: int = 0
 
     def restore(self) -> torch.Tensor:
         restored = self.values.to(torch.float32)
@@ -64,10 +70,11 @@ class _Half:
 
 
 class HalfSaver:
-    """Stores what autograd saves as float16, 11 bits of precision, each tensor once.
+    """Stores what autograd saves as float16, 11 bits of precision, each value once.
 
-    Only large float32 tensors that are no parameters: those are never copied. A saver serves one forward pass
-    after another: the next one may begin when the backward pass of the last has ended.
+    Only large float32 tensors that are no parameters: those are never copied. What cheap operations make of
+    others is not stored but computed again. A saver serves one forward pass after another: the next one may
+    begin when the backward pass of the last has ended.
 
     Args:
         parameters: the model's, which stay as they are (views of them, too).
@@ -77,8 +84,10 @@ class HalfSaver:
         self._kept = {p.untyped_storage().data_ptr() for p in parameters}
         self._arenas: dict[torch.device, _Arena] = {}
         self._moved = 0
-        # By place in memory. The storage's weak reference keeps its address from being given away.
-        self._packed: dict[_Place, tuple[StorageWeakRef, _Half]] = {}
+        self._recorder = Recorder(self._is_large)
+        self._sources: dict[Place, Source] = {}
+        # Storages that are gone keep their addresses, by which places are told apart, as long as these live.
+        self._references: list[StorageWeakRef] = []
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -86,48 +95,61 @@ class HalfSaver:
         for arena in self._arenas.values():
             arena.reset()
         try:
-            with saved_tensors_hooks(self._pack, self._unpack):
+            with saved_tensors_hooks(self._pack, self._unpack), self._recorder:
                 yield
         finally:
-            self._packed.clear()
+            self._recorder.clear()
+            self._sources.clear()
+            self._references.clear()
+            release_freed_memory()
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Half:
-        storage = tensor.untyped_storage()
-        if tensor.dtype != torch.float32 or tensor.numel() < _SMALLEST or storage.data_ptr() in self._kept:
-            return tensor
-        reference = StorageWeakRef(storage)
-        place = (
-            reference.cdata,
-            tensor.storage_offset(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor._version,
+    def _is_large(self, value: object) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and value.dtype == torch.float32
+            and value.numel() >= _SMALLEST
+            and value.untyped_storage().data_ptr() not in self._kept
         )
-        if place not in self._packed:
-            self._count(tensor)
-            self._packed[place] = reference, self._halve(tensor.detach())
-        return self._packed[place][1]
 
-    def _unpack(self, packed: torch.Tensor | _Half) -> torch.Tensor:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | View:
+        if not self._is_large(tensor):
+            return tensor
+        reference = StorageWeakRef(tensor.untyped_storage())
+        place = Place.of(tensor, reference)
+        source = self._find(place)
+        if source is None:
+            self._count(tensor)
+            self._references.append(reference)
+            source = self._sources[place] = self._halve(values_of(tensor.detach()))
+        return View(source, tuple(tensor.shape), strides_of(tensor))
+
+    def _find(self, place: Place) -> Source | None:
+        source = self._sources.get(place) or self._recorder.recipe(place, self._find)
+        if source is not None:
+            self._sources[place] = source
+        return source
+
+    def _unpack(self, packed: torch.Tensor | View) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        self._count(packed.values)
-        return packed.restore()
+        tensor = packed.restore()
+        self._count(tensor)
+        return tensor
 
     def _count(self, tensor: torch.Tensor) -> None:
         """Tidies the heap up after every so many values that went in or out."""
         self._moved += tensor.numel()
-        if self._moved > _CHUNK:
+        if self._moved > _TIDY_AFTER:
             self._moved = 0
             release_freed_memory()
 
-    def _halve(self, tensor: torch.Tensor) -> _Half:
-        if tensor.device not in self._arenas:
-            self._arenas[tensor.device] = _Arena(tensor.device)
-        values = self._arenas[tensor.device].take(tensor.numel()).view(tensor.shape)
-        largest = float(torch.linalg.vector_norm(tensor, math.inf))
+    def _halve(self, values: torch.Tensor) -> _Half:
+        if values.device not in self._arenas:
+            self._arenas[values.device] = _Arena(values.device)
+        room = self._arenas[values.device].take(values.numel())
+        largest = float(torch.linalg.vector_norm(values, math.inf))
         scale = 1.0
         if _LARGEST_HALF < largest < math.inf:
             scale = 2.0 ** math.ceil(math.log2(largest / _LARGEST_HALF))
-        values.copy_(tensor if scale == 1.0 else tensor / scale)
-        return _Half(values, scale)
+        room.copy_(values if scale == 1.0 else values / scale)
+        return _Half(room, scale)

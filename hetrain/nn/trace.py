@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hetrain.nn.attention import RowLayout, packed_rows
-from hetrain.nn.loss import output_head
+from hetrain.nn.loss import OutputHead
 from hetrain.nn.remote import RemoteLinear
 from hetrain.public.errors import UnsupportedArchitecture
 
@@ -107,7 +107,7 @@ def _try_out(causal: PreTrainedModel, tracer: Tracer, names: list[str]) -> list[
             where=type(causal.base_model).__name__,
         )
     tracer.calls.clear()
-    _require_same_logits(causal, tokens, output_head(causal)(packed))
+    _require_same_logits(causal, tokens, OutputHead.of(causal)(packed))
     return groups
 
 
