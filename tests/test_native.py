@@ -100,6 +100,11 @@ def test_operands_that_do_not_fit_never_reach_the_kernel(native: NativeKernels) 
     ):
         with pytest.raises(ParameterError):
             native.encrypt(*wrong)
+    for shape in ((1, 4096), (1, 1536), (2048,)):  # more than the workspace holds, no power of two, no rank
+        with pytest.raises(ParameterError):
+            native.transform(torch.zeros(shape, dtype=torch.int8))
+    with pytest.raises(ParameterError):
+        native.transform(torch.zeros(2048, 1, dtype=torch.int8).t()[:, ::2])
     planes = torch.zeros(4, 2048, dtype=torch.int16), torch.zeros(4, 2048, dtype=torch.uint8)
     b, scales = torch.zeros(4, 256, dtype=torch.int16), torch.ones(9)
     native.decrypt(torch.zeros(9, 5), 1, b, *planes, scales, secret)

@@ -54,10 +54,11 @@ from hetrain.transport.embedded import Embedded, start_embedded
 from hetrain.transport.failures import error_of
 from hetrain.transport.local import LocalChannel
 from hetrain.transport.queue import QueueChannel, QueuePending
-from hetrain.transport.requests import Patience
+from hetrain.transport.requests import Patience, prepare_task
 from tasks.embedded import KeptWorker
 from tasks.ledger import Ledger
 from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
+from tests.running import serving
 
 OUT, IN = 1536, 1024
 GUARD_S = 60
@@ -242,6 +243,37 @@ def test_a_bad_request_fails_alone(channel: QueueChannel, matrix: np.ndarray) ->
         with pytest.raises(WireError):
             pending.result()
     assert (values(good.result(), 3) == product(matrix, x)).all()
+
+
+def test_a_product_that_fails_in_part_leaves_nothing(channel: QueueChannel) -> None:
+    x = memoryview(operand(IN, 3)).cast("B")
+    pending = channel.send("w", "forward", {}, [x], [(OUT, OUT + 1), (0, OUT)])
+    assert eventually(lambda: all(request.is_settled for request in pending._requests))
+    with pytest.raises(WireError):
+        pending.result()
+    assert not [name for name in keys_of(channel) if name.split(b":")[2] in (b"in", b"out")]
+
+
+def test_a_running_copy_counts_whichever_was_sent_last() -> None:
+    with serving() as served, closing(QueueChannel(served.url, patience=Patience(no_worker_s=3))) as channel:
+        plan = Blob(job=channel.job, kind="plan", token=new_token(), nbytes=0)
+        channel._prepared = prepare_task("tiny", "clear", plan, {})
+        client = channel._link.store.client
+        first, *others = [send(channel, operand(IN, 1))._requests[0] for _ in range(3)]
+        for request in (first, *others):  # as if they had been sent long ago, the first now again
+            request.sent_at = (request.sent_at or 0.0) - 2.5
+        first.is_lost = True
+        assert eventually(lambda: first.sends == 2)
+        begun = Completion(request=first.id, state="started", worker="w").to_json()
+        client.set(keys.lease(channel.job, first.id), "w", ex=GUARD_S)
+        client.rpush(keys.done_list(channel.job), begun)
+        assert eventually(lambda: first.started_at is not None)
+        sleep(2.5)
+        assert [request.sends for request in others] == [1, 1]  # the copy that began may be the old one
+        client.delete(keys.alive(channel.job))
+        assert eventually(lambda: first.sends == 3)
+        sleep(4.5)
+        assert (first.sends, first.is_settled, first.resends) == (3, False, 0)
 
 
 def test_a_task_that_kills_its_workers_is_given_up(channel: QueueChannel) -> None:

@@ -25,6 +25,7 @@ from hetrain.train.settings import (
     OptimizerSettings,
     OutsourcingSettings,
 )
+from hetrain.train.stopping import stop_on_signals
 from hetrain.train.submit import Outcome, Place, Recipe, submit
 from tasks.processes import start_worker, stop
 from tests.running import serving
@@ -100,6 +101,19 @@ def assert_same_adapter(a: Path, b: Path) -> None:
     first, second = (load_file(path / "adapter_model.safetensors") for path in (a, b))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
+    told = []
+    with stop_on_signals(lambda: told.append(True)) as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (asked(), asked(), told) == (True, True, [True])
+        os.kill(os.getpid(), signal.SIGTERM)  # here an update could be half applied
+        with pytest.raises(KeyboardInterrupt):
+            asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_in_lock_step_a_stop_changes_not_a_bit(place: Place, tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ class HalfSaver:
         if values.device not in self._arenas:
             self._arenas[values.device] = _Arena(values.device)
         room = self._arenas[values.device].take(values.numel())
-        largest = float(torch.linalg.vector_norm(values, math.inf))
+        smallest, largest = (float(extreme) for extreme in torch.aminmax(values))
+        largest = max(-smallest, largest)
         scale = 1.0
         if _LARGEST_HALF < largest < math.inf:
             scale = 2.0 ** math.ceil(math.log2(largest / _LARGEST_HALF))

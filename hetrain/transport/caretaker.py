@@ -60,7 +60,8 @@ class Caretaker:
 
     def note_start(self, request: Request, worker: str) -> None:
         """Notes that `worker` has begun `request`: what its queue got before it has been taken as well."""
-        self._fronts[request.queue] = max(self._fronts.get(request.queue, 0.0), request.sent_at or 0.0)
+        if request.sends == 1:  # else it may be the first copy, from far before `sent_at` or another queue
+            self._fronts[request.queue] = max(self._fronts.get(request.queue, 0.0), request.sent_at or 0.0)
         request.mark_started(worker)
 
     def look_after(self, requests: list[Request]) -> None:
@@ -79,7 +80,10 @@ class Caretaker:
             for request in sent:
                 request.is_lost = True
         self._look_at_fleet([request for request in sent if request.started_at is None])
-        self._look_at_workers([request for request in sent if request.started_at is not None])
+        # Of one that was sent again, an earlier copy may be running: then workers skip the later ones.
+        self._look_at_workers(
+            [request for request in sent if request.started_at is not None or request.sends > 1]
+        )
         try:
             self._try_memory(sent)
             self._keep_plan()
@@ -160,24 +164,28 @@ class Caretaker:
         if not store.refresh(blob):
             store.put(blob.job, blob.kind, blob.token, source.parts, full_s=0)
 
-    def _look_at_workers(self, started: list[Request]) -> None:
-        if not started:
+    def _look_at_workers(self, begun: list[Request]) -> None:
+        """Looks after requests that a worker has, or may have, begun."""
+        if not begun:
             return
         job = self._link.job
         with self._link.errors():
             pipe = self._link.client.pipeline(transaction=False)
-            for request in started:
+            for request in begun:
                 pipe.exists(keys.lease(job, request.id))
                 pipe.get(keys.finished(job, request.id))
             answers = pipe.execute()
-        for request, leased, finished in zip(started, answers[::2], answers[1::2], strict=True):
+        for request, leased, finished in zip(begun, answers[::2], answers[1::2], strict=True):
             if leased:
+                if request.started_at is None:  # whoever was taken for dead is not
+                    request.mark_started(request.worker or "unknown")
+                    request.resends = max(request.resends - 1, 0)
                 request.unleased = 0
                 self._progress_at = monotonic()
                 self._look_at_running(request)
             elif finished:
                 self._hear(finished)
-            else:
+            elif request.started_at is not None:
                 # A failure that was reported since the last look at the done-list looks the same, once.
                 request.unleased += 1
                 if request.unleased >= _LOOKS_UNTIL_DEAD and not request.is_lost:
@@ -247,7 +255,7 @@ class Caretaker:
 
 def _longest_silence(request: Request, patience: Patience) -> float:
     """Seconds without a sign of any worker until a request is sent again: twice as many after each time."""
-    return min(_SILENCE_S * 2.0 ** (request.sends - 1), patience.no_worker_s * _SHARE_UNTIL_RESENT)
+    return min(_SILENCE_S * 2.0 ** min(request.sends - 1, 10), patience.no_worker_s * _SHARE_UNTIL_RESENT)
 
 
 def _died(request: Request) -> TaskFailed:

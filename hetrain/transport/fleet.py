@@ -74,7 +74,8 @@ class FleetWatch:
         left = set(before.cards) - set(after.cards)
         _log_change("joined", set(after.cards) - set(before.cards), len(after.cards))
         _log_change("left", left, len(after.cards))
-        return frozenset(card.queue for card in left)
+        # Of two workers of one name now one, now the other is seen: neither has left.
+        return frozenset(card.queue for card in left if card.worker not in latest)
 
     def _read(self) -> list[bytes]:
         client = self._link.client

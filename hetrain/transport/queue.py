@@ -221,10 +221,10 @@ class QueueChannel:
             request.mark_sent()  # first: a broker that restarts now must not be missed
             self._patiently(partial(self._link.sender.send, request, full_s=self._link.patience.full_s))
 
-    def _forget(self, requests: Sequence[Request], blobs: Sequence[Blob]) -> None:
+    def _forget(self, requests: Sequence[Request], operands: Sequence[Blob]) -> None:
         self._collector.remove(requests)
         with suppress(BrokerError):  # they expire anyway
-            self._traces.remove(requests, blobs)
+            self._traces.remove(requests, operands)
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until the broker can be reached, within the limits of patience."""
@@ -268,18 +268,14 @@ class QueuePending:
     def result(self) -> Reply:
         """See `Pending.result`."""
         found: dict[str, tuple[Completion, memoryview]] = {}
-        blobs = [self._operand]
         try:
             left = list(self._requests)
             while left:
                 request = self._channel._collector.wait_any(left)
                 left.remove(request)
                 found[request.id] = self._channel._fetch(request)
-                output = found[request.id][0].output
-                if output is not None:
-                    blobs.append(output)
         finally:
-            self._channel._forget(self._requests, blobs)
+            self._channel._forget(self._requests, [self._operand])
             if self.hold is not None:
                 complete = len(found) == len(self._requests)
                 self.hold.release(sum(data.nbytes for _, data in found.values()) if complete else None)

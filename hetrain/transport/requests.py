@@ -93,6 +93,11 @@ class Request:
         """Whether the outcome is known."""
         return self._settled.is_set()
 
+    @property
+    def output(self) -> Blob | None:
+        """Where its result lies, once that is known."""
+        return self._outcome.output if isinstance(self._outcome, Completion) else None
+
     def settle(self, outcome: Completion | HetrainError) -> None:
         """Wakes who waits. Only the first outcome counts."""
         if not self.is_settled:

@@ -25,16 +25,22 @@ class Traces:
         """Remembers a plan, which is needed for as long as the job lasts."""
         self._plans.append(blob)
 
-    def remove(self, requests: Iterable[Request], blobs: Sequence[Blob]) -> None:
-        """Removes what there is of `requests` that nobody waits for any more, and `blobs`.
+    def remove(self, requests: Sequence[Request], operands: Sequence[Blob]) -> None:
+        """Removes what there is of `requests` that nobody waits for any more, their results, and `operands`.
 
         A request that was sent more than once may still be queued: that it has ended stays written down.
         """
         once: list[str] = []
         for request in requests:
             (once if request.sends <= 1 else self._repeated).append(request.id)
+        outputs = [request.output for request in requests if request.output is not None]
+        given_up = [
+            request.id for request in requests if request.output is None and request.source is not None
+        ]
+        if given_up:
+            outputs += self._outputs(given_up)
         self._unlink(self._names(once))
-        self._link.store.delete(blobs)
+        self._link.store.delete([*operands, *outputs])
 
     def declare_dead(self) -> None:
         """Lets workers drop what is still queued, and keeps them from leaving more."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from hetrain.public.errors import ParameterError
+from hetrain.public.parameters import SLOTS
 
 _ALIGNMENT = 64
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -97,12 +98,14 @@ class NativeSecret:
     """The spectrum of a secret int8 [d, N], in the order of the kernels' own transform. Never serialised."""
 
     def __init__(self, secret: torch.Tensor, found: ctypes.CDLL) -> None:
+        _require(secret.dtype == torch.int8, secret.dim() == 2, secret.is_contiguous())
         self.rank, self.ring_degree = secret.shape
+        _require(16 <= self.ring_degree <= SLOTS, self.ring_degree & (self.ring_degree - 1) == 0)
         self.tables = _tables(self.ring_degree)
         self.spectrum = np.empty((self.rank, self.ring_degree // 2, 2))
         found.hetrain_spectrum(
             self.spectrum.ctypes.data,
-            secret.contiguous().data_ptr(),
+            secret.data_ptr(),
             self.rank,
             self.ring_degree // 2,
             self.tables.twist.ctypes.data,

@@ -1,0 +1,77 @@
+"""Embeddings and output head in the precision in which their checkpoint stores them, computed in float32.
+
+The two are most of what the client holds of a model. Their stored values, bf16 as a rule, stay in the
+memory-mapped file, and become float32, which is exact, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_ROWS = 4096
+
+
+class StoredEmbedding(nn.Embedding):
+    """An `nn.Embedding` that answers in float32 whatever the type of its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight."""
+        return super().forward(input).to(torch.float32)
+
+
+class StoredHead(nn.Linear):
+    """A frozen `nn.Linear` that computes in float32 whatever the type of its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x·Wᵀ + bias."""
+        y: torch.Tensor = _ProductByRows.apply(input.reshape(-1, input.shape[-1]), self.weight)
+        y = y.view(*input.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class _ProductByRows(torch.autograd.Function):
+    """x·Wᵀ, with few rows of W in float32 at any time; dx = dy·W."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.weight = weight
+        y = x.new_empty(len(x), len(weight))
+        for columns, rows in zip(y.split(_ROWS, dim=1), weight.detach().split(_ROWS), strict=True):
+            torch.mm(x, rows.to(x.dtype).t(), out=columns)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
+        dx = dy.new_zeros(len(dy), ctx.weight.shape[1])
+        for columns, rows in zip(dy.split(_ROWS, dim=1), ctx.weight.detach().split(_ROWS), strict=True):
+            dx.addmm_(columns, rows.to(dy.dtype))
+        return dx, None
+
+
+def keep_as_stored(causal: PreTrainedModel) -> None:
+    """Has the model's embedding and output head hold their weights as stored.
+
+    Where either, or whoever shares its weight, computes in its own way, that weight is left alone.
+    """
+    owners: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in causal.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(module)
+    for module in (causal.get_input_embeddings(), causal.get_output_embeddings()):
+        weight = getattr(module, "weight", None)
+        if all(type(owner) in _STORED for owner in owners[id(weight)]):
+            for owner in owners.pop(id(weight), []):
+                # The same modules, so that ties, names and hooks stay.
+                owner.__class__ = _STORED[type(owner)]
+
+
+def is_stored(module: nn.Module) -> bool:
+    """Whether the module takes a weight of any floating-point type."""
+    return isinstance(module, StoredEmbedding | StoredHead)
+
+
+_STORED: dict[type[nn.Module], type[nn.Module]] = {nn.Embedding: StoredEmbedding, nn.Linear: StoredHead}

@@ -1,0 +1,33 @@
+"""Loss and gradient over the vocabulary, a few tokens and rows of the head at a time, in stored precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hetrain.nn.loss import OutputHead, summed_loss
+from hetrain.nn.stored import StoredHead
+
+TOKENS, HIDDEN, VOCABULARY = 1100, 32, 9000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, None), (2.0, 3.0)])
+def test_loss_is_that_of_float64(dtype: torch.dtype, scale: float, cap: float | None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    head = StoredHead(HIDDEN, VOCABULARY).requires_grad_(False)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype)
+    head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    targets[::7] = -100
+    loss = summed_loss(hidden, targets, OutputHead(head, scale, cap))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    logits = scale * (exact @ weight.double().t() + head.bias.double())
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = cross_entropy(logits, targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, exact)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
