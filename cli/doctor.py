@@ -75,7 +75,7 @@ def _sections(found: Checkup) -> Iterator[tuple[str, list[str]]]:
         f"{half.name}: {half.reason or ('usable' if half.hides else 'usable, hides nothing')}"
         for half in client.engines
     ]
-    yield "client", [f"{versions}; {client.cores} cores", *engines]
+    yield "client", [f"{versions}; {client.cores} cores; {client.kernels} kernels", *engines]
     yield "broker", _broker(found.broker, embedded=found.embedded)
     for worker in found.workers:
         yield "worker", _worker(worker)

@@ -22,6 +22,7 @@ from hetrain.public.broker import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, WireError
 from hetrain.public.wire import CONTROL_ABOUT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
+from hetrain.secret.kernels import kernels
 from hetrain.train.checkup import check_up
 from hetrain.transport.census import take_census
 from tasks.processes import start_worker, stop
@@ -104,6 +105,7 @@ def test_worker_device_and_engines_are_named(
     assert report["warnings"] == []
     assert report["client"]["versions"]["hetrain"] == hetrain.__version__
     assert [half["name"] for half in report["client"]["engines"]] == list(ENGINES)
+    assert report["client"]["kernels"] == kernels().name
     assert report["broker"]["maxmemory"] == 2 << 30
     assert report["broker"]["policy"] == "noeviction"
     assert report["broker"]["server"].startswith("valkey ")

@@ -1,9 +1,9 @@
 """Workers are killed at random moments, fifty times, and training does not notice.
 
-A job in lock step and an asynchronous one share three workers. Each kill is a SIGKILL to one of them, and
-another one takes its place. Half of the kills come at random times, whatever the worker is doing, the others
-in the middle of a request: of the same request not more than twice, since one that ends every worker that
-takes it is given up.
+A job in lock step with the exact engine `clear` and an asynchronous one with `rlwe` share three workers. Each
+kill is a SIGKILL to one of them, and another one takes its place. Half of the kills come at random times,
+whatever the worker is doing, the others in the middle of a request: of the same request not more than twice,
+since one that ends every worker that takes it is given up.
 """
 
 from __future__ import annotations
@@ -128,12 +128,14 @@ class Drawn:
         return next(self._batches)
 
 
-def run(url: str, model: Path, flight: FlightSettings, seed: int, batches: Iterator[MicroBatch]) -> Run:
+def run(
+    url: str, model: Path, engine: str, flight: FlightSettings, seed: int, batches: Iterator[MicroBatch]
+) -> Run:
     """Number of updates that training on `batches` makes, and the adapter after it."""
     with ExitStack() as stack:
         with LOADING:
             base = open_base(str(model))
-            session = stack.enter_context(open_session(base, OutsourcingSettings("clear"), url, "cpu"))
+            session = stack.enter_context(open_session(base, OutsourcingSettings(engine), url, "cpu"))
             adapted = add_adapter(session.split, LoraSettings(r=4, alpha=8, dropout=0.1), seed)
         optimizer = OptimizerSettings(learning_rate=1e-3, schedule="constant")
         updater = Updater(adapter_parameters(adapted), optimizer, 0)
@@ -161,15 +163,16 @@ def test_fifty_kills_change_neither_the_updates_nor_a_bit(tiny_llama: Path, tmp_
         with Assassin(fleet, served.url) as assassin:
             first = Drawn(endless(rows, 1), in_step.in_flight, assassin)
             second = Drawn(endless(rows, 2), 1, assassin)
-            stepping = pool.submit(run, served.url, tiny_llama, in_step, 1, first)
-            running = pool.submit(run, served.url, tiny_llama, at_once, 2, second)
-            (updates, disturbed), (updates_at_once, _) = stepping.result(), running.result()
+            stepping = pool.submit(run, served.url, tiny_llama, "clear", in_step, 1, first)
+            running = pool.submit(run, served.url, tiny_llama, "rlwe", at_once, 2, second)
+            (updates, disturbed), (updates_at_once, encrypted) = stepping.result(), running.result()
         logger.warning("killed: %s; updates: %d, %d", dict(assassin.victims), updates, updates_at_once)
         assert assassin.victims.total() == KILLS
         assert assassin.victims["busy"] >= KILLS // 10, "hardly anything was disturbed"
         assert updates * in_step.in_flight == first.count
         assert updates_at_once == second.count
-        again, calm = run(served.url, tiny_llama, in_step, 1, islice(endless(rows, 1), first.count))
+        again, calm = run(served.url, tiny_llama, "clear", in_step, 1, islice(endless(rows, 1), first.count))
     assert again == updates
     assert calm.keys() == disturbed.keys()
     assert all(torch.equal(calm[name], disturbed[name]) for name in calm)
+    assert all(bool(value.isfinite().all()) for value in encrypted.values())

@@ -17,6 +17,7 @@ from hetrain.public.errors import HetrainError, NoWorker, WireError
 from hetrain.public.plan import Group, Member, Plan
 from hetrain.public.wire import QUEUE, WorkerReport
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
+from hetrain.secret.kernels import kernels
 from hetrain.transport.census import BrokerReport, Census, ask_broker, take_census
 from hetrain.transport.embedded import start_embedded
 
@@ -49,10 +50,11 @@ class ClientHalf:
 
 @dataclass(frozen=True)
 class ClientReport:
-    """This machine: versions by package, cores that this process may use, engines."""
+    """This machine: versions by package, cores that this process may use, version of its kernels, engines."""
 
     versions: dict[str, str]
     cores: int
+    kernels: str
     engines: tuple[ClientHalf, ...]
 
 
@@ -116,7 +118,7 @@ def check_up(broker_url: str | None) -> Checkup:
         embedded=broker_url is None,
         broker=broker,
         workers=census.workers,
-        warnings=(*_of_broker(broker), *_of_workers(census)),
+        warnings=(*_of_client(client), *_of_broker(broker), *_of_workers(census)),
         failure=failure,
     )
 
@@ -147,6 +149,7 @@ def _client() -> ClientReport:
     return ClientReport(
         versions=versions | {package: _version(package) for package in _PACKAGES},
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        kernels=kernels().name,
         engines=tuple(_half(engine) for engine in ENGINES.values()),
     )
 
@@ -156,6 +159,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
+
+
+def _of_client(client: ClientReport) -> Iterator[str]:
+    if client.kernels != "native":
+        yield (
+            "this client's kernels are not compiled, encryption takes three times as long; "
+            "install a C compiler, then hetrain again"
+        )
 
 
 def _half(engine: ClientEngine) -> ClientHalf:

@@ -21,7 +21,6 @@ _LOOKS_UNTIL_DEAD = 2
 _SILENCE_S = 3.0
 _SHARE_UNTIL_RESENT = 1 / 3
 _OVERTAKEN_S = 1.0
-_REFUSALS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +105,11 @@ class Caretaker:
     def mark_refused(self, request: Request, error: WorkerRefused) -> None:
         """Has `request` sent again after a worker that does not serve it took it from those that do.
 
-        Fails it with `error` after too many refusals. Raises `BrokerError`.
+        Fails it with `error` when none of those has had it for as long as one may run it. Raises
+        `BrokerError`.
         """
         request.refused_on.append(request.queue)
-        if len(request.refused_on) > _REFUSALS:
+        if monotonic() - (request.asked_at or monotonic()) > request.run_limit_s:
             request.settle(error)
             return
         request.is_lost = True
@@ -216,7 +216,7 @@ class Caretaker:
         now, sent_at, patience = monotonic(), request.sent_at or 0.0, self._link.patience
         if self._is_given_up(request):
             request.settle(self._router.not_served(self._router.cover().missing, patience.no_worker_s))
-        elif now - max(request.asked_at or 0.0, self._progress_at) > patience.no_worker_s:
+        elif now - max(request.asked_at or 0.0, self._progress_at) > self._longest_wait(request):
             request.settle(self._router.no_worker(request.queue, patience.no_worker_s))
         elif (
             now - sent_at > patience.deadline_s
@@ -225,6 +225,14 @@ class Caretaker:
         ):
             # A worker may have died before it could say that it had begun. A second copy does no harm.
             self._send_again(request, sent)
+
+    def _longest_wait(self, request: Request) -> float:
+        """Seconds without a sign of any worker until a request fails: more where one announces to serve it.
+
+        Such a worker is busy with other jobs.
+        """
+        patience = self._link.patience
+        return request.run_limit_s if self._router.is_served(request) else patience.no_worker_s
 
     def _is_overtaken(self, request: Request) -> bool:
         """Whether its queue, first in, first out, has handed out what came well after it."""

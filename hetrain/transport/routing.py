@@ -97,15 +97,22 @@ class Router:
 
     def serves_elsewhere(self, request: Request, worker: str) -> bool:
         """Whether `worker`, which has refused `request`, does not announce to serve it while others do."""
-        if isinstance(request.task, EvaluateTask):
-            serving = self._serving_request(request)
-        else:
-            serving = tuple(
-                card
-                for card in self.watch.fleet.cards
-                if card.queue == request.queue and self._model in card.models
-            )
+        serving = self._takers(request)
         return bool(serving) and worker not in {card.worker for card in serving}
+
+    def is_served(self, request: Request) -> bool:
+        """Whether a worker announces that it takes from the queue of `request` and serves it."""
+        return any(card.queue == request.queue for card in self._takers(request))
+
+    def _takers(self, request: Request) -> tuple[WorkerCard, ...]:
+        """Workers that serve `request`: of its group, or, to prepare the job, of its queue and model."""
+        if isinstance(request.task, EvaluateTask):
+            return tuple(self._serving_request(request))
+        return tuple(
+            card
+            for card in self.watch.fleet.cards
+            if card.queue == request.queue and self._model in card.models
+        )
 
     def is_unserved(self, request: Request) -> bool:
         """Whether nobody serves the group of `request`, while other groups of its model are served."""

@@ -23,6 +23,7 @@ from hetrain.public.errors import ParameterError
 from hetrain.public.parameters import SLOTS
 
 _ALIGNMENT = 64
+_INTERFACE = 1
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
@@ -37,7 +38,10 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         found = ctypes.CDLL(str(path))
-    except OSError:  # compiled for another machine
+        interface = found.hetrain_interface()
+    except (OSError, AttributeError):  # compiled for another machine, or long ago
+        return None
+    if interface != _INTERFACE:
         return None
     found.hetrain_workspace_bytes.argtypes = []
     found.hetrain_workspace_bytes.restype = _SIZE
