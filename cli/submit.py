@@ -92,7 +92,7 @@ def submit(
     """Fine-tune a model with LoRA on workers that see only ciphertexts.
 
     Ctrl-C (or SIGTERM) once finishes the micro-batches in flight and writes adapter and checkpoint; twice
-    leaves now.
+    leaves after the update at hand.
     """
     from hetrain.nn.lora import LoraSettings
     from hetrain.train.settings import (
