@@ -385,11 +385,13 @@ def _limits(one: Mapping[str, Any], product: Mapping[str, float]) -> str:
     last = {cell["workers"]: cell for cell in one["cells"]}
     client = min(one["client_limits_per_s"].values())
     scale = one["dilation"] * one["share"] * 8 / 1e9
+    best_of_one = max((cell["efficiency"] for cell in one["cells"] if cell["workers"] == 1), default=0.0)
     rows = [
         (
             str(workers),
             str(cell["in_flight"]),
             f"{cell['efficiency'] * workers / product['worker_s']:.0f}",
+            f"{cell['efficiency'] / best_of_one:.0%}" if best_of_one else "",
             f"{min(workers, cell['in_flight']) / product['worker_s']:.0f}",
             f"{client:.0f}",
             f"{cell['bytes_up_per_s'] * scale:.0f}",
@@ -402,6 +404,7 @@ def _limits(one: Mapping[str, Any], product: Mapping[str, float]) -> str:
         "workers",
         "in flight",
         "products/s",
+        "of workers × one worker",
         "workers' limit",
         "client's limit",
         "Gbit/s up",
