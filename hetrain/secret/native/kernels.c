@@ -130,6 +130,29 @@ INLINE size_t twiddle_count(size_t points)
     return count;
 }
 
+/* Rows become lanes and lanes rows: three rounds of exchanging halves of pairs. */
+INLINE void transpose(ints v[LANES])
+{
+    const ints even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
+    const ints even2 = {0, 1, 8, 9, 4, 5, 12, 13}, odd2 = {2, 3, 10, 11, 6, 7, 14, 15};
+    const ints even4 = {0, 1, 2, 3, 8, 9, 10, 11}, odd4 = {4, 5, 6, 7, 12, 13, 14, 15};
+    ints u[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        u[i] = __builtin_shuffle(v[i], v[i + 1], even);
+        u[i + 1] = __builtin_shuffle(v[i], v[i + 1], odd);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            v[j] = __builtin_shuffle(u[j], u[j + 2], even2);
+            v[j + 2] = __builtin_shuffle(u[j], u[j + 2], odd2);
+        }
+    for (int j = 0; j < 4; j++) {
+        u[j] = __builtin_shuffle(v[j], v[j + 4], even4);
+        u[j + 4] = __builtin_shuffle(v[j], v[j + 4], odd4);
+    }
+    memcpy(v, u, sizeof u);
+}
+
 /* Where a block of masks comes from: whole words, or their two upper parts as results bring them. */
 typedef struct {
     const int32_t *whole;
@@ -137,30 +160,42 @@ typedef struct {
     const uint8_t *low;
 } masks;
 
-INLINE int32_t mask_word(const masks *m, size_t index)
+typedef int16_t shorts __attribute__((vector_size(LANES * sizeof(int16_t))));
+typedef uint8_t bytes __attribute__((vector_size(LANES * sizeof(uint8_t))));
+
+/* Words index .. index+7 of the rows that begin at `at`: vector j has word index+j of each row in a lane. */
+INLINE void gather(ints out[LANES], const masks *m, const size_t *at, size_t index)
 {
-    if (m->whole)
-        return m->whole[index];
-    return (int32_t)(((uint32_t)(uint16_t)m->high[index] << 16) | ((uint32_t)m->low[index] << 8));
+    for (int lane = 0; lane < LANES; lane++) {
+        const size_t place = at[lane] + index;
+        if (m->whole) {
+            memcpy(&out[lane], m->whole + place, sizeof out[lane]);
+        } else {
+            shorts high;
+            bytes low;
+            memcpy(&high, m->high + place, sizeof high);
+            memcpy(&low, m->low + place, sizeof low);
+            out[lane] = (__builtin_convertvector(high, ints) << 16) | (__builtin_convertvector(low, ints) << 8);
+        }
+    }
+    transpose(out);
 }
 
-/* Word `index` of the rows in `at`, as doubles. */
-INLINE vec gather(const masks *m, const size_t *at, size_t index)
-{
-    vec v;
-    for (int lane = 0; lane < LANES; lane++)
-        v[lane] = (double)mask_word(m, at[lane] + index);
-    return v;
-}
-
+/* z = twist·(low + i·high) */
 INLINE void fold(point *z, const transform *t, const masks *m, const size_t *at, size_t offset)
 {
     const size_t n = t->points;
-    for (size_t j = 0; j < n; j++) {
-        const vec low = gather(m, at, offset + j), high = gather(m, at, offset + n + j);
-        const double c = t->twist[2 * j], s = t->twist[2 * j + 1];
-        z[j].re = low * c - high * s;
-        z[j].im = low * s + high * c;
+    for (size_t first = 0; first < n; first += LANES) {
+        ints low[LANES], high[LANES];
+        gather(low, m, at, offset + first);
+        gather(high, m, at, offset + n + first);
+        for (size_t i = 0; i < LANES; i++) {
+            const size_t j = first + i;
+            const double c = t->twist[2 * j], s = t->twist[2 * j + 1];
+            const vec re = __builtin_convertvector(low[i], vec), im = __builtin_convertvector(high[i], vec);
+            z[j].re = re * c - im * s;
+            z[j].im = re * s + im * c;
+        }
     }
 }
 
@@ -290,18 +325,20 @@ void hetrain_encrypt(int32_t *out, const int32_t *mask_words, const uint8_t *key
         product(z, acc, &t, &m, at, rank, spectrum);
         centred_binomial((lanes8 *)noise, (const lanes8 *)(keystream + row * degree), valid * degree / 8,
                          rows * degree / 8, eta);
-        for (size_t j = 0; j < points; j++) {
-            ints part[2];
-            unfold(acc + j, twist + 2 * j, part, part + 1);
-            for (int half = 0; half < 2; half++) {
-                const size_t token = j + (size_t)half * points;
-                if (token < tokens) {
+        for (size_t first = 0; first < points; first += LANES) {
+            ints part[2][LANES];
+            for (size_t i = 0; i < LANES; i++)
+                unfold(acc + first + i, twist + 2 * (first + i), &part[0][i], &part[1][i]);
+            for (size_t half = 0; half < 2; half++) {
+                const size_t begin = first + half * points;
+                for (size_t token = begin; token < begin + LANES && token < tokens; token++) {
                     floats v = {0};
                     memcpy(&v, x + token * width + k0 + row, valid * sizeof(float));
-                    part[half] += rounded(v * inverse[token], limit);
+                    part[half][token - begin] += rounded(v * inverse[token], limit);
                 }
+                transpose(part[half]);
                 for (size_t lane = 0; lane < valid; lane++)
-                    out[(row + lane) * degree + token] = part[half][lane];
+                    memcpy(out + (row + lane) * degree + begin, &part[half][lane], sizeof(ints));
             }
         }
         for (size_t i = 0; i < valid * degree; i++)
@@ -330,18 +367,24 @@ void hetrain_decrypt(float *out, const int16_t *b, const int16_t *high, const ui
         for (size_t lane = 0; lane < LANES; lane++)
             at[lane] = (row + (lane < valid ? lane : valid - 1)) * rank * degree;
         product(z, acc, &t, &m, at, rank, spectrum);
-        for (size_t j = 0; j < points; j++) {
-            ints part[2];
-            unfold(acc + j, twist + 2 * j, part, part + 1);
-            for (int half = 0; half < 2; half++) {
-                const size_t token = j + (size_t)half * points;
-                if (token >= tokens)
-                    continue;
-                ints v;
-                for (size_t lane = 0; lane < LANES; lane++)
-                    v[lane] = (int32_t)((uint32_t)(uint16_t)b[at[lane] / rank + token] << 16);
-                const floats y = __builtin_convertvector(v - part[half], floats) * scales[token];
-                memcpy(out + token * width + j0 + row, &y, valid * sizeof(float));
+        for (size_t first = 0; first < points; first += LANES) {
+            ints part[2][LANES];
+            for (size_t i = 0; i < LANES; i++)
+                unfold(acc + first + i, twist + 2 * (first + i), &part[0][i], &part[1][i]);
+            for (size_t half = 0; half < 2; half++) {
+                const size_t begin = first + half * points;
+                ints rows_of_b[LANES];
+                for (size_t lane = 0; lane < LANES; lane++) {
+                    shorts values;
+                    memcpy(&values, b + at[lane] / rank + begin, sizeof values);
+                    rows_of_b[lane] = __builtin_convertvector(values, ints) << 16;
+                }
+                transpose(rows_of_b);
+                for (size_t token = begin; token < begin + LANES && token < tokens; token++) {
+                    const ints value = rows_of_b[token - begin] - part[half][token - begin];
+                    const floats y = __builtin_convertvector(value, floats) * scales[token];
+                    memcpy(out + token * width + j0 + row, &y, valid * sizeof(float));
+                }
             }
         }
     }
