@@ -12,6 +12,7 @@ from hetrain.public.fleet import ShardRange
 from hetrain.public.plan import Group, Plan, parse_plan
 from hetrain.public.wire import EvaluateTask, PrepareTask
 from worker_gpu.cache import Cache
+from worker_gpu.copies import own_stream
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.engines import Engine, open_engine
 from worker_gpu.shards import own_part, refuse_others, served_shards
@@ -84,7 +85,7 @@ class Service:
         refuse_others(plan, index, self._shards)
         matrix = self._weights.matrix(plan.model, group)
         rows = matrix if task.direction == "forward" else matrix.t()
-        with torch.inference_mode():
+        with torch.inference_mode(), own_stream(self._compute.device):
             return half.evaluate(rows[task.start : task.stop], task, payload)
 
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:

@@ -6,6 +6,7 @@ import torch
 
 from hetrain.public.errors import WireError
 from hetrain.public.wire import EvaluateTask
+from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
 
 
@@ -17,5 +18,4 @@ def evaluate(
     if payload.nbytes == 0 or payload.nbytes % (4 * k):
         raise WireError(f"the operand has {payload.nbytes} bytes, no multiple of {4 * k}", where=task.group)
     operand = torch.frombuffer(payload, dtype=torch.int32).view(k, -1)
-    result = compute.kernel(matrix, operand.to(compute.device))
-    return [memoryview(result.contiguous().cpu().numpy()).cast("B")]
+    return download([compute.kernel(matrix, upload(operand, compute.device))])

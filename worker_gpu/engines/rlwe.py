@@ -19,6 +19,7 @@ from hetrain.public.parameters import (
     ParameterSet,
 )
 from hetrain.public.wire import EvaluateTask
+from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
 from worker_gpu.kernels import blocks, new_room
 
@@ -41,13 +42,11 @@ def evaluate(
     if payload.nbytes != expected:
         raise WireError(f"the operand has {payload.nbytes} bytes, not {expected}", where=task.group)
     b = torch.frombuffer(payload, dtype=torch.int32).view(k, parameters.ring_degree)
-    b_out = compute.kernel(matrix, b.to(compute.device))
-    parts = [_bytes(switch_b(b_out))]
-    if seed is None:
-        return parts
-    a = expand_mask(seed, k, parameters.dimension)
-    a_out = compute.kernel(matrix, a.to(compute.device))
-    return parts + [_bytes(plane) for plane in switch_a(a_out)]
+    parts = [switch_b(compute.kernel(matrix, upload(b, compute.device)))]
+    if seed is not None:
+        a = expand_mask(seed, k, parameters.dimension)
+        parts += switch_a(compute.kernel(matrix, upload(a, compute.device)))
+    return download(parts)
 
 
 def switch_b(values: torch.Tensor) -> torch.Tensor:
@@ -78,7 +77,3 @@ def _parameters(task: EvaluateTask) -> ParameterSet:
     if not isinstance(name, str) or name not in PARAMETER_SETS:
         raise WireError(f"unknown parameter set {name!r}", where=task.group)
     return PARAMETER_SETS[name]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().cpu().numpy()).cast("B")
