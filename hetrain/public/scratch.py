@@ -16,7 +16,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     buffers: dict[str, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
     count = math.prod(shape)
     if name not in buffers or buffers[name].numel() < count or buffers[name].dtype != dtype:
-        buffers[name] = lasting((count,), dtype)
+        with torch.inference_mode(False):  # else nobody outside that mode could write to it
+            buffers[name] = lasting((count,), dtype)
     return buffers[name][:count].view(shape)
 
 
