@@ -445,7 +445,7 @@ def main() -> None:
         if arguments.asynchronous:
             from benchmarks import lockstep
 
-            figures["asynchronous"] = lockstep.measure()
+            figures["asynchronous"] = lockstep.measure(lockstep.Run(micro_batches=8, repeats=2))
     except HetrainError as error:
         raise SystemExit(str(error)) from error
     print(table(figures))
