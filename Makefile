@@ -48,7 +48,7 @@ gpu-check: venv
 	HETRAIN_DEVICE=cuda $(BIN)/python -m pytest tests/test_kernels.py tests/test_encryption.py
 
 # About an hour on two idle cores: gemm 4 minutes, client 1, growth 3, engines 8, step 10, convergence 15,
-# the Llama-3.2-1B shape 25. Keeps a random model of that shape in the cache, 2.5 GB, and takes 4 GB more of
+# the Llama-3.2-1B shape 6, scaling 12. Keeps a random model of that shape in the cache, 2.5 GB, and takes 4 GB more of
 # disk for as long as it runs. The report leaves out what is not there.
 bench: venv
 	$(BIN)/python -m benchmarks.gemm --json $(RESULTS)/gemm.json
@@ -59,6 +59,8 @@ bench: venv
 	$(BIN)/python -m benchmarks.convergence --json $(RESULTS)/convergence.json
 	$(BIN)/python -m benchmarks.step --shape llama-3.2-1b --no-plain --in-flight 1 --updates 1 \
 		--json $(RESULTS)/step-llama.json
+	$(BIN)/python -m benchmarks.scaling --asynchronous --json $(RESULTS)/scaling.json
+	$(BIN)/python -m benchmarks.documents
 	$(BIN)/python -m benchmarks.report
 
 clean:
