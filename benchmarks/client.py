@@ -61,7 +61,7 @@ def whole(tokens: int, k: int, hints: bool) -> Mapping[str, Callable[[], object]
     """Encryption and decryption of one operand [tokens, k] and one result of k rows."""
     parameters = parameters_for(tokens)
     x = torch.randn(tokens, k)
-    hint = _ready_hint(k) if hints else None
+    hint = ready_hint(k) if hints else None
     opening = seal(x, _MAX_L1, None, hint).opening
     row_bytes = 2 * parameters.ring_degree + (0 if hints else 3 * parameters.dimension)
     part = torch.randint(0, 256, (k * row_bytes,), dtype=torch.uint8).numpy().data.cast("B")
@@ -71,7 +71,7 @@ def whole(tokens: int, k: int, hints: bool) -> Mapping[str, Callable[[], object]
     }
 
 
-def _ready_hint(rows: int) -> Hint:
+def ready_hint(rows: int) -> Hint:
     """A hint whose product is on disk; it is not the product of anything."""
     file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the hint
     hint = Hint(PublicSeed.fresh(), operand_rows=rows, rows=rows, sketch=None, file=file, offset=0)
@@ -90,7 +90,7 @@ def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
     ternary = sample_ternary(SecretStream("hetrain.secret"), dimension)
     secret = kernels().transform(ternary.view(parameters.rank, degree))
     hint, mask_stream, noise_stream = (
-        _ready_hint(k),
+        ready_hint(k),
         MaskStream(PublicSeed.fresh()),
         SecretStream("hetrain.noise"),
     )

@@ -23,7 +23,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.client import ready_hint
 from benchmarks.delayed import Fleet, Pace, fleet
 from benchmarks.environment import environment
 from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, Product, Work, WorkerModel
@@ -174,7 +174,7 @@ def ready_made(channel: Channel, products: Sequence[Product], pace: Pace) -> lis
 def encrypted(channel: Channel, products: Sequence[Product], pace: Pace) -> list[Step]:
     """Steps that encrypt a real operand under a fresh secret, and decrypt what comes back."""
     scaled = [pace.scaled(product) for product in products]
-    hint = _ready_hint(max(product.n for product in scaled)) if products[0].hints else None
+    hint = ready_hint(max(product.n for product in scaled)) if products[0].hints else None
     return [
         partial(_ask_encrypted, channel, product, small, torch.randn(small.tokens, small.k), hint)
         for product, small in zip(products, scaled, strict=True)
@@ -199,15 +199,6 @@ def _ask(
 def _header(product: Product) -> dict[str, str | int]:
     wanted = {"result": "b"} if product.hints else {"mask_seed": PublicSeed.fresh().hex()}
     return {"parameters": parameters_for(product.tokens).name, **wanted}
-
-
-def _ready_hint(rows: int) -> Hint:
-    """A hint whose product is on disk; it is not the product of anything."""
-    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the hint
-    hint = Hint(PublicSeed.fresh(), operand_rows=rows, rows=rows, sketch=None, file=file, offset=0)
-    high = torch.randint(-(1 << 15), 1 << 15, (rows, SLOTS), dtype=torch.int16)
-    hint.offer(high, torch.randint(0, 256, (rows, SLOTS), dtype=torch.uint8), 0)
-    return hint
 
 
 def plan_of(products: Sequence[Product]) -> Plan:

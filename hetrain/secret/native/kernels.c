@@ -232,13 +232,25 @@ INLINE void product(point *z, point *acc, const transform *t, const masks *m, co
                           t->twiddles + 6 * j);
 }
 
-/* Coefficients j and j + M of the product, modulo 2^32. */
-INLINE void unfold(const point *z, const double *twist, ints *low, ints *high)
+/* Coefficients j .. j+7 of the product, then j+M .. j+M+7, modulo 2^32: a row of the block in each lane. */
+INLINE void unfold(ints out[2][LANES], const point *z, const double *twist)
 {
-    const vec re = z->re * twist[0] + z->im * twist[1] + ROUND_TO_LOW_WORD;
-    const vec im = z->im * twist[0] - z->re * twist[1] + ROUND_TO_LOW_WORD;
-    *low = __builtin_convertvector((words)re, ints);
-    *high = __builtin_convertvector((words)im, ints);
+    for (size_t i = 0; i < LANES; i++) {
+        const double c = twist[2 * i], s = twist[2 * i + 1];
+        const vec re = z[i].re * c + z[i].im * s + ROUND_TO_LOW_WORD;
+        const vec im = z[i].im * c - z[i].re * s + ROUND_TO_LOW_WORD;
+        out[0][i] = __builtin_convertvector((words)re, ints);
+        out[1][i] = __builtin_convertvector((words)im, ints);
+    }
+}
+
+/* Where eight rows from `row` on begin, and how many of them there are: the last one stands for those missing. */
+INLINE size_t places(size_t at[LANES], size_t row, size_t rows, size_t width)
+{
+    const size_t valid = rows - row < LANES ? rows - row : LANES;
+    for (size_t lane = 0; lane < LANES; lane++)
+        at[lane] = (row + (lane < valid ? lane : valid - 1)) * width;
+    return valid;
 }
 
 /* Ones among the bits `kept` of three words, in each of eight bytes. */
@@ -318,17 +330,14 @@ void hetrain_encrypt(int32_t *out, const int32_t *mask_words, const uint8_t *key
     point *z = workspace, *acc = rank == 1 ? z : z + points;
     int8_t *noise = (int8_t *)workspace + 2 * MAX_POINTS * sizeof(point);
     for (size_t row = 0; row < rows; row += LANES) {
-        const size_t valid = rows - row < LANES ? rows - row : LANES;
         size_t at[LANES];
-        for (size_t lane = 0; lane < LANES; lane++)
-            at[lane] = (row + (lane < valid ? lane : valid - 1)) * rank * degree;
+        const size_t valid = places(at, row, rows, rank * degree);
         product(z, acc, &t, &m, at, rank, spectrum);
         centred_binomial((lanes8 *)noise, (const lanes8 *)(keystream + row * degree), valid * degree / 8,
                          rows * degree / 8, eta);
         for (size_t first = 0; first < points; first += LANES) {
             ints part[2][LANES];
-            for (size_t i = 0; i < LANES; i++)
-                unfold(acc + first + i, twist + 2 * (first + i), &part[0][i], &part[1][i]);
+            unfold(part, acc + first, twist + 2 * first);
             for (size_t half = 0; half < 2; half++) {
                 const size_t begin = first + half * points;
                 for (size_t token = begin; token < begin + LANES && token < tokens; token++) {
@@ -362,15 +371,12 @@ void hetrain_decrypt(float *out, const int16_t *b, const int16_t *high, const ui
     const size_t degree = 2 * points;
     point *z = workspace, *acc = rank == 1 ? z : z + points;
     for (size_t row = 0; row < rows; row += LANES) {
-        const size_t valid = rows - row < LANES ? rows - row : LANES;
         size_t at[LANES];
-        for (size_t lane = 0; lane < LANES; lane++)
-            at[lane] = (row + (lane < valid ? lane : valid - 1)) * rank * degree;
+        const size_t valid = places(at, row, rows, rank * degree);
         product(z, acc, &t, &m, at, rank, spectrum);
         for (size_t first = 0; first < points; first += LANES) {
             ints part[2][LANES];
-            for (size_t i = 0; i < LANES; i++)
-                unfold(acc + first + i, twist + 2 * (first + i), &part[0][i], &part[1][i]);
+            unfold(part, acc + first, twist + 2 * first);
             for (size_t half = 0; half < 2; half++) {
                 const size_t begin = first + half * points;
                 ints rows_of_b[LANES];
