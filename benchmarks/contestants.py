@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from benchmarks.problems import Problem
-from hetrain.public.circuits import compile_circuit, tile
-from hetrain.public.concrete import load_fhe
+from hetrain.public.concrete.circuits import compile_circuit, tile
+from hetrain.public.concrete.package import load_fhe
 from hetrain.public.errors import UsageError
-from hetrain.public.parameters import SLOTS, largest_operand, parameters_for
-from hetrain.public.wire import EvaluateTask
+from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.public.protocol.messages import EvaluateTask
 from hetrain.secret.concrete import DEFAULT_BITS
 from hetrain.secret.engine import JobOptions, client_engine
 from hetrain.secret.hints import HintStore, sketches_of

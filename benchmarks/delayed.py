@@ -28,11 +28,11 @@ from time import monotonic, perf_counter, sleep
 from typing import IO, Any, cast
 
 from benchmarks.hardware import Product, WorkerModel
-from hetrain.public.blobs import BlobStore, Buffer
+from hetrain.public.broker.blobs import BlobStore, Buffer
 from hetrain.public.errors import WireError, WorkerError
-from hetrain.public.parameters import PARAMETER_SETS
-from hetrain.public.plan import Plan, parse_plan
-from hetrain.public.wire import QUEUE, Blob, EvaluateTask, PrepareTask
+from hetrain.public.lattice.parameters import PARAMETER_SETS
+from hetrain.public.protocol.messages import QUEUE, Blob, EvaluateTask, PrepareTask
+from hetrain.public.protocol.plan import Plan, parse_plan
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")
 _OPTIONS = ("-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "WARNING")

@@ -38,8 +38,8 @@ from benchmarks.contestants import PEER, TRAITS, Contestant, Lap, missing, open_
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, write
 from benchmarks.problems import PROBLEMS, Problem
-from hetrain.public.concrete import PACKAGE
-from hetrain.public.parameters import SLOTS
+from hetrain.public.concrete.package import PACKAGE
+from hetrain.public.lattice.parameters import SLOTS
 from hetrain.secret.quantisation import quantise_operand
 from worker_gpu.device import Compute, choose_compute, choose_device
 

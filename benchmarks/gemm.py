@@ -29,9 +29,9 @@ from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from benchmarks.shapes import GROUPS
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.masks import PublicSeed
-from hetrain.public.parameters import SLOTS, parameters_for
-from hetrain.public.wire import DIRECTIONS, Blob, Direction, EvaluateTask, Header, new_token
+from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.protocol.messages import DIRECTIONS, Blob, Direction, EvaluateTask, Header, new_token
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.engines.rlwe import evaluate
 

@@ -28,8 +28,8 @@ from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.checkpoints import resolve
-from hetrain.public.parameters import SLOTS
+from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.model.files import resolve
 from hetrain.secret.engine import JobOptions, client_engine
 from hetrain.secret.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from hetrain.public.parameters import SLOTS, parameters_for
-from hetrain.public.wire import DIRECTIONS, Direction
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.protocol.messages import DIRECTIONS, Direction
 
 LIMBS = 4
 """int8 products for one product of an int8 matrix with 32-bit words."""

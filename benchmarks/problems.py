@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.data import CORPUS
 from hetrain.nn.split import split_model
-from hetrain.public.checkpoints import Checkpoint, resolve
-from hetrain.public.parameters import SLOTS
-from hetrain.public.plan import Group, Member, Plan, group_of, stack_group
+from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.model.files import Checkpoint, resolve
+from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
 from hetrain.train.session import open_base
 
 _SEED = 7

@@ -13,7 +13,7 @@ from math import ceil
 
 from benchmarks.hardware import DECODERS, ClientModel, Decoder, Work, WorkerModel
 from benchmarks.output import markdown
-from hetrain.public.parameters import SLOTS
+from hetrain.public.lattice.parameters import SLOTS
 from hetrain.secret.hints import ROW_BYTES
 
 TARGET_TOKENS_PER_S = 1000

@@ -44,9 +44,9 @@ from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, Product, Work, 
 from benchmarks.output import add_json_option, markdown, write
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError, UsageError
-from hetrain.public.masks import PublicSeed
-from hetrain.public.parameters import SLOTS, parameters_for
-from hetrain.public.plan import Group, Member, Plan
+from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.hints import Hint
 from hetrain.secret.rlwe import seal
 from hetrain.transport.channel import Channel, Reply

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hetrain.public.checkpoints import cache_directory, resolve
 from hetrain.public.errors import ModelError
+from hetrain.public.model.files import cache_directory, resolve
 
 SMOLLM2, LLAMA = "smollm2-135m", "llama-3.2-1b"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -15,7 +15,7 @@ from rich.text import Text
 from cli import options
 
 if TYPE_CHECKING:
-    from hetrain.public.wire import WorkerReport
+    from hetrain.public.protocol.messages import WorkerReport
     from hetrain.train.checkup import Checkup
     from hetrain.transport.census import BrokerReport
 

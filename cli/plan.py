@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import options
-from hetrain.public.parameters import SLOTS
+from hetrain.public.lattice.parameters import SLOTS
 
 if TYPE_CHECKING:
     from hetrain.train.preview import GroupPreview, Preview

@@ -66,8 +66,8 @@ def worker(
 
     Ctrl-C (or SIGTERM) once finishes running tasks, twice ends now.
     """
-    from hetrain.public.broker import parse_broker_url
-    from hetrain.public.fleet import ShardRange
+    from hetrain.public.broker.connection import parse_broker_url
+    from hetrain.public.protocol.registration import ShardRange
 
     given = {
         "HETRAIN_MODELS": models,

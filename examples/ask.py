@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hetrain.public.checkpoints import resolve
+from hetrain.public.model.files import resolve
 
 ROWS = (0, 16, 32)
 

@@ -16,7 +16,7 @@ from celery.worker.control import inspect_command
 
 import hetrain
 from hetrain.public.errors import HetrainError
-from hetrain.public.wire import CONTROL_ABOUT, EngineReport, WorkerReport
+from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, WorkerReport
 
 _PATIENCE_S = 0.5
 _LINE, _PARAGRAPH = 200, 1000

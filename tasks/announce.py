@@ -12,10 +12,10 @@ from celery import signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from pydantic import ValidationError
 
-from hetrain.public.broker import broker_errors, client, connection_pool
+from hetrain.public.broker.connection import broker_errors, client, connection_pool
 from hetrain.public.errors import BrokerError
-from hetrain.public.fleet import CARD_RENEWAL_S, CARD_TTL_S, FLEET_KEY, WorkerCard
-from hetrain.public.wire import QUEUE
+from hetrain.public.protocol.messages import QUEUE
+from hetrain.public.protocol.registration import CARD_RENEWAL_S, CARD_TTL_S, FLEET_KEY, WorkerCard
 from tasks.about import plain_line
 from tasks.app import broker_url
 

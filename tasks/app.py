@@ -10,9 +10,9 @@ from celery import Celery, signals
 from celery.concurrency.prefork import TaskPool as PreforkPool
 
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.broker import KEEPALIVE, parse_broker_url, redacted
+from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, redacted
 from hetrain.public.errors import HetrainError, UsageError
-from hetrain.public.wire import QUEUE
+from hetrain.public.protocol.messages import QUEUE
 
 EX_CONFIG = 78  # as in sysexits.h: to start again would not help
 DEFAULT_URL = "redis://localhost:6379/0"

@@ -8,7 +8,7 @@ from celery import bootsteps
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker.request import Request
 
-from hetrain.public.broker import redacted
+from hetrain.public.broker.connection import redacted
 from tasks.app import app, broker_url
 
 

@@ -1,7 +1,7 @@
 """The two tasks of a worker: get ready for a job, and multiply.
 
-A task's only argument is a message of `hetrain.public.wire`. Message and blobs are hostile until checked.
-What comes of a request is pushed to its job's done-list; Celery's own result backend is not used.
+A task's only argument is a message of `hetrain.public.protocol.messages`. Message and blobs are hostile until
+checked. What comes of a request is pushed to its job's done-list; Celery's own result backend is not used.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from celery import Task
 
-from hetrain.public.blobs import BlobStore
+from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import HetrainError, WireError
-from hetrain.public.wire import (
+from hetrain.public.protocol.messages import (
     MAX_BLOB_BYTES,
     TASK_EVALUATE,
     TASK_PREPARE,

@@ -10,8 +10,8 @@ from time import sleep
 
 import redis
 
-from hetrain.public.broker import FULL_S, broker_errors, while_full
-from hetrain.public.keys import LEASE_RENEWAL_S, LEASE_TTL_MS
+from hetrain.public.broker.connection import FULL_S, broker_errors, while_full
+from hetrain.public.protocol.keys import LEASE_RENEWAL_S, LEASE_TTL_MS
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import FULL_S, broker_errors, while_full
+from hetrain.public.broker.blobs import BlobStore
+from hetrain.public.broker.connection import FULL_S, broker_errors, while_full
 from hetrain.public.errors import BrokerFull
-from hetrain.public.wire import Completion
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Completion
 
 
 class Ledger:

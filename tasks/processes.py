@@ -11,7 +11,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
 
-from hetrain.public.broker import ping
+from hetrain.public.broker.connection import ping
 from hetrain.public.errors import BrokerError, BrokerUnreachable
 from tasks.supervision import spawn_worker, stop, tie_to_parent
 

@@ -11,10 +11,18 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
+from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import BrokerFull, BrokerUnreachable, HetrainError, TaskFailed, WireError
-from hetrain.public.wire import Completion, EvaluateTask, Failure, PrepareTask, Token, new_token, parse
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import (
+    Completion,
+    EvaluateTask,
+    Failure,
+    PrepareTask,
+    Token,
+    new_token,
+    parse,
+)
 from tasks.app import broker_url
 from tasks.leases import Leases
 from tasks.ledger import Ledger

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import IO, Any
 
 from hetrain.public.errors import WorkerError
-from hetrain.public.wire import QUEUE
+from hetrain.public.protocol.messages import QUEUE
 from tasks.app import EX_CONFIG
 
 _GRACE_S = 3.0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hetrain.public.checkpoints import resolve
+from hetrain.public.model.files import resolve
 
 pytest.register_assert_rewrite("tests.split_bench")
 

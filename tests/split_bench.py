@@ -18,9 +18,9 @@ from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
-from hetrain.public.checkpoints import resolve
-from hetrain.public.weights import QuantisedMatrix, quantise
-from hetrain.public.wire import EvaluateTask
+from hetrain.public.model.files import resolve
+from hetrain.public.model.quantization import QuantisedMatrix, quantise
+from hetrain.public.protocol.messages import EvaluateTask
 from hetrain.secret.clear import ClearSealer
 from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.rows import Row

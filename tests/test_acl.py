@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from hetrain.public import keys
-from hetrain.public.broker import broker_errors, client, connection_pool, parse_broker_url
+from hetrain.public.broker.connection import broker_errors, client, connection_pool, parse_broker_url
 from hetrain.public.errors import BrokerError, UsageError
-from hetrain.public.fleet import FLEET_KEY
-from hetrain.public.tenants import new_job
-from hetrain.public.wire import QUEUE
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import QUEUE
+from hetrain.public.protocol.registration import FLEET_KEY
+from hetrain.public.protocol.tenants import new_job
 from tasks.processes import private_directory, start_server
 from tasks.supervision import spawn_worker, stop
 from tests.running import HETRAIN

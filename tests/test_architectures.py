@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
-from hetrain.public.checkpoints import resolve
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
+from hetrain.public.model.files import resolve
 from hetrain.secret.clear import ClearSealer
 from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.step import run_evaluation, run_step

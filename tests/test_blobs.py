@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.exceptions import RedisError
 
-from hetrain.public import keys
-from hetrain.public.blobs import CHUNK_BYTES, BlobStore
-from hetrain.public.broker import parse_broker_url, ping, redacted
+from hetrain.public.broker.blobs import CHUNK_BYTES, BlobStore
+from hetrain.public.broker.connection import parse_broker_url, ping, redacted
+from hetrain.public.broker.resp import Replies
 from hetrain.public.errors import (
     BlobMissing,
     BrokerError,
@@ -27,8 +27,8 @@ from hetrain.public.errors import (
     UsageError,
     WireError,
 )
-from hetrain.public.resp import Replies
-from hetrain.public.wire import Blob, new_token
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Blob, new_token
 from tasks.processes import private_directory, start_server, stop
 
 JOB = new_token()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetrain.public.broker import client, connection_pool
+from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import Interrupted, UsageError
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import OutsourcingSettings

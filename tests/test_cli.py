@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hetrain.public.broker import parse_broker_url
+from hetrain.public.broker.connection import parse_broker_url
 from tasks.processes import start_worker, stop
 from tests.running import HETRAIN, hetrain, serving
 

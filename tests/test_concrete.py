@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hetrain.public import circuits
-from hetrain.public.circuits import CircuitSpec, compile_circuit, tile
-from hetrain.public.concrete import PACKAGE, package_version
+from hetrain.public.concrete import circuits
+from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
+from hetrain.public.concrete.package import PACKAGE, package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.processes import start_worker, stop
 from tests.contract.bench import Bench

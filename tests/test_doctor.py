@@ -18,9 +18,9 @@ from celery import Celery
 import hetrain
 import worker_gpu.engines
 from cli.doctor import doctor
-from hetrain.public.broker import parse_broker_url
+from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, WireError
-from hetrain.public.wire import CONTROL_ABOUT, EngineReport, WorkerReport
+from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.kernels import kernels
 from hetrain.train.checkup import check_up

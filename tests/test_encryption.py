@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hetrain.public.errors import NotFinite, ParameterError, WireError
-from hetrain.public.masks import PublicSeed, expand_mask
-from hetrain.public.parameters import (
+from hetrain.public.lattice.masks import PublicSeed, expand_mask
+from hetrain.public.lattice.parameters import (
     PARAMETER_SETS,
     SWITCHED_B_BITS,
     ParameterSet,
@@ -21,8 +21,8 @@ from hetrain.public.parameters import (
     parameters_for,
     switching_error_bound,
 )
-from hetrain.public.weights import max_l1
-from hetrain.public.wire import Blob, EvaluateTask
+from hetrain.public.model.quantization import max_l1
+from hetrain.public.protocol.messages import Blob, EvaluateTask
 from hetrain.secret import clear, rlwe
 from hetrain.secret.kernels import BLOCK_ROWS, TorchKernels, join_planes, kernels
 from hetrain.secret.negacyclic import TransformedSecret, reference_dot

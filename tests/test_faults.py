@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
-from hetrain.public import broker
+from hetrain.public.broker import connection as broker
 from hetrain.train.loop import train
 from hetrain.train.packing import MicroBatch, epochs
 from hetrain.train.rows import Row, read_rows

@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetrain.nn.remote import Meter, Outsourcer
-from hetrain.public.broker import client, connection_pool
+from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import NoWorker
-from hetrain.public.fleet import CARD_TTL_S, FLEET_KEY, WorkerCard
+from hetrain.public.protocol.registration import CARD_TTL_S, FLEET_KEY, WorkerCard
 from hetrain.secret.concrete import ConcreteSealer
 from hetrain.secret.hints import Hint
 from hetrain.transport import cutting

@@ -21,14 +21,12 @@ import torch
 from celery import Celery
 from safetensors.torch import load_file, save_file
 
-from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import parse_broker_url
+from hetrain.public.broker.blobs import BlobStore
+from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import UsageError, WorkerRefused
-from hetrain.public.fleet import FLEET_KEY, ShardRange, WorkerCard
-from hetrain.public.plan import Member, Plan, group_of
-from hetrain.public.weights import quantise
-from hetrain.public.wire import (
+from hetrain.public.model.quantization import quantise
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import (
     CONTROL_ABOUT,
     QUEUE,
     TASK_EVALUATE,
@@ -39,6 +37,8 @@ from hetrain.public.wire import (
     new_token,
     parse,
 )
+from hetrain.public.protocol.plan import Member, Plan, group_of
+from hetrain.public.protocol.registration import FLEET_KEY, ShardRange, WorkerCard
 from tasks.fleet import plan_workers
 from tasks.processes import DEFAULT_MAXMEMORY, stop
 from tasks.supervision import spawn_worker

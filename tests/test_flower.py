@@ -27,8 +27,8 @@ import pytest
 from celery import Celery
 from playwright.sync_api import FloatRect, Page, expect, sync_playwright
 
-from hetrain.public.broker import parse_broker_url
-from hetrain.public.wire import QUEUE, TASK_EVALUATE
+from hetrain.public.broker.connection import parse_broker_url
+from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
 from tasks.processes import start_worker, stop, tie_to_parent
 from tests.running import hetrain, serving
 

@@ -10,7 +10,7 @@ import torch
 
 from hetrain.nn.remote import Meter, Outsourcer
 from hetrain.public.errors import UsageError, WireError
-from hetrain.public.parameters import SLOTS
+from hetrain.public.lattice.parameters import SLOTS
 from hetrain.secret import rlwe
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.hints import ROW_BYTES, hint_bytes

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from hetrain.public.broker import parse_broker_url
+from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerError
 from tasks.supervision import stop, tie_to_parent
 from tests.running import HETRAIN, serving
@@ -41,7 +41,7 @@ CUT_S = 10.0
 # As `hetrain` does before anything else, without what it imports.
 PING = """
 import os, sys
-from hetrain.public.broker import ping
+from hetrain.public.broker.connection import ping
 from hetrain.public.errors import HetrainError
 try:
     ping(os.environ["HETRAIN_BROKER_URL"])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
-from hetrain.public.wire import Direction, Header
+from hetrain.public.protocol.messages import Direction, Header
 from hetrain.train.loop import Applied, train
 from hetrain.train.packing import epochs
 from hetrain.train.position import Position

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hetrain.public.errors import ParameterError
-from hetrain.public.parameters import PARAMETER_SETS, ParameterSet
+from hetrain.public.lattice.parameters import PARAMETER_SETS, ParameterSet
 from hetrain.secret.kernels import TorchKernels
 from hetrain.secret.native import NativeKernels, library
 from hetrain.secret.randomness import SecretStream, sample_ternary

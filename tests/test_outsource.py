@@ -21,8 +21,8 @@ import cli.submit
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.split import split_model
-from hetrain.public.checkpoints import resolve
 from hetrain.public.errors import UsageError
+from hetrain.public.model.files import resolve
 from hetrain.train.step import run_step
 from tests.split_bench import (
     FAMILIES,

@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hetrain.public.checkpoints import resolve
 from hetrain.public.errors import ModelError, ParameterError, WireError, WorkerRefused
-from hetrain.public.masks import PublicSeed
-from hetrain.public.parameters import (
+from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.parameters import (
     MODULUS_BITS,
     PARAMETER_SETS,
     SECURITY_ESTIMATES,
@@ -24,9 +23,10 @@ from hetrain.public.parameters import (
     parameters_for,
     switching_error_bound,
 )
-from hetrain.public.plan import Member, Plan, group_of, parse_plan, stack_group
-from hetrain.public.weights import input_scales, matrix_digest, max_l1, quantise
-from hetrain.public.wire import Blob, Direction, EvaluateTask, PrepareTask
+from hetrain.public.model.files import resolve
+from hetrain.public.model.quantization import input_scales, matrix_digest, max_l1, quantise
+from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, PrepareTask
+from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, stack_group
 from worker_gpu.device import Compute
 from worker_gpu.kernels import float64_limbs
 from worker_gpu.service import Service

@@ -22,8 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
+from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import (
     BrokerError,
     BrokerFull,
@@ -36,10 +35,9 @@ from hetrain.public.errors import (
     WorkerError,
     WorkerRefused,
 )
-from hetrain.public.fleet import FLEET_KEY
-from hetrain.public.plan import Member, Plan, group_of
-from hetrain.public.weights import quantise
-from hetrain.public.wire import (
+from hetrain.public.model.quantization import quantise
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import (
     QUEUE,
     TASK_EVALUATE,
     Blob,
@@ -49,6 +47,8 @@ from hetrain.public.wire import (
     Failure,
     new_token,
 )
+from hetrain.public.protocol.plan import Member, Plan, group_of
+from hetrain.public.protocol.registration import FLEET_KEY
 from hetrain.transport.channel import Reply
 from hetrain.transport.embedded import Embedded, start_embedded
 from hetrain.transport.failures import error_of

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from hetrain.public.errors import WireError
-from hetrain.public.masks import PublicSeed, expand_mask
+from hetrain.public.lattice.masks import PublicSeed, expand_mask
 from hetrain.secret import randomness
 from hetrain.secret.randomness import (
     SecretStream,

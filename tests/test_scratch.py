@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from hetrain.public.scratch import lasting, scratch
+from hetrain.public.workspace import lasting, scratch
 
 
 def test_the_same_name_is_the_same_memory_of_one_thread() -> None:

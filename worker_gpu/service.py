@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from hetrain.public.errors import WireError, WorkerRefused
-from hetrain.public.fleet import ShardRange
-from hetrain.public.plan import Group, Plan, parse_plan
-from hetrain.public.wire import EvaluateTask, PrepareTask
+from hetrain.public.protocol.messages import EvaluateTask, PrepareTask
+from hetrain.public.protocol.plan import Group, Plan, parse_plan
+from hetrain.public.protocol.registration import ShardRange
 from worker_gpu.cache import Cache
 from worker_gpu.copies import own_stream
 from worker_gpu.device import Compute, choose_compute, choose_device

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from hetrain.public.errors import WorkerRefused
-from hetrain.public.fleet import ShardRange
-from hetrain.public.plan import Plan
+from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.registration import ShardRange
 
 
 def served_shards() -> ShardRange | None:

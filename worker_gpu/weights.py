@@ -8,10 +8,10 @@ import os
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from hetrain.public.checkpoints import Checkpoint, label_of, resolve
 from hetrain.public.errors import HetrainError, ModelError, UsageError, WorkerRefused
-from hetrain.public.plan import Group, Plan, stack_group
-from hetrain.public.weights import matrix_digest
+from hetrain.public.model.files import Checkpoint, label_of, resolve
+from hetrain.public.model.quantization import matrix_digest
+from hetrain.public.protocol.plan import Group, Plan, stack_group
 from worker_gpu.cache import Cache
 
 DEFAULT_MODELS = "smollm2-135m"

@@ -14,8 +14,8 @@ from transformers import __version__ as _VERSION
 from hetrain.nn.attention import IMPLEMENTATION
 from hetrain.nn.stored import is_stored, keep_as_stored
 from hetrain.nn.trace import NO_INTERFACE
-from hetrain.public.checkpoints import Checkpoint
 from hetrain.public.errors import ModelError, UnsupportedArchitecture
+from hetrain.public.model.files import Checkpoint
 
 _ROWS_AT_ONCE = 8192
 

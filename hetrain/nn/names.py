@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from hetrain.public.checkpoints import Checkpoint
+from hetrain.public.model.files import Checkpoint
 
 
 def tensor_names(causal: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from hetrain.public.errors import UnsupportedArchitecture
-from hetrain.public.parameters import SLOTS
-from hetrain.public.plan import Group
-from hetrain.public.weights import Scales
-from hetrain.public.wire import Direction
+from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.model.quantization import Scales
+from hetrain.public.protocol.messages import Direction
+from hetrain.public.protocol.plan import Group
 from hetrain.secret.engine import Sealer
 from hetrain.transport.channel import Channel
 

@@ -20,10 +20,10 @@ from hetrain.nn.loading import load_kept, skeleton, tensor_of
 from hetrain.nn.names import tensor_names
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.trace import shared_inputs
-from hetrain.public.checkpoints import Checkpoint
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError, WireError
-from hetrain.public.plan import Group, Member, Plan, group_of, stack_group
-from hetrain.public.weights import Scales
+from hetrain.public.model.files import Checkpoint
+from hetrain.public.model.quantization import Scales
+from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
 
 # Layers that `row_attention` computes. Others may look like these on the few tokens of a trial.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.parameters import largest_operand, parameters_for
-from hetrain.public.plan import Group
-from hetrain.public.wire import Direction, Header
+from hetrain.public.lattice.parameters import largest_operand, parameters_for
+from hetrain.public.protocol.messages import Direction, Header
+from hetrain.public.protocol.plan import Group
 from hetrain.secret.quantisation import dequantise_result, limited, quantise_operand
 
 

@@ -1,8 +1,8 @@
 """Client half of `concrete`: LWE ciphertexts of Zama Concrete, exact integer products.
 
-An operand is quantised to 8 bits per token and cut into tiles of rows (`hetrain.public.circuits.tile`), the
-last one filled up with zeros. Every entry becomes an LWE ciphertext under the job's key. Keys stay in this
-process; randomness and arithmetic are Concrete's.
+An operand is quantised to 8 bits per token and cut into tiles of rows
+(`hetrain.public.concrete.circuits.tile`), the last one filled up with zeros. Every entry becomes an LWE
+ciphertext under the job's key. Keys stay in this process; randomness and arithmetic are Concrete's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetrain.public.circuits import Circuit, compile_circuit, tile
-from hetrain.public.concrete import PACKAGE, package_version, unswitch
+from hetrain.public.concrete.circuits import Circuit, compile_circuit, tile
+from hetrain.public.concrete.package import PACKAGE, package_version, unswitch
 from hetrain.public.errors import UsageError, WireError
-from hetrain.public.parameters import require_tokens
-from hetrain.public.plan import Group, Plan
-from hetrain.public.wire import DIRECTIONS, Direction, Header
+from hetrain.public.lattice.parameters import require_tokens
+from hetrain.public.protocol.messages import DIRECTIONS, Direction, Header
+from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.quantisation import dequantise_result, quantise_operand
 
 DEFAULT_BITS, MAX_BITS = 8, 12

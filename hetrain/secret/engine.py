@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 from hetrain.public.errors import UsageError
-from hetrain.public.plan import Group, Plan
-from hetrain.public.wire import Direction, Header
+from hetrain.public.protocol.messages import Direction, Header
+from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.clear import ClearSealer
 from hetrain.secret.concrete import ConcreteSealer
 from hetrain.secret.hints import HintStore

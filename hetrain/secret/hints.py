@@ -23,10 +23,10 @@ from typing import IO
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.masks import PublicSeed, expand_mask
-from hetrain.public.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
-from hetrain.public.plan import Group, Plan
-from hetrain.public.wire import DIRECTIONS, Direction
+from hetrain.public.lattice.masks import PublicSeed, expand_mask
+from hetrain.public.lattice.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
+from hetrain.public.protocol.messages import DIRECTIONS, Direction
+from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.kernels import join_planes
 from hetrain.secret.verification import Sketch
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hetrain.public.parameters import MODULUS_BITS, SWITCHED_A_BITS, SWITCHED_B_BITS
+from hetrain.public.lattice.parameters import MODULUS_BITS, SWITCHED_A_BITS, SWITCHED_B_BITS
 from hetrain.secret.native import NativeKernels, library
 from hetrain.secret.negacyclic import TransformedSecret
 from hetrain.secret.quantisation import rounded

@@ -29,7 +29,7 @@ def token_scales(x: torch.Tensor, x_max: int) -> torch.Tensor:
 
     Args:
         x: float32 [T, K].
-        x_max: largest integer allowed, from `hetrain.public.parameters.largest_operand`.
+        x_max: largest integer allowed, from `hetrain.public.lattice.parameters.largest_operand`.
 
     Raises:
         NotFinite: x has a NaN or an infinity.

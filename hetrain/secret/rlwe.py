@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.masks import MaskStream, PublicSeed
-from hetrain.public.parameters import (
+from hetrain.public.lattice.masks import MaskStream, PublicSeed
+from hetrain.public.lattice.parameters import (
     MODULUS_BITS,
     SWITCHED_A_BITS,
     SWITCHED_B_BITS,
@@ -29,9 +29,9 @@ from hetrain.public.parameters import (
     largest_operand,
     parameters_for,
 )
-from hetrain.public.plan import Group
-from hetrain.public.scratch import lasting, scratch
-from hetrain.public.wire import Direction, Header
+from hetrain.public.protocol.messages import Direction, Header
+from hetrain.public.protocol.plan import Group
+from hetrain.public.workspace import lasting, scratch
 from hetrain.secret.hints import Hint, HintStore
 from hetrain.secret.kernels import BLOCK_ROWS, kernels
 from hetrain.secret.quantisation import limited, token_scales

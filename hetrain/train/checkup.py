@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import hetrain
-from hetrain.public.broker import redacted
+from hetrain.public.broker.connection import redacted
 from hetrain.public.errors import HetrainError, NoWorker, WireError
-from hetrain.public.plan import Group, Member, Plan
-from hetrain.public.wire import QUEUE, WorkerReport
+from hetrain.public.protocol.messages import QUEUE, WorkerReport
+from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
 from hetrain.secret.kernels import kernels
 from hetrain.transport.census import BrokerReport, Census, ask_broker, take_census

@@ -6,9 +6,9 @@ import logging
 import shutil
 from collections.abc import Mapping
 
-from hetrain.public.checkpoints import cache_directory
 from hetrain.public.errors import UsageError
-from hetrain.public.plan import Plan
+from hetrain.public.model.files import cache_directory
+from hetrain.public.protocol.plan import Plan
 from hetrain.secret.engine import ClientEngine
 from hetrain.secret.hints import HintStore, Key, hint_bytes
 from hetrain.secret.verification import Sketch

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetrain.nn.split import split_model
-from hetrain.public.checkpoints import resolve
-from hetrain.public.parameters import SLOTS, largest_operand, parameters_for
-from hetrain.public.plan import Group, Plan
+from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.public.model.files import resolve
+from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.hints import hint_bytes
 
 BYTES_UP = 4

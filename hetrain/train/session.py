@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
-from hetrain.public.checkpoints import Checkpoint, resolve
 from hetrain.public.errors import ModelError, UsageError
-from hetrain.public.wire import Completion
+from hetrain.public.model.files import Checkpoint, resolve
+from hetrain.public.protocol.messages import Completion
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
 from hetrain.secret.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from hetrain.public import keys
-from hetrain.public.broker import while_full
+from hetrain.public.broker.connection import while_full
 from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, TaskFailed, WorkerRefused
+from hetrain.public.protocol import keys
 from hetrain.transport.link import Link
 from hetrain.transport.requests import Patience, Request, Source
 from hetrain.transport.routing import Router

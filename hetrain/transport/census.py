@@ -13,9 +13,9 @@ from kombu import Connection
 from kombu.exceptions import OperationalError
 from redis.exceptions import NoPermissionError, RedisError
 
-from hetrain.public import broker
+from hetrain.public.broker import connection as broker
 from hetrain.public.errors import HetrainError, WireError
-from hetrain.public.wire import CONTROL_ABOUT, WorkerReport, parse
+from hetrain.public.protocol.messages import CONTROL_ABOUT, WorkerReport, parse
 
 _PINGS = 5
 _QUIET_S = 2.0

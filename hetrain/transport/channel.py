@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from hetrain.public.wire import Completion, Direction, Header
+from hetrain.public.protocol.messages import Completion, Direction, Header
 
 NO_HEADER: Header = MappingProxyType({})
 Rows = tuple[int, int]

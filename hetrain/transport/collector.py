@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic, sleep
 
-from hetrain.public import keys
 from hetrain.public.errors import (
     BlobMissing,
     BrokerError,
@@ -20,7 +19,8 @@ from hetrain.public.errors import (
     WireError,
     WorkerRefused,
 )
-from hetrain.public.wire import Blob, Completion, EvaluateTask, parse
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
 from hetrain.transport.caretaker import Caretaker
 from hetrain.transport.failures import error_of
 from hetrain.transport.link import Link

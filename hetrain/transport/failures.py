@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hetrain.public import errors
 from hetrain.public.errors import HetrainError, TaskFailed
-from hetrain.public.wire import Failure
+from hetrain.public.protocol.messages import Failure
 
 _UNTRUSTED = {"HetrainError", "Interrupted"}
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from redis.exceptions import ResponseError
 
 from hetrain.public.errors import WireError
-from hetrain.public.fleet import CARD_TTL_S, FLEET_KEY, MAX_CARDS, WorkerCard
-from hetrain.public.wire import QUEUE, parse
+from hetrain.public.protocol.messages import QUEUE, parse
+from hetrain.public.protocol.registration import CARD_TTL_S, FLEET_KEY, MAX_CARDS, WorkerCard
 from hetrain.transport.link import Link
 
 _LONGEST_LIFE_S = 2 * CARD_TTL_S

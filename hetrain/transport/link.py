@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import redis
 
-from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import broker_errors
+from hetrain.public.broker.blobs import BlobStore
+from hetrain.public.broker.connection import broker_errors
 from hetrain.transport.requests import Patience
 from hetrain.transport.sender import Sender
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from hetrain.public.errors import HetrainError, Interrupted, UsageError
-from hetrain.public.wire import (
+from hetrain.public.protocol.messages import (
     Blob,
     Completion,
     Direction,

@@ -9,9 +9,8 @@ from functools import partial
 from time import monotonic, sleep
 from typing import TypeVar
 
-from hetrain.public import keys
-from hetrain.public.blobs import BlobStore
-from hetrain.public.broker import ping
+from hetrain.public.broker.blobs import BlobStore
+from hetrain.public.broker.connection import ping
 from hetrain.public.errors import (
     BlobMissing,
     BrokerError,
@@ -20,9 +19,10 @@ from hetrain.public.errors import (
     Interrupted,
     UsageError,
 )
-from hetrain.public.plan import parse_plan
-from hetrain.public.tenants import new_job
-from hetrain.public.wire import Blob, Completion, Direction, Header, PrepareTask, new_token
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Blob, Completion, Direction, Header, PrepareTask, new_token
+from hetrain.public.protocol.plan import parse_plan
+from hetrain.public.protocol.tenants import new_job
 from hetrain.transport.budget import Backpressure, ByteBudget, Hold, share_of
 from hetrain.transport.census import ask_broker
 from hetrain.transport.channel import NO_HEADER, Reply, Rows

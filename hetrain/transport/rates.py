@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from hetrain.public.fleet import MAX_CARDS
-from hetrain.public.wire import EvaluateTask
+from hetrain.public.protocol.messages import EvaluateTask
+from hetrain.public.protocol.registration import MAX_CARDS
 
 _WEIGHT = 0.2
 _SHORTEST_S, _LONGEST_S = 1e-6, 1e6

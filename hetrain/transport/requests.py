@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
-from hetrain.public.broker import FULL_S
+from hetrain.public.broker.connection import FULL_S
 from hetrain.public.errors import HetrainError
-from hetrain.public.wire import QUEUE, Blob, Completion, Direction, EvaluateTask, PrepareTask, new_token
+from hetrain.public.protocol.messages import (
+    QUEUE,
+    Blob,
+    Completion,
+    Direction,
+    EvaluateTask,
+    PrepareTask,
+    new_token,
+)
 from hetrain.transport.channel import Header, Rows
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from hetrain.public.broker import redacted
+from hetrain.public.broker.connection import redacted
 from hetrain.public.errors import NoWorker
-from hetrain.public.fleet import ShardRange, WorkerCard
-from hetrain.public.plan import Plan
-from hetrain.public.wire import QUEUE, EvaluateTask
+from hetrain.public.protocol.messages import QUEUE, EvaluateTask
+from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.registration import ShardRange, WorkerCard
 from hetrain.transport.cutting import count_pieces
 from hetrain.transport.fleet import FleetWatch
 from hetrain.transport.rates import Rates

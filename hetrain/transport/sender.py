@@ -6,8 +6,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from hetrain.public.broker import KEEPALIVE, broker_errors, parse_broker_url, while_full
-from hetrain.public.wire import TASK_EVALUATE, TASK_PREPARE, EvaluateTask, PrepareTask
+from hetrain.public.broker.connection import KEEPALIVE, broker_errors, parse_broker_url, while_full
+from hetrain.public.protocol.messages import TASK_EVALUATE, TASK_PREPARE, EvaluateTask, PrepareTask
 from hetrain.transport.requests import Request
 
 

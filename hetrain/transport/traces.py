@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hetrain.public import keys
 from hetrain.public.errors import WireError
-from hetrain.public.wire import Blob, Completion, EvaluateTask, parse
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
 from hetrain.transport.link import Link
 from hetrain.transport.requests import Request
 

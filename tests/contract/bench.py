@@ -11,11 +11,11 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save_file
 
-from hetrain.public.checkpoints import resolve
-from hetrain.public.parameters import largest_operand, parameters_for, switching_error_bound
-from hetrain.public.plan import Group, Member, Plan, group_of, stack_group
-from hetrain.public.weights import max_l1
-from hetrain.public.wire import Direction, EvaluateTask
+from hetrain.public.lattice.parameters import largest_operand, parameters_for, switching_error_bound
+from hetrain.public.model.files import resolve
+from hetrain.public.model.quantization import max_l1
+from hetrain.public.protocol.messages import Direction, EvaluateTask
+from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
 from hetrain.secret.hints import HintStore, Key, sketches_of
 from hetrain.secret.quantisation import quantise_operand

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hetrain.public.errors import HetrainError, NotFinite, ParameterError, WireError
-from hetrain.public.wire import Direction
+from hetrain.public.protocol.messages import Direction
 from hetrain.secret.engine import ENGINES
 from tests.contract.bench import PROMISES, Bench
 from worker_gpu.engines import ENGINES as WORKER_ENGINES

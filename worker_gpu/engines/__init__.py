@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from hetrain.public.errors import WorkerRefused
-from hetrain.public.plan import Plan
-from hetrain.public.wire import EvaluateTask, Header
+from hetrain.public.protocol.messages import EvaluateTask, Header
+from hetrain.public.protocol.plan import Plan
 from worker_gpu.device import Compute
 from worker_gpu.engines import clear, rlwe
 from worker_gpu.engines.concrete import ConcreteEngine

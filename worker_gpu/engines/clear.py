@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.wire import EvaluateTask
+from hetrain.public.protocol.messages import EvaluateTask
 from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
 

@@ -17,12 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hetrain.public.circuits import MAX_COLUMNS, MAX_ROWS, Circuit, CircuitSpec, compile_circuit, tile
-from hetrain.public.concrete import PACKAGE, load_fhe, package_version, switch
+from hetrain.public.concrete.circuits import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    Circuit,
+    CircuitSpec,
+    compile_circuit,
+    tile,
+)
+from hetrain.public.concrete.package import PACKAGE, load_fhe, package_version, switch
 from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerRefused
-from hetrain.public.parameters import SLOTS
-from hetrain.public.plan import Plan
-from hetrain.public.wire import DIRECTIONS, EvaluateTask, Header
+from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.protocol.messages import DIRECTIONS, EvaluateTask, Header
+from hetrain.public.protocol.plan import Plan
 from worker_gpu.device import Compute
 
 if TYPE_CHECKING:

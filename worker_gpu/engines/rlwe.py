@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.masks import PublicSeed, expand_mask
-from hetrain.public.parameters import (
+from hetrain.public.lattice.masks import PublicSeed, expand_mask
+from hetrain.public.lattice.parameters import (
     MODULUS_BITS,
     PARAMETER_SETS,
     SWITCHED_A_BITS,
     SWITCHED_B_BITS,
     ParameterSet,
 )
-from hetrain.public.wire import EvaluateTask
+from hetrain.public.protocol.messages import EvaluateTask
 from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
 from worker_gpu.kernels import blocks, new_room

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hetrain.public.plan import Plan
-from hetrain.public.wire import EvaluateTask, Header
+from hetrain.public.protocol.messages import EvaluateTask, Header
+from hetrain.public.protocol.plan import Plan
 from worker_gpu.device import Compute
 
 Product = Callable[[Compute, torch.Tensor, EvaluateTask, memoryview], list[memoryview]]

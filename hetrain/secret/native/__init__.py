@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from hetrain.public.errors import ParameterError
-from hetrain.public.parameters import SLOTS
+from hetrain.public.lattice.parameters import SLOTS
 
 _ALIGNMENT = 64
 _INTERFACE = 1

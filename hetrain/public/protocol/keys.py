@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from hetrain.public.wire import Blob
+from hetrain.public.protocol.messages import Blob
 
 BLOB_TTL_S = 900
 DONE_TTL_S = 900

@@ -10,7 +10,7 @@ import os
 import re
 
 from hetrain.public.errors import UsageError
-from hetrain.public.wire import new_token
+from hetrain.public.protocol.messages import new_token
 
 VARIABLE = "HETRAIN_TENANT"
 _TENANT = re.compile(r"[0-9a-f]{16}", re.ASCII)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import UsageError
-from hetrain.public.wire import QUEUE, VERSION, Line, Name
+from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name
 
 FLEET_KEY = "hetrain:fleet"
 CARD_TTL_S = 6.0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hetrain.public.concrete import (
+from hetrain.public.concrete.package import (
     PACKAGE,
     Frame,
     evaluation_keys,

@@ -13,8 +13,8 @@ from types import MappingProxyType
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hetrain.public.aliases import ALIASES, materialise
 from hetrain.public.errors import ModelError
+from hetrain.public.model.packaged import ALIASES, materialise
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
 _INDEX = "model.safetensors.index.json"

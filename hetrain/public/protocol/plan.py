@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import WireError
-from hetrain.public.weights import QuantisedMatrix, matrix_digest, max_l1, quantise
-from hetrain.public.wire import Direction, Name, Token, parse
+from hetrain.public.model.quantization import QuantisedMatrix, matrix_digest, max_l1, quantise
+from hetrain.public.protocol.messages import Direction, Name, Token, parse
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 
@@ -36,7 +36,8 @@ class Group(_Part):
     """Linears that share one input: encrypted once, evaluated in one task, one dx on the way back.
 
     Their int8 matrices are stacked along the output dimension: Q [out_features, in_features].
-    `forward_l1` and `backward_l1` bound the rows and columns of Q (see `hetrain.public.weights.max_l1`).
+    `forward_l1` and `backward_l1` bound the rows and columns of Q (see
+    `hetrain.public.model.quantization.max_l1`).
     """
 
     name: Name

@@ -14,11 +14,18 @@ from typing import Literal
 import numpy as np
 import redis
 
-from hetrain.public import keys
-from hetrain.public.broker import FULL_S, broker_errors, client, connection_pool, redacted, while_full
+from hetrain.public.broker.connection import (
+    FULL_S,
+    broker_errors,
+    client,
+    connection_pool,
+    redacted,
+    while_full,
+)
+from hetrain.public.broker.resp import Replies, send_get, send_set
 from hetrain.public.errors import BlobMissing, WireError
-from hetrain.public.resp import Replies, send_get, send_set
-from hetrain.public.wire import MAX_BLOB_BYTES, Blob
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import MAX_BLOB_BYTES, Blob
 
 CHUNK_BYTES = 4 << 20
 _GETS_IN_FLIGHT = 2

@@ -1,0 +1,1 @@
+"""The public part of the encryption `rlwe`: parameter sets and masks."""
