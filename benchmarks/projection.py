@@ -14,7 +14,7 @@ from math import ceil
 from benchmarks.hardware import DECODERS, ClientModel, Decoder, Work, WorkerModel
 from benchmarks.output import markdown
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.secret.hints import ROW_BYTES
+from hetrain.secret.engines.rlwe.hints import ROW_BYTES
 
 TARGET_TOKENS_PER_S = 1000
 _GPU_BYTES = 80e9

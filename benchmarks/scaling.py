@@ -47,8 +47,8 @@ from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.lattice.masks import PublicSeed
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.public.protocol.plan import Group, Member, Plan
-from hetrain.secret.hints import Hint
-from hetrain.secret.rlwe import seal
+from hetrain.secret.engines.rlwe.hints import Hint
+from hetrain.secret.engines.rlwe.seal import seal
 from hetrain.transport.channel import Channel, Reply
 from hetrain.transport.queue import QueueChannel
 from tasks.processes import private_directory, start_server

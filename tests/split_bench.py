@@ -21,7 +21,7 @@ from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import QuantisedMatrix, quantise
 from hetrain.public.protocol.messages import EvaluateTask
-from hetrain.secret.clear import ClearSealer
+from hetrain.secret.engines.clear import ClearSealer
 from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.rows import Row
 from hetrain.train.step import run_step

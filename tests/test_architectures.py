@@ -17,7 +17,7 @@ from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
 from hetrain.public.model.files import resolve
-from hetrain.secret.clear import ClearSealer
+from hetrain.secret.engines.clear import ClearSealer
 from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.step import run_evaluation, run_step
 from tests.split_bench import (

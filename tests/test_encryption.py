@@ -23,12 +23,13 @@ from hetrain.public.lattice.parameters import (
 )
 from hetrain.public.model.quantization import max_l1
 from hetrain.public.protocol.messages import Blob, EvaluateTask
-from hetrain.secret import clear, rlwe
-from hetrain.secret.kernels import BLOCK_ROWS, TorchKernels, join_planes, kernels
-from hetrain.secret.negacyclic import TransformedSecret, reference_dot
-from hetrain.secret.quantisation import quantise_operand
+from hetrain.secret.activation_quantization import quantise_operand
+from hetrain.secret.engines import clear
+from hetrain.secret.engines.rlwe import seal as rlwe
+from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, TorchKernels, join_planes, kernels
+from hetrain.secret.engines.rlwe.negacyclic import TransformedSecret, reference_dot
+from hetrain.secret.engines.rlwe.seal import RlweOpening, RlweSealed, encrypt, predicted_noise_std, seal
 from hetrain.secret.randomness import SecretStream, sample_ternary
-from hetrain.secret.rlwe import RlweOpening, RlweSealed, encrypt, predicted_noise_std, seal
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.engines import open_engine
 from worker_gpu.kernels import reference

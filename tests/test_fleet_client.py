@@ -25,8 +25,8 @@ from hetrain.nn.remote import Meter, Outsourcer
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import NoWorker
 from hetrain.public.protocol.registration import CARD_TTL_S, FLEET_KEY, WorkerCard
-from hetrain.secret.concrete import ConcreteSealer
-from hetrain.secret.hints import Hint
+from hetrain.secret.engines.concrete import ConcreteSealer
+from hetrain.secret.engines.rlwe.hints import Hint
 from hetrain.transport import cutting
 from hetrain.transport.cutting import MAX_PIECES, MIN_ROWS, count_pieces, cut
 from hetrain.transport.queue import QueueChannel, QueuePending

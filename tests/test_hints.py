@@ -11,10 +11,10 @@ import torch
 from hetrain.nn.remote import Meter, Outsourcer
 from hetrain.public.errors import UsageError, WireError
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.secret import rlwe
 from hetrain.secret.engine import ENGINES
-from hetrain.secret.hints import ROW_BYTES, hint_bytes
-from hetrain.secret.kernels import TorchKernels
+from hetrain.secret.engines.rlwe import seal as rlwe
+from hetrain.secret.engines.rlwe.hints import ROW_BYTES, hint_bytes
+from hetrain.secret.engines.rlwe.kernels import TorchKernels
 from hetrain.secret.verification import Sketch
 from hetrain.train.hints import open_hints, wants_hints
 from tests.contract.bench import Bench

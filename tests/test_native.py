@@ -10,8 +10,8 @@ import torch
 
 from hetrain.public.errors import ParameterError
 from hetrain.public.lattice.parameters import PARAMETER_SETS, ParameterSet
-from hetrain.secret.kernels import TorchKernels
-from hetrain.secret.native import NativeKernels, library
+from hetrain.secret.engines.rlwe.kernels import TorchKernels
+from hetrain.secret.engines.rlwe.native import NativeKernels, library
 from hetrain.secret.randomness import SecretStream, sample_ternary
 
 INSECURE = ParameterSet("insecure-16x2", 16, 2)

@@ -22,8 +22,8 @@ from hetrain.public.lattice.parameters import largest_operand, parameters_for
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.messages import Direction
 from hetrain.public.protocol.plan import Group
+from hetrain.secret.activation_quantization import quantise_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
-from hetrain.secret.quantisation import quantise_operand
 from hetrain.train.packing import micro_batches
 from hetrain.train.rows import read_rows
 from hetrain.train.session import open_base

@@ -16,10 +16,10 @@ import torch
 from hetrain.public.errors import UsageError
 from hetrain.public.protocol.messages import Direction, Header
 from hetrain.public.protocol.plan import Group, Plan
-from hetrain.secret.clear import ClearSealer
-from hetrain.secret.concrete import ConcreteSealer
-from hetrain.secret.hints import HintStore
-from hetrain.secret.rlwe import RlweSealer
+from hetrain.secret.engines.clear import ClearSealer
+from hetrain.secret.engines.concrete import ConcreteSealer
+from hetrain.secret.engines.rlwe.hints import HintStore
+from hetrain.secret.engines.rlwe.seal import RlweSealer
 
 MIN_BITS, MAX_BITS = 2, 25
 

@@ -17,7 +17,7 @@ from hetrain.public.errors import HetrainError, NoWorker, WireError
 from hetrain.public.protocol.messages import QUEUE, WorkerReport
 from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
-from hetrain.secret.kernels import kernels
+from hetrain.secret.engines.rlwe.kernels import kernels
 from hetrain.transport.census import BrokerReport, Census, ask_broker, take_census
 from hetrain.transport.embedded import start_embedded
 

@@ -10,7 +10,7 @@ from hetrain.public.errors import UsageError
 from hetrain.public.model.files import cache_directory
 from hetrain.public.protocol.plan import Plan
 from hetrain.secret.engine import ClientEngine
-from hetrain.secret.hints import HintStore, Key, hint_bytes
+from hetrain.secret.engines.rlwe.hints import HintStore, Key, hint_bytes
 from hetrain.secret.verification import Sketch
 
 _MICRO_BATCHES_THAT_PAY = 4

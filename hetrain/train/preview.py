@@ -10,7 +10,7 @@ from hetrain.nn.split import split_model
 from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.plan import Group, Plan
-from hetrain.secret.hints import hint_bytes
+from hetrain.secret.engines.rlwe.hints import hint_bytes
 
 BYTES_UP = 4
 BYTES_DOWN = 5

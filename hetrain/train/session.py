@@ -20,7 +20,7 @@ from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.model.files import Checkpoint, resolve
 from hetrain.public.protocol.messages import Completion
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
-from hetrain.secret.hints import HintStore, Key, sketches_of
+from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.hints import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings

@@ -16,9 +16,9 @@ from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import max_l1
 from hetrain.public.protocol.messages import Direction, EvaluateTask
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
+from hetrain.secret.activation_quantization import quantise_operand
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
-from hetrain.secret.hints import HintStore, Key, sketches_of
-from hetrain.secret.quantisation import quantise_operand
+from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.transport.local import LocalChannel
 from worker_gpu.device import choose_compute, choose_device

@@ -3,7 +3,7 @@
  *     encrypt   b_k = a_k·s + e_k + round(x_k / scale)      modulo 2^32
  *     decrypt   y_j = scale·(b'_j·2^16 - a'_j·s)            modulo 2^32, signed
  *
- * The product with the secret is the negacyclic FFT of hetrain/secret/negacyclic.py: the twisted folding
+ * The product with the secret is the negacyclic FFT of hetrain/secret/engines/rlwe/negacyclic.py: the twisted folding
  * z_t = (a_t + i·a_{t+N/2})·zeta^t, a complex FFT of length M = N/2, and back. Eight rows go side by side, one in
  * each lane of a vector, so every butterfly is plain vector arithmetic. The spectrum's order is that of an
  * FFT without reordering (decimation in frequency forward, in time backward): only the secret's spectrum has
@@ -401,7 +401,7 @@ size_t hetrain_workspace_bytes(void)
     return 2 * MAX_POINTS * sizeof(point) + LANES * SLOTS;
 }
 
-/* Changes with every signature above: hetrain/secret/native/__init__.py refuses to call another version. */
+/* Changes with every signature above: hetrain/secret/engines/rlwe/native/__init__.py refuses to call another version. */
 int hetrain_interface(void)
 {
     return 1;

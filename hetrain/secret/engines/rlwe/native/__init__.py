@@ -1,7 +1,7 @@
 """The client's kernels in C: one pass over memory that fits the cache. See kernels.c.
 
-Compiled when hetrain is installed, where there is a C compiler; else `hetrain.secret.kernels` takes torch's
-version, which is three times slower and their reference.
+Compiled when hetrain is installed, where there is a C compiler; else `hetrain.secret.engines.rlwe.kernels`
+takes torch's version, which is three times slower and their reference.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class NativeSecret:
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """See `hetrain.secret.kernels.Kernels`."""
+    """See `hetrain.secret.engines.rlwe.kernels.Kernels`."""
 
     found: ctypes.CDLL
     name: str = "native"

@@ -15,7 +15,7 @@ from hetrain.public.errors import WireError
 from hetrain.public.lattice.parameters import largest_operand, parameters_for
 from hetrain.public.protocol.messages import Direction, Header
 from hetrain.public.protocol.plan import Group
-from hetrain.secret.quantisation import dequantise_result, limited, quantise_operand
+from hetrain.secret.activation_quantization import dequantise_result, limited, quantise_operand
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from hetrain.public.lattice.masks import PublicSeed, expand_mask
 from hetrain.public.lattice.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
 from hetrain.public.protocol.messages import DIRECTIONS, Direction
 from hetrain.public.protocol.plan import Group, Plan
-from hetrain.secret.kernels import join_planes
+from hetrain.secret.engines.rlwe.kernels import join_planes
 from hetrain.secret.verification import Sketch
 
 _HIGH_BYTES, _LOW_BYTES = 2 * SLOTS, SLOTS

@@ -21,7 +21,7 @@ from hetrain.public.errors import UsageError, WireError
 from hetrain.public.lattice.parameters import require_tokens
 from hetrain.public.protocol.messages import DIRECTIONS, Direction, Header
 from hetrain.public.protocol.plan import Group, Plan
-from hetrain.secret.quantisation import dequantise_result, quantise_operand
+from hetrain.secret.activation_quantization import dequantise_result, quantise_operand
 
 DEFAULT_BITS, MAX_BITS = 8, 12
 

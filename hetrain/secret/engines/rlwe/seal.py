@@ -5,7 +5,7 @@ Feature k of all T tokens is one polynomial m_k(X) = Σ_t x[t,k]·X^t, and
     b_k = a_k·s + e_k + m_k   modulo 2^32,      a_k public, from a seed;  s, e_k fresh for every matrix.
 
 A worker returns b' = W·b and a' = W·a with their low bits dropped, and  b' − a'·s = W·m + noise. Where the
-client has kept a' from before (`hetrain.secret.hints`), b' alone.
+client has kept a' from before (`hetrain.secret.engines.rlwe.hints`), b' alone.
 
 Rule 1 of the security parameters is kept by construction: `seal` is the only place that draws a secret, it
 encrypts one matrix under it, and the secret leaves it only inside the `Opening`, which cannot encrypt.
@@ -32,9 +32,9 @@ from hetrain.public.lattice.parameters import (
 from hetrain.public.protocol.messages import Direction, Header
 from hetrain.public.protocol.plan import Group
 from hetrain.public.workspace import lasting, scratch
-from hetrain.secret.hints import Hint, HintStore
-from hetrain.secret.kernels import BLOCK_ROWS, kernels
-from hetrain.secret.quantisation import limited, token_scales
+from hetrain.secret.activation_quantization import limited, token_scales
+from hetrain.secret.engines.rlwe.hints import Hint, HintStore
+from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, kernels
 from hetrain.secret.randomness import SecretStream, sample_ternary
 
 _B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from hetrain.public.lattice.parameters import MODULUS_BITS, SWITCHED_A_BITS, SWITCHED_B_BITS
-from hetrain.secret.native import NativeKernels, library
-from hetrain.secret.negacyclic import TransformedSecret
-from hetrain.secret.quantisation import rounded
+from hetrain.secret.activation_quantization import rounded
+from hetrain.secret.engines.rlwe.native import NativeKernels, library
+from hetrain.secret.engines.rlwe.negacyclic import TransformedSecret
 from hetrain.secret.randomness import centred_binomial
 
 BLOCK_ROWS = 32

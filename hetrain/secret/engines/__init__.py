@@ -1,0 +1,1 @@
+"""The client half of each engine: one module or package for each."""
