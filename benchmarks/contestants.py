@@ -24,7 +24,7 @@ from hetrain.secret.activation_quantization import dequantise_result, quantise_o
 from hetrain.secret.engine import JobOptions, client_engine
 from hetrain.secret.engines.concrete import DEFAULT_BITS
 from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
-from hetrain.transport.local import LocalChannel
+from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute
 from worker_gpu.service import Service
 from worker_gpu.weights import WeightStore

@@ -37,7 +37,7 @@ from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.rows import Row
 from hetrain.train.step import run_step
 from hetrain.train.updates import Snapshot
-from hetrain.transport.local import LocalChannel
+from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.service import Service
 from worker_gpu.weights import WeightStore

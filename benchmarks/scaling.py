@@ -49,8 +49,8 @@ from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.engines.rlwe.hints import Hint
 from hetrain.secret.engines.rlwe.seal import seal
+from hetrain.transport.celery_channel import QueueChannel
 from hetrain.transport.channel import Channel, Reply
-from hetrain.transport.queue import QueueChannel
 from tasks.processes import private_directory, start_server
 from tasks.supervision import stop
 

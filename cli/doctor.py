@@ -15,9 +15,9 @@ from rich.text import Text
 from cli import options
 
 if TYPE_CHECKING:
+    from hetrain.public.broker.server_info import BrokerReport
     from hetrain.public.protocol.messages import WorkerReport
     from hetrain.train.checkup import Checkup
-    from hetrain.transport.census import BrokerReport
 
 _MB = 1e6
 _STATES = {

@@ -18,7 +18,7 @@ from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import Interrupted, UsageError
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import OutsourcingSettings
-from hetrain.transport.budget import Backpressure, ByteBudget, share_of
+from hetrain.transport.scheduling.flow_control import Backpressure, ByteBudget, share_of
 from tasks.processes import start_worker, stop
 from tests.running import serving
 

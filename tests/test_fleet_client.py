@@ -27,10 +27,10 @@ from hetrain.public.errors import NoWorker
 from hetrain.public.protocol.registration import CARD_TTL_S, FLEET_KEY, WorkerCard
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import Hint
-from hetrain.transport import cutting
-from hetrain.transport.cutting import MAX_PIECES, MIN_ROWS, count_pieces, cut
-from hetrain.transport.queue import QueueChannel, QueuePending
-from hetrain.transport.requests import Patience
+from hetrain.transport.celery_channel import QueueChannel, QueuePending
+from hetrain.transport.requests.state import Patience
+from hetrain.transport.scheduling import partition as cutting
+from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, cut
 from tasks.processes import stop
 from tasks.supervision import spawn_worker
 from tests.contract.bench import Bench
@@ -220,7 +220,7 @@ def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage) -> None
 
 def prepared(bench: Bench, channel: QueueChannel):  # type: ignore[no-untyped-def]
     """What `prepare` would have left, had all workers been there."""
-    from hetrain.transport.requests import prepare_task
+    from hetrain.transport.requests.state import prepare_task
 
     plan = bench.plan.to_bytes()
     blob = channel._link.store.put(channel.job, "plan", bench.plan.digest, [plan])
@@ -252,7 +252,7 @@ GOOD = WorkerCard(worker="a@host", device="cpu", queue="gpu", models=("tiny",), 
 def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "hetrain.transport.fleet")
+    caplog.set_level(logging.INFO, "hetrain.transport.scheduling.registry")
     text = GOOD.model_dump_json()
     soon = time() + CARD_TTL_S
     changed = [

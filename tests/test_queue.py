@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hetrain.local.launcher import Embedded, start_embedded
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import (
     BrokerError,
@@ -49,12 +50,11 @@ from hetrain.public.protocol.messages import (
 )
 from hetrain.public.protocol.plan import Member, Plan, group_of
 from hetrain.public.protocol.registration import FLEET_KEY
+from hetrain.transport.celery_channel import QueueChannel, QueuePending
 from hetrain.transport.channel import Reply
-from hetrain.transport.embedded import Embedded, start_embedded
-from hetrain.transport.failures import error_of
-from hetrain.transport.local import LocalChannel
-from hetrain.transport.queue import QueueChannel, QueuePending
-from hetrain.transport.requests import Patience, prepare_task
+from hetrain.transport.in_process import LocalChannel
+from hetrain.transport.requests.remote_errors import error_of
+from hetrain.transport.requests.state import Patience, prepare_task
 from tasks.embedded import KeptWorker
 from tasks.ledger import Ledger
 from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
@@ -591,7 +591,7 @@ def test_a_worker_that_dies_at_once_is_not_started_for_ever(script: str, starts:
 PARENT = """
     import sys, time
     from pathlib import Path
-    from hetrain.transport.embedded import start_embedded
+    from hetrain.local.launcher import start_embedded
     with start_embedded(sys.argv[1], Path(sys.argv[2])) as running:
         print(running._process.pid, running.url.partition("@")[2], flush=True)
         time.sleep(600)

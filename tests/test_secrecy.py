@@ -30,7 +30,7 @@ from hetrain.train.session import open_base
 from hetrain.train.settings import OptimizerSettings
 from hetrain.train.step import run_step
 from hetrain.train.updates import Updater
-from hetrain.transport.queue import QueueChannel
+from hetrain.transport.celery_channel import QueueChannel
 from tasks.processes import private_directory, start_server, stop
 
 CANARY = "the canary sings at four o'clock behind the blue door"

@@ -12,14 +12,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import hetrain
+from hetrain.inspection.probe import Census, take_census
+from hetrain.local.launcher import start_embedded
 from hetrain.public.broker.connection import redacted
+from hetrain.public.broker.server_info import BrokerReport, ask_broker
 from hetrain.public.errors import HetrainError, NoWorker, WireError
 from hetrain.public.protocol.messages import QUEUE, WorkerReport
 from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
 from hetrain.secret.engines.rlwe.kernels import kernels
-from hetrain.transport.census import BrokerReport, Census, ask_broker, take_census
-from hetrain.transport.embedded import start_embedded
 
 _PACKAGES = ("torch", "transformers", "celery")
 _EMBEDDED_MODEL = "smollm2-135m"  # a worker serves some model; nothing of it is loaded

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hetrain.local.launcher import start_embedded
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.errors import ModelError, UsageError
@@ -24,9 +25,8 @@ from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.hints import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings
+from hetrain.transport.celery_channel import QueueChannel
 from hetrain.transport.channel import Channel
-from hetrain.transport.embedded import start_embedded
-from hetrain.transport.queue import QueueChannel
 
 _log = logging.getLogger(__name__)
 

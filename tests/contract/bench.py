@@ -20,7 +20,7 @@ from hetrain.secret.activation_quantization import quantise_operand
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
-from hetrain.transport.local import LocalChannel
+from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.service import Service
 from worker_gpu.weights import WeightStore

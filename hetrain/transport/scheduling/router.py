@@ -13,10 +13,10 @@ from hetrain.public.errors import NoWorker
 from hetrain.public.protocol.messages import QUEUE, EvaluateTask
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.registration import ShardRange, WorkerCard
-from hetrain.transport.cutting import count_pieces
-from hetrain.transport.fleet import FleetWatch
-from hetrain.transport.rates import Rates
-from hetrain.transport.requests import Request
+from hetrain.transport.requests.state import Request
+from hetrain.transport.scheduling.partition import count_pieces
+from hetrain.transport.scheduling.registry import FleetWatch
+from hetrain.transport.scheduling.throughput import Rates
 
 _LOAD_WEIGHT = 0.125
 _NAMES_IN_A_MESSAGE = 5
@@ -129,7 +129,7 @@ class Router:
 
         Args:
             group: the group's name.
-            work: see `hetrain.transport.rates.work_of`.
+            work: see `hetrain.transport.scheduling.throughput.work_of`.
             in_flight: products that wait for workers now, this one included.
         """
         with self._lock:

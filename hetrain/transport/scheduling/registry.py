@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 from hetrain.public.errors import WireError
 from hetrain.public.protocol.messages import QUEUE, parse
 from hetrain.public.protocol.registration import CARD_TTL_S, FLEET_KEY, MAX_CARDS, WorkerCard
-from hetrain.transport.link import Link
+from hetrain.transport.requests.job_connection import Link
 
 _LONGEST_LIFE_S = 2 * CARD_TTL_S
 _LARGEST_CARD_BYTES = 1 << 18

@@ -8,7 +8,7 @@ from redis.exceptions import RedisError
 
 from hetrain.public.broker.connection import KEEPALIVE, broker_errors, parse_broker_url, while_full
 from hetrain.public.protocol.messages import TASK_EVALUATE, TASK_PREPARE, EvaluateTask, PrepareTask
-from hetrain.transport.requests import Request
+from hetrain.transport.requests.state import Request
 
 
 class Sender:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.broker.connection import ping
+from hetrain.public.broker.server_info import ask_broker
 from hetrain.public.errors import (
     BlobMissing,
     BrokerError,
@@ -23,17 +24,16 @@ from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, Direction, Header, PrepareTask, new_token
 from hetrain.public.protocol.plan import parse_plan
 from hetrain.public.protocol.tenants import new_job
-from hetrain.transport.budget import Backpressure, ByteBudget, Hold, share_of
-from hetrain.transport.census import ask_broker
 from hetrain.transport.channel import NO_HEADER, Reply, Rows
-from hetrain.transport.collector import Collector
-from hetrain.transport.cutting import cut
-from hetrain.transport.fleet import FleetWatch
-from hetrain.transport.link import Link
-from hetrain.transport.requests import Patience, Request, Source, evaluate_task, prepare_task
-from hetrain.transport.routing import Router
-from hetrain.transport.sender import Sender
-from hetrain.transport.traces import Traces
+from hetrain.transport.requests.cleanup import Traces
+from hetrain.transport.requests.collector import Collector
+from hetrain.transport.requests.job_connection import Link
+from hetrain.transport.requests.sender import Sender
+from hetrain.transport.requests.state import Patience, Request, Source, evaluate_task, prepare_task
+from hetrain.transport.scheduling.flow_control import Backpressure, ByteBudget, Hold, share_of
+from hetrain.transport.scheduling.partition import cut
+from hetrain.transport.scheduling.registry import FleetWatch
+from hetrain.transport.scheduling.router import Router
 
 MAX_REPLY_BYTES = 1 << 30
 _RETRY_PAUSE_S = 0.5

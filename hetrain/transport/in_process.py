@@ -17,7 +17,7 @@ from hetrain.public.protocol.messages import (
     parse,
 )
 from hetrain.transport.channel import NO_HEADER, Reply, Rows
-from hetrain.transport.requests import evaluate_task, prepare_task
+from hetrain.transport.requests.state import evaluate_task, prepare_task
 
 Handler = Callable[[EvaluateTask, memoryview], list[memoryview]]
 Preparer = Callable[[PrepareTask, bytes], None]

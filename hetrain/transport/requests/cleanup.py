@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from hetrain.public.errors import WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
-from hetrain.transport.link import Link
-from hetrain.transport.requests import Request
+from hetrain.transport.requests.job_connection import Link
+from hetrain.transport.requests.state import Request
 
 _NAMES_AT_ONCE = 1000
 

@@ -9,8 +9,8 @@ import redis
 
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.broker.connection import broker_errors
-from hetrain.transport.requests import Patience
-from hetrain.transport.sender import Sender
+from hetrain.transport.requests.sender import Sender
+from hetrain.transport.requests.state import Patience
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from time import monotonic
 from hetrain.public.broker.connection import while_full
 from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, TaskFailed, WorkerRefused
 from hetrain.public.protocol import keys
-from hetrain.transport.link import Link
-from hetrain.transport.requests import Patience, Request, Source
-from hetrain.transport.routing import Router
+from hetrain.transport.requests.job_connection import Link
+from hetrain.transport.requests.state import Patience, Request, Source
+from hetrain.transport.scheduling.router import Router
 
 _PLAN_REFRESH_S = 60.0
 _LOOKS_UNTIL_DEAD = 2

@@ -21,12 +21,12 @@ from hetrain.public.errors import (
 )
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
-from hetrain.transport.caretaker import Caretaker
-from hetrain.transport.failures import error_of
-from hetrain.transport.link import Link
-from hetrain.transport.rates import work_of
-from hetrain.transport.requests import Request, Source
-from hetrain.transport.routing import Router
+from hetrain.transport.requests.job_connection import Link
+from hetrain.transport.requests.recovery import Caretaker
+from hetrain.transport.requests.remote_errors import error_of
+from hetrain.transport.requests.state import Request, Source
+from hetrain.transport.scheduling.router import Router
+from hetrain.transport.scheduling.throughput import work_of
 
 _TICK_S = 1.0
 _POP_COUNT = 64

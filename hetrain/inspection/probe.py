@@ -1,49 +1,26 @@
-"""Who is there: what the broker says of itself, and what the workers behind it say of themselves."""
+"""What the workers behind a broker say of themselves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
-from time import monotonic, perf_counter, sleep
+from time import monotonic, sleep
 
 from celery import Celery
 from kombu import Connection
 from kombu.exceptions import OperationalError
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import RedisError
 
 from hetrain.public.broker import connection as broker
+from hetrain.public.broker.server_info import printable
 from hetrain.public.errors import HetrainError, WireError
 from hetrain.public.protocol.messages import CONTROL_ABOUT, WorkerReport, parse
 
-_PINGS = 5
 _QUIET_S = 2.0
 _POLL_S = 1.0
 _LONGEST_ROUND_S = 10.0
 _MAX_REPLIES = 1000
-_VERSIONS = ("valkey_version", "redis_version")
-
-
-@dataclass(frozen=True)
-class BrokerReport:
-    """What a broker says of itself; None where it does not tell.
-
-    Attributes:
-        where: its address, without credentials.
-        server: name and version.
-        maxmemory: bytes it may hold, 0 without a limit.
-        policy: what it does when it is full.
-        used: bytes it holds.
-        round_trip_ms: median of a few pings.
-    """
-
-    where: str
-    server: str | None
-    maxmemory: int | None
-    policy: str | None
-    used: int | None
-    round_trip_ms: float
 
 
 @dataclass(frozen=True)
@@ -52,56 +29,6 @@ class Census:
 
     workers: tuple[WorkerReport, ...]
     refused: tuple[WireError, ...]
-
-
-def ask_broker(url: str) -> BrokerReport:
-    """Asks the broker at `url` about itself.
-
-    Raises:
-        UsageError: the URL makes no sense.
-        BrokerError: the broker cannot be reached or refuses the credentials.
-    """
-    pool = broker.connection_pool(url, max_connections=1)
-    client = broker.client(pool)
-    try:
-        with broker.broker_errors(url):
-            client.ping()  # connects
-            times = []
-            for _ in range(_PINGS):
-                begin = perf_counter()
-                client.ping()
-                times.append(perf_counter() - begin)
-            try:
-                told = client.info()
-            except NoPermissionError:  # a job needs no INFO
-                told = {}
-    finally:
-        pool.disconnect()
-    return BrokerReport(
-        where=broker.redacted(url),
-        server=_server(told),
-        maxmemory=_number(told.get("maxmemory")),
-        policy=_text(told.get("maxmemory_policy")),
-        used=_number(told.get("used_memory")),
-        round_trip_ms=1000 * median(times),
-    )
-
-
-def _server(told: Mapping[str, object]) -> str | None:
-    for key in _VERSIONS:
-        if key in told:
-            return f"{key.partition('_')[0]} {_text(told[key])}"
-    return None
-
-
-def _text(value: object) -> str | None:
-    if value is None:
-        return None
-    return "".join(char if char.isprintable() else " " for char in str(value))[:100]
-
-
-def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
 
 
 def take_census(
@@ -172,7 +99,7 @@ class _Answers:
         if self.count > _MAX_REPLIES:
             raise _Enough
         for name, reply in body.items() if isinstance(body, dict) else [("?", body)]:
-            where = f"worker {_text(name)}"
+            where = f"worker {printable(name)}"
             try:
                 report = parse(WorkerReport, _as_json(reply, where), where=where)
             except WireError as error:

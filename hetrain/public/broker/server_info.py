@@ -1,0 +1,85 @@
+"""What a broker says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+from redis.exceptions import NoPermissionError
+
+from hetrain.public.broker import connection as broker
+
+_PINGS = 5
+_VERSIONS = ("valkey_version", "redis_version")
+
+
+@dataclass(frozen=True)
+class BrokerReport:
+    """What a broker says of itself; None where it does not tell.
+
+    Attributes:
+        where: its address, without credentials.
+        server: name and version.
+        maxmemory: bytes it may hold, 0 without a limit.
+        policy: what it does when it is full.
+        used: bytes it holds.
+        round_trip_ms: median of a few pings.
+    """
+
+    where: str
+    server: str | None
+    maxmemory: int | None
+    policy: str | None
+    used: int | None
+    round_trip_ms: float
+
+
+def ask_broker(url: str) -> BrokerReport:
+    """Asks the broker at `url` about itself.
+
+    Raises:
+        UsageError: the URL makes no sense.
+        BrokerError: the broker cannot be reached or refuses the credentials.
+    """
+    pool = broker.connection_pool(url, max_connections=1)
+    client = broker.client(pool)
+    try:
+        with broker.broker_errors(url):
+            client.ping()  # connects
+            times = []
+            for _ in range(_PINGS):
+                begin = perf_counter()
+                client.ping()
+                times.append(perf_counter() - begin)
+            try:
+                told = client.info()
+            except NoPermissionError:  # a job needs no INFO
+                told = {}
+    finally:
+        pool.disconnect()
+    return BrokerReport(
+        where=broker.redacted(url),
+        server=_server(told),
+        maxmemory=_number(told.get("maxmemory")),
+        policy=None if "maxmemory_policy" not in told else printable(told["maxmemory_policy"]),
+        used=_number(told.get("used_memory")),
+        round_trip_ms=1000 * median(times),
+    )
+
+
+def _server(told: Mapping[str, object]) -> str | None:
+    for key in _VERSIONS:
+        if key in told:
+            return f"{key.partition('_')[0]} {printable(told[key])}"
+    return None
+
+
+def printable(value: object) -> str:
+    """`value` as at most 100 characters without control characters."""
+    return "".join(char if char.isprintable() else " " for char in str(value))[:100]
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None

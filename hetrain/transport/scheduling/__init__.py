@@ -1,0 +1,1 @@
+"""Which worker gets what: registered workers, routing, partition of products, flow control."""
