@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hetrain.nn.loss import OutputHead, summed_loss
-from hetrain.nn.stored import StoredHead
+from hetrain.nn.memory.low_precision import StoredHead
 
 TOKENS, HIDDEN, VOCABULARY = 1100, 32, 9000
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetrain.nn import saved as saved_module
-from hetrain.nn.saved import HalfSaver
+from hetrain.nn.memory import saved_tensors as saved_module
+from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.train.step import run_step
 from tests.split_bench import (
     FAMILIES,

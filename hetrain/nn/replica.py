@@ -11,10 +11,10 @@ from peft import PeftModel
 from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
 from hetrain.nn.loss import OutputHead, summed_loss
+from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
-from hetrain.nn.saved import HalfSaver
 from hetrain.nn.split import SplitModel
-from hetrain.nn.trace import hidden_states
+from hetrain.nn.trial_run import hidden_states
 from hetrain.secret.engine import Sealer
 from hetrain.transport.channel import Channel
 

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hetrain.nn.loading import load_kept, skeleton, tensor_of
-from hetrain.nn.names import tensor_names
+from hetrain.nn.checkpoint_io.checkpoint_names import tensor_names
+from hetrain.nn.checkpoint_io.loading import load_kept, skeleton, tensor_of
 from hetrain.nn.remote import RemoteLinear
-from hetrain.nn.trace import shared_inputs
+from hetrain.nn.trial_run import shared_inputs
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError, WireError
 from hetrain.public.model.files import Checkpoint
 from hetrain.public.model.quantization import Scales

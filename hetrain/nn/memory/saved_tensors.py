@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hetrain.nn.recompute import Place, Recorder, Source, View, strides_of, values_of
+from hetrain.nn.memory.recompute import Place, Recorder, Source, View, strides_of, values_of
 from hetrain.public.allocator import release_freed_memory
 
 _SMALLEST = 1 << 14

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers import __version__ as _VERSION
 
 from hetrain.nn.attention import IMPLEMENTATION
-from hetrain.nn.stored import is_stored, keep_as_stored
-from hetrain.nn.trace import NO_INTERFACE
+from hetrain.nn.memory.low_precision import is_stored, keep_as_stored
+from hetrain.nn.trial_run import NO_INTERFACE
 from hetrain.public.errors import ModelError, UnsupportedArchitecture
 from hetrain.public.model.files import Checkpoint
 

@@ -1,0 +1,1 @@
+"""Reading what the client needs of a base model's files."""

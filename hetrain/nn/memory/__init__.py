@@ -1,0 +1,1 @@
+"""What keeps the client's memory small: stored types, saved activations, recomputation."""
