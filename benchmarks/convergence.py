@@ -21,14 +21,14 @@ from benchmarks.data import HANDBOOK, write_text_rows
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, write
 from benchmarks.plain import plain_model, plain_step
+from hetrain.data.packing import MicroBatch, epochs
+from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
-from hetrain.train.packing import MicroBatch, epochs
-from hetrain.train.rows import read_rows
 from hetrain.train.session import Base, open_base, open_session
 from hetrain.train.settings import OptimizerSettings, OutsourcingSettings
 from hetrain.train.step import run_step, share_cores
-from hetrain.train.updates import Tensors, Updater
+from hetrain.train.updater import Tensors, Updater
 
 OPTIMIZER = OptimizerSettings(learning_rate=1e-3)
 SEED = 7

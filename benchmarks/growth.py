@@ -24,6 +24,8 @@ from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, write
 from benchmarks.problems import Problem, random_problem
 from benchmarks.shapes import write_random_llama
+from hetrain.data.packing import MicroBatch, micro_batches
+from hetrain.data.tokenization import Row
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
@@ -33,10 +35,8 @@ from hetrain.public.model.files import resolve
 from hetrain.secret.engine import JobOptions, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
-from hetrain.train.packing import MicroBatch, micro_batches
-from hetrain.train.rows import Row
 from hetrain.train.step import run_step
-from hetrain.train.updates import Snapshot
+from hetrain.train.updater import Snapshot
 from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.service import Service

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from hetrain.data.packing import MicroBatch
 from hetrain.nn.lora import LoraSettings, adapter_parameters
-from hetrain.train.packing import MicroBatch
 
 
 def plain_model(

@@ -164,9 +164,9 @@ def plain(name_or_path: str, tokens: int, repeats: int) -> None:
     import torch
 
     from benchmarks.plain import plain_model, plain_step
+    from hetrain.data.packing import epochs
+    from hetrain.data.tokenization import read_rows
     from hetrain.nn.lora import LoraSettings, adapter_parameters
-    from hetrain.train.packing import epochs
-    from hetrain.train.rows import read_rows
     from hetrain.train.session import open_base
 
     base = open_base(name_or_path)

@@ -15,9 +15,9 @@ from rich.text import Text
 from cli import options
 
 if TYPE_CHECKING:
+    from hetrain.inspection.doctor import Checkup
     from hetrain.public.broker.server_info import BrokerReport
     from hetrain.public.protocol.messages import WorkerReport
-    from hetrain.train.checkup import Checkup
 
 _MB = 1e6
 _STATES = {
@@ -29,7 +29,7 @@ _STATES = {
 
 def doctor(broker_url: options.BrokerUrl = None, as_json: options.AsJson = False) -> None:
     """Say at once whether this machine and the workers can run a job, and on what."""
-    from hetrain.train.checkup import check_up
+    from hetrain.inspection.doctor import check_up
 
     found = check_up(broker_url)
     if as_json:

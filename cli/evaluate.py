@@ -32,7 +32,7 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:
     """Loss and perplexity of a data set, on workers that see only ciphertexts."""
-    from hetrain.train.evaluate import evaluate as run
+    from hetrain.train.evaluation import evaluate as run
     from hetrain.train.settings import BatchSettings, FlightSettings, OutsourcingSettings
 
     if quiet or as_json:

@@ -17,7 +17,7 @@ from cli import options
 from hetrain.public.lattice.parameters import SLOTS
 
 if TYPE_CHECKING:
-    from hetrain.train.preview import GroupPreview, Preview
+    from hetrain.inspection.plan_report import GroupPreview, Preview
 
 
 def plan(
@@ -26,7 +26,7 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Show which matrices would leave for the workers, and what each token would cost on the wire."""
-    from hetrain.train.preview import preview
+    from hetrain.inspection.plan_report import preview
 
     found = preview(model, tuple(outsource))
     if as_json:
@@ -61,7 +61,7 @@ def _print(found: Preview) -> None:
             f"{min(row.forward_bits for row in rows):.1f} / {min(row.backward_bits for row in rows):.1f}",
             f"{sum(row.forward_bytes for row in rows):,} / {sum(row.backward_bytes for row in rows):,}",
         )
-    from hetrain.train.preview import BYTES_DOWN, HINTED_BYTES_DOWN
+    from hetrain.inspection.plan_report import BYTES_DOWN, HINTED_BYTES_DOWN
 
     console = Console()
     console.print(table)

@@ -19,8 +19,8 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from hetrain.train.records import MicroBatchRecord
-    from hetrain.train.submit import Outcome
+    from hetrain.train.finetune import Outcome
+    from hetrain.train.output_dir import MicroBatchRecord
 
 _MB = 1e6
 _SMOOTHING = 0.8
@@ -59,7 +59,7 @@ class TrainingDisplay:
         self._progress.stop()
 
     def observe(self, record: MicroBatchRecord, total_steps: int) -> None:
-        """See `hetrain.train.submit.Observer`."""
+        """See `hetrain.train.finetune.Observer`."""
         if self._json:
             typer.echo(json.dumps({"event": "micro_batch"} | asdict(record)))
             return
@@ -87,7 +87,7 @@ class TrainingDisplay:
             )
 
     def stopping(self) -> None:
-        """See `hetrain.train.submit.Observer`."""
+        """See `hetrain.train.finetune.Observer`."""
         if self._json:
             typer.echo(json.dumps({"event": "stopping"}))
             return

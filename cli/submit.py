@@ -95,6 +95,8 @@ def submit(
     leaves after the update at hand.
     """
     from hetrain.nn.lora import LoraSettings
+    from hetrain.train.finetune import Place, Recipe
+    from hetrain.train.finetune import submit as run
     from hetrain.train.settings import (
         BatchSettings,
         CheckpointSettings,
@@ -102,8 +104,6 @@ def submit(
         OptimizerSettings,
         OutsourcingSettings,
     )
-    from hetrain.train.submit import Place, Recipe
-    from hetrain.train.submit import submit as run
 
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)

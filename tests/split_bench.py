@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hetrain.data.packing import MicroBatch, micro_batches
+from hetrain.data.tokenization import Row
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.replica import Replica
@@ -22,10 +24,8 @@ from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import QuantisedMatrix, quantise
 from hetrain.public.protocol.messages import EvaluateTask
 from hetrain.secret.engines.clear import ClearSealer
-from hetrain.train.packing import MicroBatch, micro_batches
-from hetrain.train.rows import Row
 from hetrain.train.step import run_step
-from hetrain.train.updates import Snapshot
+from hetrain.train.updater import Snapshot
 from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS

@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
 from hetrain.public.model.files import resolve
 from hetrain.secret.engines.clear import ClearSealer
-from hetrain.train.packing import MicroBatch, micro_batches
 from hetrain.train.step import run_evaluation, run_step
 from tests.split_bench import (
     FAMILIES,

@@ -18,13 +18,13 @@ from celery import Celery
 import hetrain
 import worker_gpu.engines
 from cli.doctor import doctor
+from hetrain.inspection.doctor import check_up
 from hetrain.inspection.probe import take_census
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, WireError
 from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.kernels import kernels
-from hetrain.train.checkup import check_up
 from tasks.processes import start_worker, stop
 from tests.running import hetrain as hetrain_command
 from tests.running import serving

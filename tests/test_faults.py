@@ -23,14 +23,14 @@ from time import monotonic, sleep
 import pytest
 import torch
 
+from hetrain.data.packing import MicroBatch, epochs
+from hetrain.data.tokenization import Row, read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.public.broker import connection as broker
 from hetrain.train.loop import train
-from hetrain.train.packing import MicroBatch, epochs
-from hetrain.train.rows import Row, read_rows
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
-from hetrain.train.updates import Tensors, Updater
+from hetrain.train.updater import Tensors, Updater
 from tests.running import serving
 from tests.zygote import Fleet, fleet_of
 

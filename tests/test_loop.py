@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetrain.data.packing import epochs
+from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.public.protocol.messages import Direction, Header
+from hetrain.train.data_position import Position
 from hetrain.train.loop import Applied, train
-from hetrain.train.packing import epochs
-from hetrain.train.position import Position
-from hetrain.train.rows import read_rows
-from hetrain.train.schedule import Entry, Schedule
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
-from hetrain.train.updates import Updater
+from hetrain.train.staleness import Entry, Schedule
+from hetrain.train.updater import Updater
 from hetrain.transport.channel import Channel, Reply, Rows
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from hetrain.nn.lora import LoraSettings
 from hetrain.public.errors import HetrainError, Interrupted, UsageError
 from hetrain.train.checkpoint import checkpoint_steps
-from hetrain.train.records import MicroBatchRecord
+from hetrain.train.finetune import Outcome, Place, Recipe, submit
+from hetrain.train.output_dir import MicroBatchRecord
 from hetrain.train.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -25,8 +26,7 @@ from hetrain.train.settings import (
     OptimizerSettings,
     OutsourcingSettings,
 )
-from hetrain.train.stopping import stop_on_signals
-from hetrain.train.submit import Outcome, Place, Recipe, submit
+from hetrain.train.signals import stop_on_signals
 from tasks.processes import start_worker, stop
 from tests.running import serving
 

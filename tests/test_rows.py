@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hetrain.data.packing import IGNORE_INDEX, MicroBatch, count_micro_batches, epochs, micro_batches, pack
+from hetrain.data.tokenization import Row, read_rows
 from hetrain.public.errors import DatasetError, ModelError, UsageError
-from hetrain.train.packing import IGNORE_INDEX, MicroBatch, count_micro_batches, epochs, micro_batches, pack
-from hetrain.train.rows import Row, read_rows
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SYSTEM = (

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hetrain.data.packing import micro_batches
+from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
@@ -24,12 +26,10 @@ from hetrain.public.protocol.messages import Direction
 from hetrain.public.protocol.plan import Group
 from hetrain.secret.activation_quantization import quantise_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
-from hetrain.train.packing import micro_batches
-from hetrain.train.rows import read_rows
 from hetrain.train.session import open_base
 from hetrain.train.settings import OptimizerSettings
 from hetrain.train.step import run_step
-from hetrain.train.updates import Updater
+from hetrain.train.updater import Updater
 from hetrain.transport.celery_channel import QueueChannel
 from tasks.processes import private_directory, start_server, stop
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.convergence import cosine
-from hetrain.train.updates import Tensors
+from hetrain.train.updater import Tensors
 from tests.running import hetrain, serving
 from tests.zygote import fleet_of
 

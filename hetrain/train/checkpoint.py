@@ -28,10 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hetrain.data.tokenization import Row
 from hetrain.public.errors import UsageError
-from hetrain.train.position import Position
-from hetrain.train.rows import Row
-from hetrain.train.updates import Tensors, Updater
+from hetrain.train.data_position import Position
+from hetrain.train.updater import Tensors, Updater
 
 LATEST = "latest"
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from hetrain.data.packing import MicroBatch
 from hetrain.nn.replica import Replica
-from hetrain.train.packing import MicroBatch
-from hetrain.train.schedule import Entry, Schedule
 from hetrain.train.settings import FlightSettings
+from hetrain.train.signals import Stop, never
+from hetrain.train.staleness import Entry, Schedule
 from hetrain.train.step import StepResult, run_step
-from hetrain.train.stopping import Stop, never
-from hetrain.train.updates import Update, Updater
+from hetrain.train.updater import Update, Updater
 
 _LOOK_S = 0.5  # how often a waiting loop looks whether it should stop
 

@@ -23,7 +23,7 @@ from hetrain.public.protocol.messages import Completion
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
-from hetrain.train.hints import open_hints, wants_hints
+from hetrain.train.hint_policy import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.celery_channel import QueueChannel
 from hetrain.transport.channel import Channel

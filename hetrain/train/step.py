@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hetrain.data.packing import MicroBatch
 from hetrain.nn.remote import Meter
 from hetrain.nn.replica import Replica
-from hetrain.train.packing import MicroBatch
-from hetrain.train.updates import Snapshot, Tensors
+from hetrain.train.updater import Snapshot, Tensors
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hetrain.data.tokenization import Row
 from hetrain.public.errors import DatasetError
-from hetrain.train.rows import Row
 
 IGNORE_INDEX = -100
 """Target of a position whose prediction does not count, as `torch.nn.functional.cross_entropy` has it."""

@@ -18,11 +18,11 @@ from hetrain.train.checkpoint import (
     remove_checkpoint,
     write_checkpoint,
 )
+from hetrain.train.data_position import Position
 from hetrain.train.loop import Applied
-from hetrain.train.position import Position
-from hetrain.train.records import MicroBatchRecord, OutputDirectory, records_of
+from hetrain.train.output_dir import MicroBatchRecord, OutputDirectory, records_of
 from hetrain.train.settings import CheckpointSettings
-from hetrain.train.updates import Tensors, Updater
+from hetrain.train.updater import Tensors, Updater
 
 _log = logging.getLogger(__name__)
 

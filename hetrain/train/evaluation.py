@@ -11,11 +11,11 @@ from queue import SimpleQueue
 
 from peft import PeftModel
 
+from hetrain.data.packing import MicroBatch, micro_batches, pack
+from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.public.errors import Interrupted
-from hetrain.train.packing import MicroBatch, micro_batches, pack
-from hetrain.train.rows import read_rows
 from hetrain.train.session import Session, open_base, open_session
 from hetrain.train.settings import BatchSettings, OutsourcingSettings
 from hetrain.train.step import run_evaluation, share_cores

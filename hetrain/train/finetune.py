@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Protocol
 
 import hetrain
+from hetrain.data.packing import MicroBatch, count_micro_batches, epochs
+from hetrain.data.tokenization import Row, read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.public.errors import DatasetError, Interrupted, UsageError
 from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
-from hetrain.train.journal import Journal
+from hetrain.train.data_position import Position
 from hetrain.train.loop import train
-from hetrain.train.packing import MicroBatch, count_micro_batches, epochs
-from hetrain.train.position import Position
-from hetrain.train.records import MicroBatchRecord, OutputDirectory
-from hetrain.train.rows import Row, read_rows
+from hetrain.train.output_dir import MicroBatchRecord, OutputDirectory
+from hetrain.train.run_log import Journal
 from hetrain.train.session import Base, Session, open_base, open_session
 from hetrain.train.settings import (
     BatchSettings,
@@ -30,9 +30,9 @@ from hetrain.train.settings import (
     OptimizerSettings,
     OutsourcingSettings,
 )
+from hetrain.train.signals import stop_on_signals
 from hetrain.train.step import share_cores
-from hetrain.train.stopping import stop_on_signals
-from hetrain.train.updates import Updater
+from hetrain.train.updater import Updater
 
 _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from hetrain.public.errors import DatasetError, ModelError, UsageError
-from hetrain.train.forms import (
+from hetrain.data.schema import (
     Conversation,
     Message,
     MessagePair,
@@ -21,6 +20,7 @@ from hetrain.train.forms import (
     TextForm,
     read_raw_rows,
 )
+from hetrain.public.errors import DatasetError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

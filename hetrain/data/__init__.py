@@ -1,0 +1,1 @@
+"""From a data set's file to packed micro-batches."""
