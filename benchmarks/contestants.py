@@ -27,7 +27,7 @@ from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute
 from worker_gpu.service import Service
-from worker_gpu.weights import WeightStore
+from worker_gpu.weights.store import WeightStore
 
 PEER, PEER_VERSION = "concrete-ml-extensions", "0.2.0"
 EIGHT_BITS = (1 << (DEFAULT_BITS - 1)) - 1

@@ -221,7 +221,7 @@ class _Herd:
 
 
 def _fork(index: int, pace: Pace, ready: int) -> int:
-    from tasks.supervision import tie_to_parent
+    from tasks.supervisor.worker_process import tie_to_parent
 
     tie = tie_to_parent()
     if pid := os.fork():

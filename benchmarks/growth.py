@@ -40,7 +40,7 @@ from hetrain.train.updater import Snapshot
 from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.service import Service
-from worker_gpu.weights import WeightStore
+from worker_gpu.weights.store import WeightStore
 
 ENGINE, MODES = "rlwe", {"rlwe": False, "rlwe-hints": True}
 _SEED = 7

@@ -51,8 +51,8 @@ from hetrain.secret.engines.rlwe.hints import Hint
 from hetrain.secret.engines.rlwe.seal import seal
 from hetrain.transport.celery_channel import QueueChannel
 from hetrain.transport.channel import Channel, Reply
-from tasks.processes import private_directory, start_server
-from tasks.supervision import stop
+from tasks.supervisor.server import private_directory, start_server
+from tasks.supervisor.worker_process import stop
 
 SHARES: Mapping[str, int] = {"transport": 16, "client": 64}
 """One row in so many travels: with these a dilation of about one fits two cores."""

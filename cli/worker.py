@@ -85,7 +85,7 @@ def worker(
     root = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment["PYTHONSAFEPATH"] = "1"
-    command = [sys.executable, "-m", "tasks.fleet"]
+    command = [sys.executable, "-m", "tasks.supervisor.multi_gpu"]
     if workers is not None:
         command += ["--workers", str(workers)]
     os.execve(sys.executable, command, environment)

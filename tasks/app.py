@@ -49,7 +49,7 @@ def _settings() -> dict[str, Any]:
             "unacked_mutex_expire": 5,
             **KEEPALIVE,
         },
-        "include": ["tasks.evaluate", "tasks.about", "tasks.display", "tasks.announce"],
+        "include": ["tasks.evaluate", "tasks.inspect_command", "tasks.display", "tasks.heartbeat"],
         "task_default_queue": QUEUE,
         "accept_content": ["json"],
         "task_serializer": "json",
@@ -89,7 +89,7 @@ def _before_the_pool(sender: Any, **_: object) -> None:
 
 def _choose_queue() -> None:
     """A worker of some shards takes from their queue alone, whatever -Q says: others' tasks must not come."""
-    from worker_gpu.shards import served_shards
+    from worker_gpu.weights.shards import served_shards
 
     try:
         shards = served_shards()

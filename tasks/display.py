@@ -31,8 +31,8 @@ class Statistics(bootsteps.StartStopStep):
 
     def info(self, parent: Any) -> dict[str, Any]:
         """The statistics' ``pool``, and their ``broker`` without what a URL may hold of secrets."""
-        from worker_gpu.shards import served_shards
-        from worker_gpu.weights import served_models
+        from worker_gpu.weights.shards import served_shards
+        from worker_gpu.weights.store import served_models
 
         # Lists, as Flower rewrites bare strings: "tiny-llama" becomes "Tiny llama".
         identity = {"device": [_device(parent.pool)], "models": list(served_models())}

@@ -25,7 +25,7 @@ from hetrain.public.protocol.messages import (
 )
 from tasks.app import broker_url
 from tasks.leases import Leases
-from tasks.ledger import Ledger
+from tasks.request_log import Ledger
 
 logger = logging.getLogger(__name__)
 

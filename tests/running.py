@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, stop
+from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, stop
 
 HETRAIN = (sys.executable, "-m", "cli")
 

@@ -30,7 +30,7 @@ from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS
 from worker_gpu.service import Service
-from worker_gpu.weights import WeightStore
+from worker_gpu.weights.store import WeightStore
 
 VOCABULARY = 101
 WINDOW = 4

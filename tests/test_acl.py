@@ -20,8 +20,8 @@ from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.protocol.registration import FLEET_KEY
 from hetrain.public.protocol.tenants import new_job
-from tasks.processes import private_directory, start_server
-from tasks.supervision import spawn_worker, stop
+from tasks.supervisor.server import private_directory, start_server
+from tasks.supervisor.worker_process import spawn_worker, stop
 from tests.running import HETRAIN
 
 ROOT = Path(__file__).resolve().parents[1]

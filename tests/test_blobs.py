@@ -29,7 +29,7 @@ from hetrain.public.errors import (
 )
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, new_token
-from tasks.processes import private_directory, start_server, stop
+from tasks.supervisor.server import private_directory, start_server, stop
 
 JOB = new_token()
 LIMIT = 64 << 20

@@ -19,7 +19,7 @@ from hetrain.public.errors import Interrupted, UsageError
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.scheduling.flow_control import Backpressure, ByteBudget, share_of
-from tasks.processes import start_worker, stop
+from tasks.supervisor.server import start_worker, stop
 from tests.running import serving
 
 

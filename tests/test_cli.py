@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hetrain.public.broker.connection import parse_broker_url
-from tasks.processes import start_worker, stop
+from tasks.supervisor.server import start_worker, stop
 from tests.running import HETRAIN, hetrain, serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"

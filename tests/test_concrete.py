@@ -19,7 +19,7 @@ from hetrain.public.concrete import circuits
 from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
 from hetrain.public.concrete.package import PACKAGE, package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
-from tasks.processes import start_worker, stop
+from tasks.supervisor.server import start_worker, stop
 from tests.contract.bench import Bench
 from tests.running import hetrain, serving
 

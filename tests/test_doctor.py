@@ -25,7 +25,7 @@ from hetrain.public.errors import BrokerUnreachable, WireError
 from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.kernels import kernels
-from tasks.processes import start_worker, stop
+from tasks.supervisor.server import start_worker, stop
 from tests.running import hetrain as hetrain_command
 from tests.running import serving
 

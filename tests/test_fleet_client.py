@@ -31,8 +31,8 @@ from hetrain.transport.celery_channel import QueueChannel, QueuePending
 from hetrain.transport.requests.state import Patience
 from hetrain.transport.scheduling import partition as cutting
 from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, cut
-from tasks.processes import stop
-from tasks.supervision import spawn_worker
+from tasks.supervisor.server import stop
+from tasks.supervisor.worker_process import spawn_worker
 from tests.contract.bench import Bench
 from tests.running import Serving, serving
 

@@ -39,15 +39,15 @@ from hetrain.public.protocol.messages import (
 )
 from hetrain.public.protocol.plan import Member, Plan, group_of
 from hetrain.public.protocol.registration import FLEET_KEY, ShardRange, WorkerCard
-from tasks.fleet import plan_workers
-from tasks.processes import DEFAULT_MAXMEMORY, stop
-from tasks.supervision import spawn_worker
+from tasks.supervisor.multi_gpu import plan_workers
+from tasks.supervisor.server import DEFAULT_MAXMEMORY, stop
+from tasks.supervisor.worker_process import spawn_worker
 from tests.running import HETRAIN, Serving, serving
-from worker_gpu.cache import Cache
 from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS
+from worker_gpu.lru import Cache
 from worker_gpu.service import Service
-from worker_gpu.weights import WeightStore, weights_limit
+from worker_gpu.weights.store import WeightStore, weights_limit
 
 OUT, IN, GROUPS = 40, 24, 6
 CPU = torch.device("cpu")

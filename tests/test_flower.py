@@ -29,7 +29,7 @@ from playwright.sync_api import FloatRect, Page, expect, sync_playwright
 
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
-from tasks.processes import start_worker, stop, tie_to_parent
+from tasks.supervisor.server import start_worker, stop, tie_to_parent
 from tests.running import hetrain, serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"

@@ -30,7 +30,7 @@ from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, sta
 from worker_gpu.device import Compute
 from worker_gpu.kernels import float64_limbs
 from worker_gpu.service import Service
-from worker_gpu.weights import WeightStore
+from worker_gpu.weights.store import WeightStore
 
 TOKEN = "0" * 32
 

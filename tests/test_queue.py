@@ -55,9 +55,9 @@ from hetrain.transport.channel import Reply
 from hetrain.transport.in_process import LocalChannel
 from hetrain.transport.requests.remote_errors import error_of
 from hetrain.transport.requests.state import Patience, prepare_task
-from tasks.embedded import KeptWorker
-from tasks.ledger import Ledger
-from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
+from tasks.request_log import Ledger
+from tasks.supervisor.embedded import KeptWorker
+from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
 from tests.running import serving
 
 OUT, IN = 1536, 1024

@@ -27,7 +27,7 @@ from hetrain.train.settings import (
     OutsourcingSettings,
 )
 from hetrain.train.signals import stop_on_signals
-from tasks.processes import start_worker, stop
+from tasks.supervisor.server import start_worker, stop
 from tests.running import serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"

@@ -31,7 +31,7 @@ from hetrain.train.settings import OptimizerSettings
 from hetrain.train.step import run_step
 from hetrain.train.updater import Updater
 from hetrain.transport.celery_channel import QueueChannel
-from tasks.processes import private_directory, start_server, stop
+from tasks.supervisor.server import private_directory, start_server, stop
 
 CANARY = "the canary sings at four o'clock behind the blue door"
 WINDOW = 16

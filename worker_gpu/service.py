@@ -11,12 +11,12 @@ from hetrain.public.errors import WireError, WorkerRefused
 from hetrain.public.protocol.messages import EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Group, Plan, parse_plan
 from hetrain.public.protocol.registration import ShardRange
-from worker_gpu.cache import Cache
 from worker_gpu.copies import own_stream
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.engines import Engine, open_engine
-from worker_gpu.shards import own_part, refuse_others, served_shards
-from worker_gpu.weights import WeightStore, weights_limit
+from worker_gpu.lru import Cache
+from worker_gpu.weights.shards import own_part, refuse_others, served_shards
+from worker_gpu.weights.store import WeightStore, weights_limit
 
 PlanLoader = Callable[[], bytes | bytearray | memoryview]
 _MAX_PLANS = 64

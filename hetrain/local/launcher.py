@@ -25,7 +25,7 @@ _LINE_LIMIT = 8192
 
 
 class Embedded:
-    """A running supervisor (``python -m tasks.embedded``).
+    """A running supervisor (``python -m tasks.supervisor.embedded``).
 
     Attributes:
         url: the broker's address, with its password.
@@ -65,7 +65,7 @@ def start_embedded(
     Raises:
         WorkerError: they do not start; with the end of the log.
     """
-    command = [sys.executable, "-m", "tasks.embedded", "--model", model, "--workers", str(workers)]
+    command = [sys.executable, "-m", "tasks.supervisor.embedded", "--model", model, "--workers", str(workers)]
     command += ["--concurrency", str(concurrency), "--log-file", str(log_file)]
     if maxmemory is not None:
         command += ["--maxmemory", str(maxmemory)]

@@ -23,7 +23,7 @@ from hetrain.secret.verification import Sketch
 from hetrain.transport.in_process import LocalChannel
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.service import Service
-from worker_gpu.weights import WeightStore
+from worker_gpu.weights.store import WeightStore
 
 COMPUTE = choose_compute(choose_device())
 

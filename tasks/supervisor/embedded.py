@@ -1,4 +1,4 @@
-"""Broker and workers for one machine, as one process tree: ``python -m tasks.embedded --model NAME``.
+"""Broker and workers for one machine, as one process tree: ``python -m tasks.supervisor.embedded --model NAME``.
 
 Prints one JSON line, ``{"url": ...}``, once the server answers, and takes everything down when its standard
 input ends (its parent closed it, or died) or on SIGTERM. When it gives up it prints ``{"error": ...}`` and
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from hetrain.public.errors import BrokerUnreachable, HetrainError
-from tasks.processes import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker
-from tasks.supervision import KeptWorker, stop, threads_per_worker
+from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker
+from tasks.supervisor.worker_process import KeptWorker, stop, threads_per_worker
 
 _POLL_S = 0.2
 
@@ -71,7 +71,7 @@ def _end(*_: object) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tasks.embedded", description="Broker and workers for one machine"
+        prog="python -m tasks.supervisor.embedded", description="Broker and workers for one machine"
     )
     parser.add_argument(
         "--model", required=True, help="name or path of the model to serve (see HETRAIN_MODELS)"

@@ -12,7 +12,7 @@ from hetrain.public.errors import HetrainError, ModelError, UsageError, WorkerRe
 from hetrain.public.model.files import Checkpoint, label_of, resolve
 from hetrain.public.model.quantization import matrix_digest
 from hetrain.public.protocol.plan import Group, Plan, stack_group
-from worker_gpu.cache import Cache
+from worker_gpu.lru import Cache
 
 DEFAULT_MODELS = "smollm2-135m"
 _GPU_SHARE = 0.75  # the rest is for operands and results

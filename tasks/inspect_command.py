@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 @inspect_command(name=CONTROL_ABOUT)
 def about(state: Any) -> dict[str, Any]:
     """What this worker computes on, and what it serves."""
-    from worker_gpu.shards import served_shards
-    from worker_gpu.weights import served_models
+    from worker_gpu.weights.shards import served_shards
+    from worker_gpu.weights.store import served_models
 
     consumer = state.consumer
     # Service and device belong to the forked processes; the parent must not touch CUDA.

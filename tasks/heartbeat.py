@@ -16,8 +16,8 @@ from hetrain.public.broker.connection import broker_errors, client, connection_p
 from hetrain.public.errors import BrokerError
 from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.protocol.registration import CARD_RENEWAL_S, CARD_TTL_S, FLEET_KEY, WorkerCard
-from tasks.about import plain_line
 from tasks.app import broker_url
+from tasks.inspect_command import plain_line
 
 _FAREWELL_S = 2.0
 
@@ -121,8 +121,8 @@ def _take_leave(**_: object) -> None:
 
 def _card(consumer: Any) -> WorkerCard:
     """Raises `ValidationError` when a name or a queue was chosen that clients would not understand."""
-    from worker_gpu.shards import served_shards
-    from worker_gpu.weights import served_models
+    from worker_gpu.weights.shards import served_shards
+    from worker_gpu.weights.store import served_models
 
     shards = served_shards()
     queues = [queue.name for queue in consumer.task_consumer.queues]

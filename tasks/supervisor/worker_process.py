@@ -42,7 +42,7 @@ def tie_to_parent() -> Callable[[], None] | None:
 
 def own_environment() -> dict[str, str]:
     """This process's, in which Python finds this code and takes no file of the working directory for it."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 

@@ -1,4 +1,4 @@
-"""One worker process per visible GPU, or several on the CPU, as one: ``python -m tasks.fleet [--workers N]``.
+"""One worker process per visible GPU, or several on the CPU, as one: ``python -m tasks.supervisor.multi_gpu [--workers N]``.
 
 What they serve is in the environment, as for a single worker. SIGTERM or SIGINT once lets running tasks end,
 twice ends everything now.
@@ -17,7 +17,13 @@ from time import sleep
 
 from hetrain.public.errors import HetrainError, WorkerError
 from tasks.app import EX_CONFIG
-from tasks.supervision import KeptWorker, own_environment, spawn_worker, stop, threads_per_worker
+from tasks.supervisor.worker_process import (
+    KeptWorker,
+    own_environment,
+    spawn_worker,
+    stop,
+    threads_per_worker,
+)
 
 _POLL_S = 0.1
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
@@ -122,7 +128,9 @@ def _let_end(processes: list[subprocess.Popen[bytes]], requests: _Requests) -> N
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.fleet", description="Workers of one machine")
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.supervisor.multi_gpu", description="Workers of one machine"
+    )
     parser.add_argument("--workers", type=int, help="processes; default: one per visible GPU, else one")
     options = parser.parse_args()
     if options.workers is not None and options.workers < 1:

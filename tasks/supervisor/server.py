@@ -13,7 +13,7 @@ from typing import IO
 
 from hetrain.public.broker.connection import ping
 from hetrain.public.errors import BrokerError, BrokerUnreachable
-from tasks.supervision import spawn_worker, stop, tie_to_parent
+from tasks.supervisor.worker_process import spawn_worker, stop, tie_to_parent
 
 DEFAULT_MAXMEMORY = 2 << 30
 _SOCKET_PATH_LIMIT = 100
