@@ -60,7 +60,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.step --shape llama-3.2-1b --no-plain --in-flight 1 --updates 1 \
 		--json $(RESULTS)/step-llama.json
 	$(BIN)/python -m benchmarks.scaling --asynchronous --json $(RESULTS)/scaling.json
-	$(BIN)/python -m benchmarks.documents
+	$(BIN)/python -m benchmarks.update_docs
 	$(BIN)/python -m benchmarks.report
 
 clean:

@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import PEER, TRAITS, Contestant, Lap, missing, open_contestant
+from benchmarks.engines_under_test import PEER, TRAITS, Contestant, Lap, missing, open_contestant
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, write
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.workloads import PROBLEMS, Problem
 from hetrain.public.concrete.package import PACKAGE
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.secret.activation_quantization import quantise_operand

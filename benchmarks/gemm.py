@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare import fastest_layout, int_mm, waiting
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, timed, write
+from benchmarks.raw_int8 import fastest_layout, int_mm, waiting
 from benchmarks.shapes import GROUPS
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.lattice.masks import PublicSeed

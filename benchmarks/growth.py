@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.contestants import Contestant, open_contestant
+from benchmarks.engines_under_test import Contestant, open_contestant
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, write
-from benchmarks.problems import Problem, random_problem
 from benchmarks.shapes import write_random_llama
+from benchmarks.workloads import Problem, random_problem
 from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.data.tokenization import Row
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hetrain.public.model.files import resolve
 
-pytest.register_assert_rewrite("tests.split_bench")
+pytest.register_assert_rewrite("tests.harness.split_model")
 
 
 @pytest.fixture(scope="session")

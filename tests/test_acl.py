@@ -22,7 +22,7 @@ from hetrain.public.protocol.registration import FLEET_KEY
 from hetrain.public.protocol.tenants import new_job
 from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import spawn_worker, stop
-from tests.running import HETRAIN
+from tests.harness.processes import HETRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = ("alice", "bob")

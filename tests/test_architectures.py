@@ -20,7 +20,7 @@ from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageErro
 from hetrain.public.model.files import resolve
 from hetrain.secret.engines.clear import ClearSealer
 from hetrain.train.step import run_evaluation, run_step
-from tests.split_bench import (
+from tests.harness.split_model import (
     FAMILIES,
     GPT2_SIZES,
     GROUPED,

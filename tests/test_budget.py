@@ -20,7 +20,7 @@ from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.scheduling.flow_control import Backpressure, ByteBudget, share_of
 from tasks.supervisor.server import start_worker, stop
-from tests.running import serving
+from tests.harness.processes import serving
 
 
 @given(sizes=st.lists(st.integers(1, 150), max_size=12))

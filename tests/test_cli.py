@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from hetrain.public.broker.connection import parse_broker_url
 from tasks.supervisor.server import start_worker, stop
-from tests.running import HETRAIN, hetrain, serving
+from tests.harness.processes import HETRAIN, hetrain, serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
 SMALL = ("--micro-batch-tokens", "256", "--max-length", "64")

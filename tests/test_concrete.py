@@ -20,8 +20,8 @@ from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
 from hetrain.public.concrete.package import PACKAGE, package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.supervisor.server import start_worker, stop
-from tests.contract.bench import Bench
-from tests.running import hetrain, serving
+from tests.harness.engine import Bench
+from tests.harness.processes import hetrain, serving
 
 ROWS = Path(__file__).parent / "data" / "tiny.jsonl"
 

@@ -26,8 +26,8 @@ from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, Worker
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.kernels import kernels
 from tasks.supervisor.server import start_worker, stop
-from tests.running import hetrain as hetrain_command
-from tests.running import serving
+from tests.harness.processes import hetrain as hetrain_command
+from tests.harness.processes import serving
 
 OTHER = WorkerReport(
     worker="other@elsewhere",

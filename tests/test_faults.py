@@ -31,8 +31,8 @@ from hetrain.train.loop import train
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
 from hetrain.train.updater import Tensors, Updater
-from tests.running import serving
-from tests.zygote import Fleet, fleet_of
+from tests.harness.forkserver import Fleet, fleet_of
+from tests.harness.processes import serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
 SEED = int(os.environ.get("HETRAIN_TEST_SEED") or random.SystemRandom().randrange(1 << 32))

@@ -33,8 +33,8 @@ from hetrain.transport.scheduling import partition as cutting
 from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, cut
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
-from tests.contract.bench import Bench
-from tests.running import Serving, serving
+from tests.harness.engine import Bench
+from tests.harness.processes import Serving, serving
 
 ROWS, K = 640, 96
 NAMES = ("w0", "w1", "w2", "w3")

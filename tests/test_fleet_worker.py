@@ -42,7 +42,7 @@ from hetrain.public.protocol.registration import FLEET_KEY, ShardRange, WorkerCa
 from tasks.supervisor.multi_gpu import plan_workers
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, stop
 from tasks.supervisor.worker_process import spawn_worker
-from tests.running import HETRAIN, Serving, serving
+from tests.harness.processes import HETRAIN, Serving, serving
 from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS
 from worker_gpu.lru import Cache

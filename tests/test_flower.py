@@ -30,7 +30,7 @@ from playwright.sync_api import FloatRect, Page, expect, sync_playwright
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
 from tasks.supervisor.server import start_worker, stop, tie_to_parent
-from tests.running import hetrain, serving
+from tests.harness.processes import hetrain, serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

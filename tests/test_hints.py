@@ -17,7 +17,7 @@ from hetrain.secret.engines.rlwe.hints import ROW_BYTES, hint_bytes
 from hetrain.secret.engines.rlwe.kernels import TorchKernels
 from hetrain.secret.verification import Sketch
 from hetrain.train.hint_policy import open_hints, wants_hints
-from tests.contract.bench import Bench
+from tests.harness.engine import Bench
 from worker_gpu.kernels import reference
 
 SHAPE = (37, 29)

@@ -30,7 +30,7 @@ from cryptography.x509.oid import NameOID
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerError
 from tasks.supervisor.worker_process import stop, tie_to_parent
-from tests.running import HETRAIN, serving
+from tests.harness.processes import HETRAIN, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 PROXY = (sys.executable, str(ROOT / "tests" / "tls_proxy.py"))

@@ -24,7 +24,7 @@ from hetrain.nn.split import split_model
 from hetrain.public.errors import UsageError
 from hetrain.public.model.files import resolve
 from hetrain.train.step import run_step
-from tests.split_bench import (
+from tests.harness.split_model import (
     FAMILIES,
     Bench,
     assert_faithful,

@@ -58,7 +58,7 @@ from hetrain.transport.requests.state import Patience, prepare_task
 from tasks.request_log import Ledger
 from tasks.supervisor.embedded import KeptWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
-from tests.running import serving
+from tests.harness.processes import serving
 
 OUT, IN = 1536, 1024
 GUARD_S = 60

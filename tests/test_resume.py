@@ -28,7 +28,7 @@ from hetrain.train.settings import (
 )
 from hetrain.train.signals import stop_on_signals
 from tasks.supervisor.server import start_worker, stop
-from tests.running import serving
+from tests.harness.processes import serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
 IN_STEP = FlightSettings(in_flight=2, sync=True)

@@ -10,7 +10,7 @@ import torch
 from hetrain.nn.memory import saved_tensors as saved_module
 from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.train.step import run_step
-from tests.split_bench import (
+from tests.harness.split_model import (
     FAMILIES,
     Bench,
     adapter_parameters,

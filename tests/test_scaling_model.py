@@ -6,7 +6,8 @@ from time import perf_counter
 
 import pytest
 
-from benchmarks import documents, scaling
+from benchmarks import scaling
+from benchmarks import update_docs as documents
 from benchmarks.delayed import Pace
 from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, Decoder, Product, Work, WorkerModel
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from benchmarks.convergence import cosine
 from hetrain.train.updater import Tensors
-from tests.running import hetrain, serving
-from tests.zygote import fleet_of
+from tests.harness.forkserver import fleet_of
+from tests.harness.processes import hetrain, serving
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
 COMMON = ("--quiet", "--sync", "--max-length", 48, "--micro-batch-tokens", 48, "--lora-dropout", 0.1)

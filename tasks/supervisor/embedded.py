@@ -1,4 +1,6 @@
-"""Broker and workers for one machine, as one process tree: ``python -m tasks.supervisor.embedded --model NAME``.
+"""Broker and workers for one machine, as one process tree.
+
+Usage: ``python -m tasks.supervisor.embedded --model NAME``.
 
 Prints one JSON line, ``{"url": ...}``, once the server answers, and takes everything down when its standard
 input ends (its parent closed it, or died) or on SIGTERM. When it gives up it prints ``{"error": ...}`` and

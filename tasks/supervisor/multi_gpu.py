@@ -1,4 +1,6 @@
-"""One worker process per visible GPU, or several on the CPU, as one: ``python -m tasks.supervisor.multi_gpu [--workers N]``.
+"""One worker process per visible GPU, or several on the CPU, under one supervisor.
+
+Usage: ``python -m tasks.supervisor.multi_gpu [--workers N]``.
 
 What they serve is in the environment, as for a single worker. SIGTERM or SIGINT once lets running tasks end,
 twice ends everything now.

@@ -12,7 +12,7 @@ import torch
 from hetrain.public.errors import HetrainError, NotFinite, ParameterError, WireError
 from hetrain.public.protocol.messages import Direction
 from hetrain.secret.engine import ENGINES
-from tests.contract.bench import PROMISES, Bench
+from tests.harness.engine import PROMISES, Bench
 from worker_gpu.engines import ENGINES as WORKER_ENGINES
 
 SHAPES = {"one": (1, 1), "wide": (3, 70), "tall": (45, 2), "square": (16, 16), "ragged": (37, 29)}

@@ -1,4 +1,6 @@
-"""A TLS port before a server's socket: ``python tests/tls_proxy.py CERTIFICATE KEY ADDRESS PORT SOCKET``.
+"""A TLS port before a server's socket.
+
+Usage: ``python tests/harness/tls_proxy.py CERTIFICATE KEY ADDRESS PORT SOCKET``.
 
 The embedded Valkey server is built without TLS, so tests put this before it. It imports nothing of hetrain.
 """

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from benchmarks.problems import Problem
+from benchmarks.workloads import Problem
 from hetrain.public.concrete.circuits import compile_circuit, tile
 from hetrain.public.concrete.package import load_fhe
 from hetrain.public.errors import UsageError

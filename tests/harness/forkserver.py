@@ -73,7 +73,7 @@ def fleet_of(workers: int, url: str, model: Path, log: Path) -> Iterator[Fleet]:
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     serve = {"HETRAIN_BROKER_URL": url, "HETRAIN_MODELS": json.dumps([str(model)])}
     zygote = subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote", str(workers), str(log)],
+        [sys.executable, "-m", "tests.harness.forkserver", str(workers), str(log)],
         env=os.environ | one_thread | serve,
         stdout=subprocess.PIPE,
         text=True,

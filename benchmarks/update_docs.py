@@ -1,4 +1,4 @@
-"""Writes figures into the documentation: ``python -m benchmarks.documents``.
+"""Writes figures into the documentation: ``python -m benchmarks.update_docs``.
 
 A generated part of docs/scaling.md stands between ``<!-- begin: COMMAND -->`` and ``<!-- end -->``, where the
 command is what makes its figures.

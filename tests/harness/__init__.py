@@ -1,0 +1,1 @@
+"""What several tests start or build: processes, split models, engines, forked workers."""
