@@ -33,7 +33,7 @@ from tasks.supervisor.worker_process import stop, tie_to_parent
 from tests.harness.processes import HETRAIN, serving
 
 ROOT = Path(__file__).resolve().parents[1]
-PROXY = (sys.executable, str(ROOT / "tests" / "tls_proxy.py"))
+PROXY = (sys.executable, str(ROOT / "tests" / "harness" / "tls_proxy.py"))
 GUESTS = ("client", "worker-1", "worker-2")
 UPDATES = 16
 CUT_S = 10.0
