@@ -25,7 +25,7 @@ from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
-from hetrain.train.session import Base, open_base, open_session
+from hetrain.train.session import BaseModelFiles, open_base, open_session
 from hetrain.train.settings import OptimizerSettings, OutsourcingSettings
 from hetrain.train.step import run_step, share_cores
 from hetrain.train.updater import Tensors, Updater
@@ -43,7 +43,7 @@ class Curve:
     first_gradients: Tensors
 
 
-def draw(base: Base, data: str, tokens: int, steps: int) -> list[MicroBatch]:
+def draw(base: BaseModelFiles, data: str, tokens: int, steps: int) -> list[MicroBatch]:
     """Micro-batches of running text in full rows, or of the handbook's short questions and answers."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "rows.jsonl" if data == "text" else HANDBOOK
@@ -53,9 +53,9 @@ def draw(base: Base, data: str, tokens: int, steps: int) -> list[MicroBatch]:
     return list(islice(epochs(rows, tokens, SEED, None), steps))
 
 
-def initial_values(base: Base) -> dict[str, torch.Tensor]:
+def initial_values(base: BaseModelFiles) -> dict[str, torch.Tensor]:
     """Adapter values that all runs start from. B is not zero: gradients reach A from the first step."""
-    model = add_adapter(split_model(base.checkpoint), LoraSettings(), SEED)
+    model = add_adapter(split_model(base.files), LoraSettings(), SEED)
     generator = torch.Generator().manual_seed(SEED)
     values = {}
     for name, parameter in adapter_parameters(model).items():
@@ -64,9 +64,9 @@ def initial_values(base: Base) -> dict[str, torch.Tensor]:
     return values
 
 
-def plain_curve(base: Base, values: Tensors, batches: list[MicroBatch]) -> Curve:
+def plain_curve(base: BaseModelFiles, values: Tensors, batches: list[MicroBatch]) -> Curve:
     """With stock peft."""
-    model = plain_model(base.checkpoint.directory, LoraSettings(), values)
+    model = plain_model(base.files.directory, LoraSettings(), values)
     updater = Updater(adapter_parameters(model), OPTIMIZER, len(batches))
     losses, first = [], None
     for batch in batches:
@@ -79,7 +79,7 @@ def plain_curve(base: Base, values: Tensors, batches: list[MicroBatch]) -> Curve
 
 
 def engine_curve(
-    base: Base, engine: str, values: Tensors, batches: list[MicroBatch], *, hints: bool = False
+    base: BaseModelFiles, engine: str, values: Tensors, batches: list[MicroBatch], *, hints: bool = False
 ) -> Curve:
     """With one engine, over an embedded broker and worker. Hints serve from the second step on."""
     # One thread: client and worker take turns on this machine, and small operations gain nothing from two.

@@ -40,7 +40,7 @@ from benchmarks.output import add_json_option, write
 from benchmarks.workloads import PROBLEMS, Problem
 from hetrain.public.concrete.package import PACKAGE
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.secret.activation_quantization import quantise_operand
+from hetrain.secret.activation_quantization import quantize_operand
 from worker_gpu.device import Compute, choose_compute, choose_device
 
 _FULL = dict.fromkeys(("rlwe", "rlwe-hints", "clear"), (2048, 512))
@@ -94,7 +94,7 @@ def errors(problem: Problem, x: torch.Tensor, y: torch.Tensor, x_max: int) -> di
     """How far ŷ is from x·Qᵀ, and from the exact product of the rounded x; see the module."""
     q = problem.matrix.t().to(torch.float64)
     truth, got = x.to(torch.float64) @ q, y.to(torch.float64)
-    operand = quantise_operand(x, x_max)
+    operand = quantize_operand(x, x_max)
     exact = operand.values.t().to(torch.float64) @ q  # below 2^53
     units = (got / operand.scales.to(torch.float64)[:, None]).round()
     largest = float((units - exact).abs().max())

@@ -20,11 +20,11 @@ from hetrain.public.concrete.package import load_fhe
 from hetrain.public.errors import UsageError
 from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
 from hetrain.public.protocol.messages import EvaluateTask
-from hetrain.secret.activation_quantization import dequantise_result, quantise_operand
+from hetrain.secret.activation_quantization import dequantize_result, quantize_operand
 from hetrain.secret.engine import JobOptions, client_engine
 from hetrain.secret.engines.concrete import DEFAULT_BITS
 from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
-from hetrain.transport.in_process import LocalChannel
+from hetrain.transport.in_process import InProcessChannel
 from worker_gpu.device import Compute
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
@@ -144,7 +144,7 @@ class OwnEngine:
         self._load_plan = plan.to_bytes
         self._service = Service(compute, WeightStore(compute.device, {plan.model: str(problem.directory)}))
         self._sealer = client_engine(traits.engine).open(plan, traits.options(problem))
-        self._channel = LocalChannel(
+        self._channel = InProcessChannel(
             self._evaluate, lambda task, data: self._service.prepare(task, lambda: data)
         )
         self._channel.prepare(plan.model, traits.engine, plan.to_bytes(), plan.digest, self._sealer.setup)
@@ -196,7 +196,7 @@ class Peer:
     def multiply(self, x: torch.Tensor) -> Lap:
         """See `Contestant.multiply`."""
         library, clock = self._library, Clock()
-        operand = quantise_operand(x, EIGHT_BITS)
+        operand = quantize_operand(x, EIGHT_BITS)
         values = np.ascontiguousarray(operand.values.t().to(torch.int64).numpy()).view(np.uint64)
         up = library.encrypt_matrix(self._secret, self._parameters, values).serialize()
         encrypt_s, _ = clock.lap()
@@ -209,7 +209,7 @@ class Peer:
             result, self._secret, self._parameters, num_valid_glwe_values_in_last_ciphertext=last
         )
         products = torch.from_numpy(np.ascontiguousarray(clear.view(np.int64)[: len(x), : self._columns].T))
-        y = dequantise_result(products, operand.scales)
+        y = dequantize_result(products, operand.scales)
         decrypt_s, _ = clock.lap()
         return Lap(encrypt_s, *worker, decrypt_s, len(up), len(down), y)
 

@@ -37,7 +37,7 @@ from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
-from hetrain.transport.in_process import LocalChannel
+from hetrain.transport.in_process import InProcessChannel
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
@@ -127,7 +127,7 @@ def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tu
     )
     plan = split.plan
     service = Service(compute, WeightStore(compute.device, {plan.model: str(directory)}))
-    channel = LocalChannel(
+    channel = InProcessChannel(
         lambda task, payload: service.evaluate(task, plan.to_bytes, payload),
         lambda task, data: service.prepare(task, lambda: data),
     )
@@ -141,9 +141,9 @@ def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tu
 
 def _step(replica: Replica, snapshot: Snapshot, batch: MicroBatch) -> Figures:
     result = run_step(replica, batch, snapshot, _SEED)
-    meter = result.meter
-    parts = (meter.encrypt_s, meter.server_s, meter.decrypt_s)
-    return _figures(result.seconds, parts, meter.bytes_up, meter.bytes_down)
+    stats = result.stats
+    parts = (stats.encrypt_s, stats.server_s, stats.decrypt_s)
+    return _figures(result.seconds, parts, stats.bytes_up, stats.bytes_down)
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -175,8 +175,8 @@ def main() -> None:
     compute = choose_compute(choose_device())
     # Along the other axis: the middle of the sizes, the most of the tokens.
     size, tokens = sorted(arguments.sizes)[len(arguments.sizes) // 2], max(arguments.tokens)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with tempfile.TemporaryDirectory() as workspace:
+        folder = Path(workspace)
         work = by_tokens(folder, compute, arguments.tokens, size)
         work |= by_size(folder, compute, arguments.sizes, tokens)
         work |= by_layers(folder, compute, arguments.layers)

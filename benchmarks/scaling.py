@@ -49,7 +49,7 @@ from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.engines.rlwe.hints import Hint
 from hetrain.secret.engines.rlwe.seal import seal
-from hetrain.transport.celery_channel import QueueChannel
+from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Channel, Reply
 from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import stop
@@ -228,7 +228,7 @@ def bench(products: tuple[Product, ...], seconds: float) -> Iterator[Bench]:
         server, url = start_server(directory, log)
         stack.callback(stop, [server])
         workers = stack.enter_context(fleet(url, MODEL, log))
-        channel = QueueChannel(url)
+        channel = CeleryChannel(url)
         stack.callback(channel.close)
         plan = plan_of(products)
         try:

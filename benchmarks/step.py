@@ -175,7 +175,7 @@ def plain(name_or_path: str, tokens: int, repeats: int) -> None:
         write_text_rows(data, rows=tokens // ROW_TOKENS, tokens=ROW_TOKENS)
         batch = next(epochs(read_rows(data, base.tokenizer, ROW_TOKENS), tokens, 0, 1))
     assert batch.n_tokens == tokens
-    model = plain_model(base.checkpoint.directory, LoraSettings())
+    model = plain_model(base.files.directory, LoraSettings())
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-4)
     seconds = []
     for _ in range(repeats + 1):

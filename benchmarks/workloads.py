@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.data import CORPUS
 from hetrain.nn.split import split_model
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.public.model.files import Checkpoint, resolve
+from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
 from hetrain.train.session import open_base
 
@@ -69,16 +69,16 @@ def random_problem(name: str, k: int, n: int, folder: Path) -> Problem:
 def real_problem(name: str) -> Problem:
     """q, k and v of SmolLM2-135M's middle layer, and their input on 4 rows of 512 tokens of running text."""
     base = open_base("smollm2-135m")
-    split = split_model(base.checkpoint, [f"{_LAYER}.[qkv]_proj"])
+    split = split_model(base.files, [f"{_LAYER}.[qkv]_proj"])
     (group,) = split.plan.groups
-    x = _activations(base.checkpoint, base.tokenizer, group.name) * split.scales[group.name].inputs
+    x = _activations(base.files, base.tokenizer, group.name) * split.scales[group.name].inputs
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))]
-    matrix = stack_group(group.members, base.checkpoint.read).values
+    matrix = stack_group(group.members, base.files.read).values
     what = f"SmolLM2-135M, {_LAYER.removeprefix('model.')}, q k v"
-    return Problem(name, what, split.plan, base.checkpoint.directory, matrix, x)
+    return Problem(name, what, split.plan, base.files.directory, matrix, x)
 
 
-def _activations(checkpoint: Checkpoint, tokenizer: Any, module: str) -> torch.Tensor:
+def _activations(checkpoint: ModelFiles, tokenizer: Any, module: str) -> torch.Tensor:
     """The input of `module` in the stock model, float32 [2048, K]."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
     seen: list[torch.Tensor] = []

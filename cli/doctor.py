@@ -15,7 +15,7 @@ from rich.text import Text
 from cli import options
 
 if TYPE_CHECKING:
-    from hetrain.inspection.doctor import Checkup
+    from hetrain.inspection.doctor import DoctorReport
     from hetrain.public.broker.server_info import BrokerReport
     from hetrain.public.protocol.messages import WorkerReport
 
@@ -29,9 +29,9 @@ _STATES = {
 
 def doctor(broker_url: options.BrokerUrl = None, as_json: options.AsJson = False) -> None:
     """Say at once whether this machine and the workers can run a job, and on what."""
-    from hetrain.inspection.doctor import check_up
+    from hetrain.inspection.doctor import diagnose
 
-    found = check_up(broker_url)
+    found = diagnose(broker_url)
     if as_json:
         typer.echo(json.dumps(_report(found)))
     else:
@@ -40,7 +40,7 @@ def doctor(broker_url: options.BrokerUrl = None, as_json: options.AsJson = False
         raise found.failure
 
 
-def _report(found: Checkup) -> dict[str, object]:
+def _report(found: DoctorReport) -> dict[str, object]:
     failure = found.failure
     return {
         "client": asdict(found.client),
@@ -54,7 +54,7 @@ def _report(found: Checkup) -> dict[str, object]:
     }
 
 
-def _print(found: Checkup) -> None:
+def _print(found: DoctorReport) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -68,7 +68,7 @@ def _print(found: Checkup) -> None:
         console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
 
 
-def _sections(found: Checkup) -> Iterator[tuple[str, list[str]]]:
+def _sections(found: DoctorReport) -> Iterator[tuple[str, list[str]]]:
     client = found.client
     versions = ", ".join(f"{name} {version}" for name, version in client.versions.items())
     engines = [

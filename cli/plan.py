@@ -17,7 +17,7 @@ from cli import options
 from hetrain.public.lattice.parameters import SLOTS
 
 if TYPE_CHECKING:
-    from hetrain.inspection.plan_report import GroupPreview, Preview
+    from hetrain.inspection.plan_report import GroupReport, PlanReport
 
 
 def plan(
@@ -26,9 +26,9 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Show which matrices would leave for the workers, and what each token would cost on the wire."""
-    from hetrain.inspection.plan_report import preview
+    from hetrain.inspection.plan_report import plan_report
 
-    found = preview(model, tuple(outsource))
+    found = plan_report(model, tuple(outsource))
     if as_json:
         report = {
             "model": model,
@@ -46,7 +46,7 @@ def plan(
         _print(found)
 
 
-def _print(found: Preview) -> None:
+def _print(found: PlanReport) -> None:
     title = f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}"
     table = Table(title=title, caption="forward / backward", box=SIMPLE)
     table.add_column("linears that share an input", min_width=26, overflow="fold")
@@ -84,9 +84,9 @@ def _print(found: Preview) -> None:
         )
 
 
-def _alike(found: Preview) -> dict[str, list[GroupPreview]]:
+def _alike(found: PlanReport) -> dict[str, list[GroupReport]]:
     """Groups that differ in their layer's number only, by their common name."""
-    alike: dict[str, list[GroupPreview]] = {}
+    alike: dict[str, list[GroupReport]] = {}
     for row in found.groups:
         group = row.group
         members = ", ".join(member.module.rpartition(".")[2] for member in group.members)

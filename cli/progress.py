@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from hetrain.train.finetune import Outcome
+    from hetrain.train.finetune import JobResult
     from hetrain.train.output_dir import MicroBatchRecord
 
 _MB = 1e6
@@ -95,7 +95,7 @@ class TrainingDisplay:
         self._progress.update(self._task, description=self._doing)
         self._console.print("finishing what is in flight; Ctrl-C again leaves now", highlight=False)
 
-    def summary(self, outcome: Outcome) -> None:
+    def summary(self, outcome: JobResult) -> None:
         """Says how it ended."""
         self._console.print(
             f"{outcome.steps} updates over {outcome.tokens} tokens in {outcome.seconds:.0f} s, "

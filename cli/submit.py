@@ -95,7 +95,7 @@ def submit(
     leaves after the update at hand.
     """
     from hetrain.nn.lora import LoraSettings
-    from hetrain.train.finetune import Place, Recipe
+    from hetrain.train.finetune import JobSpec, TrainingConfig
     from hetrain.train.finetune import submit as run
     from hetrain.train.settings import (
         BatchSettings,
@@ -107,7 +107,7 @@ def submit(
 
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)
-    recipe = Recipe(
+    recipe = TrainingConfig(
         lora=LoraSettings(lora_r, lora_alpha, lora_dropout, _modules(lora_target_modules)),
         optimizer=OptimizerSettings(learning_rate, lr_scheduler_type, warmup_steps, max_grad_norm),
         batches=BatchSettings(micro_batch_tokens, max_length, num_train_epochs, max_steps, seed),
@@ -115,7 +115,7 @@ def submit(
         outsourcing=OutsourcingSettings(engine.value, activation_bits, tuple(outsource), hints),
         checkpoints=CheckpointSettings(save_steps, save_total_limit),
     )
-    place = Place(
+    spec = JobSpec(
         dataset,
         model_name_or_path,
         broker_url,
@@ -125,7 +125,7 @@ def submit(
         resume_from_checkpoint,
     )
     with TrainingDisplay(as_json=as_json, quiet=quiet) as display:
-        outcome = run(place, recipe, display)
+        outcome = run(spec, recipe, display)
     if as_json:
         typer.echo(json.dumps({"event": "done"} | asdict(outcome), default=str))
     elif not quiet:

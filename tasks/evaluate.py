@@ -23,7 +23,7 @@ from hetrain.public.protocol.messages import (
     PrepareTask,
 )
 from tasks.app import app
-from tasks.run import Outcome, run
+from tasks.run import TaskOutput, run
 
 _PLAN_LIMIT = 64 << 20
 _REQUEST = "tasks.display:SummarizedRequest"
@@ -48,7 +48,7 @@ def _worker(task: Task[Any, Any]) -> str:
     return str(task.request.hostname)[:200]
 
 
-def _prepare(task: PrepareTask, store: BlobStore) -> Outcome:
+def _prepare(task: PrepareTask, store: BlobStore) -> TaskOutput:
     from worker_gpu.service import service
 
     begun = perf_counter()
@@ -56,7 +56,7 @@ def _prepare(task: PrepareTask, store: BlobStore) -> Outcome:
     return None, perf_counter() - begun
 
 
-def _evaluate(task: EvaluateTask, store: BlobStore) -> Outcome:
+def _evaluate(task: EvaluateTask, store: BlobStore) -> TaskOutput:
     from worker_gpu.service import service
 
     payload = _load(store, task.input, task.job, "in", MAX_BLOB_BYTES)

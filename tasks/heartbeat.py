@@ -15,7 +15,12 @@ from pydantic import ValidationError
 from hetrain.public.broker.connection import broker_errors, client, connection_pool
 from hetrain.public.errors import BrokerError
 from hetrain.public.protocol.messages import QUEUE
-from hetrain.public.protocol.registration import CARD_RENEWAL_S, CARD_TTL_S, FLEET_KEY, WorkerCard
+from hetrain.public.protocol.registration import (
+    HEARTBEAT_S,
+    REGISTRATION_TTL_S,
+    REGISTRY_KEY,
+    WorkerRegistration,
+)
 from tasks.app import broker_url
 from tasks.inspect_command import plain_line
 
@@ -24,7 +29,7 @@ _FAREWELL_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-class Announcement:
+class Heartbeat:
     """One worker's card, kept alive by a thread of its own that outlives every trouble of the broker.
 
     Args:
@@ -32,7 +37,7 @@ class Announcement:
         card: what is announced.
     """
 
-    def __init__(self, url: str, card: WorkerCard) -> None:
+    def __init__(self, url: str, card: WorkerRegistration) -> None:
         self._url = url
         self._member = card.model_dump_json()
         self._client = client(connection_pool(url, max_connections=1))
@@ -57,7 +62,7 @@ class Announcement:
         while True:
             self._try(self._renew)
             try:
-                self._orders.get(timeout=CARD_RENEWAL_S)
+                self._orders.get(timeout=HEARTBEAT_S)
             except Empty:
                 continue
             return self._try(self._remove)
@@ -80,16 +85,16 @@ class Announcement:
         seconds, microseconds = self._client.time()
         now = seconds + microseconds / 1e6
         pipe = self._client.pipeline(transaction=True)
-        pipe.zadd(FLEET_KEY, {self._member: now + CARD_TTL_S})
-        pipe.zremrangebyscore(FLEET_KEY, "-inf", now)
-        pipe.pexpire(FLEET_KEY, int(CARD_TTL_S * 1000))  # it goes with the last card
+        pipe.zadd(REGISTRY_KEY, {self._member: now + REGISTRATION_TTL_S})
+        pipe.zremrangebyscore(REGISTRY_KEY, "-inf", now)
+        pipe.pexpire(REGISTRY_KEY, int(REGISTRATION_TTL_S * 1000))  # it goes with the last card
         pipe.execute()
 
     def _remove(self) -> None:
-        self._client.zrem(FLEET_KEY, self._member)
+        self._client.zrem(REGISTRY_KEY, self._member)
 
 
-_current: list[Announcement] = []
+_current: list[Heartbeat] = []
 
 
 @signals.worker_ready.connect
@@ -100,16 +105,16 @@ def _announce(sender: Any, **_: object) -> None:
         reasons = "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())
         logger.warning("this worker cannot be announced to clients (%s)", reasons)
         return
-    announcement = Announcement(broker_url(), card)
-    announcement.start()
-    _current.append(announcement)
+    heartbeat = Heartbeat(broker_url(), card)
+    heartbeat.start()
+    _current.append(heartbeat)
 
 
 @signals.worker_shutting_down.connect
 def _withdraw(**_: object) -> None:
     """Before the last tasks end: this worker takes no more."""
-    for announcement in _current:
-        announcement.withdraw()
+    for heartbeat in _current:
+        heartbeat.withdraw()
 
 
 @signals.worker_shutdown.connect
@@ -119,14 +124,14 @@ def _take_leave(**_: object) -> None:
         _current.pop().wait(_FAREWELL_S)
 
 
-def _card(consumer: Any) -> WorkerCard:
+def _card(consumer: Any) -> WorkerRegistration:
     """Raises `ValidationError` when a name or a queue was chosen that clients would not understand."""
     from worker_gpu.weights.shards import served_shards
     from worker_gpu.weights.store import served_models
 
     shards = served_shards()
     queues = [queue.name for queue in consumer.task_consumer.queues]
-    return WorkerCard(
+    return WorkerRegistration(
         worker=plain_line(consumer.hostname),
         device=_device(consumer.pool),
         queue=QUEUE if QUEUE in queues else queues[0],

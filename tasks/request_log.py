@@ -9,7 +9,7 @@ from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Completion
 
 
-class Ledger:
+class RequestLog:
     """The bookkeeping of one worker process, in the broker. Methods raise `BrokerError`.
 
     They wait for a full broker's memory for `FULL_S` seconds.

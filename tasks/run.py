@@ -25,31 +25,31 @@ from hetrain.public.protocol.messages import (
 )
 from tasks.app import broker_url
 from tasks.leases import Leases
-from tasks.request_log import Ledger
+from tasks.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", PrepareTask, EvaluateTask)
-Outcome = tuple[Sequence[memoryview] | None, float]
+TaskOutput = tuple[Sequence[memoryview] | None, float]
 """The result's parts, None where there is no result, and the seconds of computing."""
-Work = Callable[[M, BlobStore], Outcome]
+Work = Callable[[M, BlobStore], TaskOutput]
 _SKIPPED = "no result: finished, given up or running elsewhere"
 
 
-class Desk:
+class WorkerContext:
     """A worker process's connections: blobs, ledger, leases."""
 
     def __init__(self, url: str) -> None:
         self.store = BlobStore(url)
-        self.ledger = Ledger(url, self.store)
+        self.request_log = RequestLog(url, self.store)
         owner = f"{socket.gethostname()}:{os.getpid()}:{new_token()[:8]}"
         self.leases = Leases(url, self.store.client, owner)
 
 
 @functools.cache
-def desk() -> Desk:
+def worker_context() -> WorkerContext:
     """The process's desk, opened at the first task."""
-    return Desk(broker_url())
+    return WorkerContext(broker_url())
 
 
 class _Address(BaseModel):
@@ -83,8 +83,8 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> str:
     except WireError as malformed:
         _report_malformed(message, worker, malformed)
         raise
-    tools = desk()
-    if not tools.ledger.is_wanted(task.job, task.request):
+    tools = worker_context()
+    if not tools.request_log.is_wanted(task.job, task.request):
         return _SKIPPED
     with tools.leases.held(keys.lease(task.job, task.request)) as mine:
         completion, error = _attempt(tools, worker, task, work) if mine else (None, None)
@@ -95,9 +95,9 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> str:
     return _SKIPPED if completion is None else f"{completion.seconds:.4f} s on {completion.device}"
 
 
-def _report(tools: Desk, job: str, completion: Completion) -> None:
+def _report(tools: WorkerContext, job: str, completion: Completion) -> None:
     try:
-        tools.ledger.end(job, completion)
+        tools.request_log.end(job, completion)
     except BrokerFull as error:
         # The lease runs out, so a client that is still there will ask again.
         logger.warning(
@@ -116,11 +116,11 @@ def _report_malformed(message: str, worker: str, error: WireError) -> None:
     except WireError:
         return
     failed = Completion(request=address.request, worker=worker, state="failed", failure=_failure(error))
-    _report(desk(), address.job, failed)
+    _report(worker_context(), address.job, failed)
 
 
 def _attempt(
-    tools: Desk, worker: str, task: M, work: Work[M]
+    tools: WorkerContext, worker: str, task: M, work: Work[M]
 ) -> tuple[Completion | None, HetrainError | None]:
     """What to report of a request's end, if anything, and the error it ended with, if any."""
     from worker_gpu.service import service
@@ -129,7 +129,7 @@ def _attempt(
         Completion, request=task.request, worker=worker, device=service().describe(task.engine)[:200]
     )
     try:
-        if tools.ledger.begin(task.job, report(state="started")) > keys.MAX_TRIES:
+        if tools.request_log.begin(task.job, report(state="started")) > keys.MAX_TRIES:
             raise TaskFailed(
                 f"the task killed its worker {keys.MAX_TRIES} times",
                 where=worker,
@@ -139,7 +139,7 @@ def _attempt(
         if parts is None:
             return report(state="done", seconds=seconds), None
         # A client that has gone would leave the result behind.
-        if not tools.ledger.is_wanted(task.job, task.request):
+        if not tools.request_log.is_wanted(task.job, task.request):
             return None, None
         output = tools.store.put(task.job, "out", keys.output_token(task.request), parts)
         return report(state="done", seconds=seconds, output=output), None

@@ -18,7 +18,7 @@ from hetrain.public.broker.connection import broker_errors, client, connection_p
 from hetrain.public.errors import BrokerError, UsageError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import QUEUE
-from hetrain.public.protocol.registration import FLEET_KEY
+from hetrain.public.protocol.registration import REGISTRY_KEY
 from hetrain.public.protocol.tenants import new_job
 from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import spawn_worker, stop
@@ -132,10 +132,10 @@ def test_two_clients_share_a_fleet_and_cannot_reach_each_other(
         ("SADD", "_kombu.binding.gpu", "x"),
         ("SMEMBERS", "_kombu.binding.gpu"),
         ("HGETALL", "unacked"),
-        ("ZADD", FLEET_KEY, 1e12, "a forged card"),
-        ("ZREM", FLEET_KEY, "x"),
-        ("ZREMRANGEBYSCORE", FLEET_KEY, "-inf", "+inf"),
-        ("DEL", FLEET_KEY),
+        ("ZADD", REGISTRY_KEY, 1e12, "a forged card"),
+        ("ZREM", REGISTRY_KEY, "x"),
+        ("ZREMRANGEBYSCORE", REGISTRY_KEY, "-inf", "+inf"),
+        ("DEL", REGISTRY_KEY),
         ("KEYS", "*"),
         ("KEYS", f"hetrain:{fleet.tenants['alice']}*"),
         ("SCAN", 0),
@@ -173,7 +173,7 @@ def test_two_clients_share_a_fleet_and_cannot_reach_each_other(
     # Her own keys, the fleet's cards, and the queue's entrance are hers.
     assert alice.set(own, "x", ex=60)
     assert alice.unlink(own) == 1
-    alice.zrangebyscore(FLEET_KEY, 0, "+inf")
+    alice.zrangebyscore(REGISTRY_KEY, 0, "+inf")
     assert [administrator.get(key) for key in theirs[::2]] == [b"bob's"] * 2
     assert administrator.lrange(theirs[1], 0, -1) == [b"bob's"]
     assert administrator.llen(QUEUE + ".0-0of1") == 1
@@ -188,7 +188,7 @@ def test_workers_and_operator_have_no_more_than_they_need(fleet: Fleet) -> None:
             operator,
             [("GET", keys.alive(job)), ("DEL", keys.alive(job)), ("LPUSH", QUEUE, "x"), ("KEYS", "*")],
         ),
-        (operator, [("LRANGE", QUEUE, 0, -1), ("ZADD", FLEET_KEY, 1, "x"), ("LPOP", keys.done_list(job))]),
+        (operator, [("LRANGE", QUEUE, 0, -1), ("ZADD", REGISTRY_KEY, 1, "x"), ("LPOP", keys.done_list(job))]),
     ):
         for command in commands:
             with pytest.raises(redis.exceptions.NoPermissionError):

@@ -18,7 +18,7 @@ from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import Interrupted, UsageError
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import OutsourcingSettings
-from hetrain.transport.scheduling.flow_control import Backpressure, ByteBudget, share_of
+from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.processes import serving
 
@@ -60,8 +60,8 @@ def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
     with pytest.raises(UsageError, match="--max-bytes-in-flight"):
         ByteBudget(100, strict=True).acquire(101)
     budget = ByteBudget(100, strict=True)
-    pressure = Backpressure(budget)
-    hold = pressure.hold(("g", "forward"), 90, 0)
+    pressure = FlowControl(budget)
+    hold = pressure.reserve(("g", "forward"), 90, 0)
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(budget.acquire, 50) for _ in range(2)]
         while len(budget._line) < 2:
@@ -80,11 +80,11 @@ def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
 
 def test_results_are_expected_as_they_last_came() -> None:
     budget = ByteBudget(1 << 30, strict=True)
-    pressure = Backpressure(budget)
-    hold = pressure.hold(("g", "forward"), 100, 7)
+    pressure = FlowControl(budget)
+    hold = pressure.reserve(("g", "forward"), 100, 7)
     assert budget._held == 100 + 7 * 2048 * 5
     hold.release(40)
-    pressure.hold(("g", "forward"), 100, 7)
+    pressure.reserve(("g", "forward"), 100, 7)
     assert budget._held == 140
 
 
@@ -117,7 +117,7 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
         def operands() -> int:
             return sum(1 for _ in broker.scan_iter("hetrain:*:in:*"))
 
-        while operands() < 2 or len(channel._pressure.budget._line) < 4:  # type: ignore[attr-defined]
+        while operands() < 2 or len(channel._flow_control.budget._line) < 4:  # type: ignore[attr-defined]
             assert not any(job.done() for job in jobs)
             sleep(0.01)
         assert operands() == 2
@@ -126,4 +126,4 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
             with pytest.raises(Interrupted):
                 job.result(60)
         assert operands() == 0
-        assert channel._pressure.budget._held == 0  # type: ignore[attr-defined]
+        assert channel._flow_control.budget._held == 0  # type: ignore[attr-defined]

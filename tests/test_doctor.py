@@ -18,8 +18,8 @@ from celery import Celery
 import hetrain
 import worker_gpu.engines
 from cli.doctor import doctor
-from hetrain.inspection.doctor import check_up
-from hetrain.inspection.probe import take_census
+from hetrain.inspection.doctor import diagnose
+from hetrain.inspection.probe import probe_workers
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, WireError
 from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, WorkerReport
@@ -55,7 +55,7 @@ def served() -> Iterator[tuple[str, Path]]:
         url = broker.url
         worker = start_worker(1, url, "smollm2-135m", log)
         try:
-            assert take_census(url, first_s=60, settle_s=30, expected=1).workers
+            assert probe_workers(url, first_s=60, settle_s=30, expected=1).workers
             yield url, broker.directory / "worker.log"
         finally:
             stop([worker])
@@ -183,7 +183,7 @@ def test_bytes_that_are_no_message_are_refused(empty: str) -> None:
             broker.lpush(binding.split(b"\x06\x16")[-1], b"\xff{")
 
     with answering(empty, spoil):
-        found = check_up(empty)
+        found = diagnose(empty)
     assert isinstance(found.failure, WireError)
     assert found.workers == ()
     assert any("is no message" in warning for warning in found.warnings)
@@ -193,7 +193,7 @@ def test_another_version_is_a_warning_and_a_slow_engine_is_waited_for(empty: str
     ready = [EngineReport(name="rlwe", state="ready", about="cpu")]
     answers = iter([OTHER, OTHER.model_copy(update={"engines": ready})])
     with answering(empty, lambda: next(answers).model_dump()):
-        found = check_up(empty)
+        found = diagnose(empty)
     assert found.failure is None
     assert [half.name for half in found.runnable] == ["rlwe"]
     assert len(found.workers) == 1

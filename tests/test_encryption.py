@@ -23,7 +23,7 @@ from hetrain.public.lattice.parameters import (
 )
 from hetrain.public.model.quantization import max_l1
 from hetrain.public.protocol.messages import Blob, EvaluateTask
-from hetrain.secret.activation_quantization import quantise_operand
+from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engines import clear
 from hetrain.secret.engines.rlwe import seal as rlwe
 from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, TorchKernels, join_planes, kernels
@@ -130,7 +130,7 @@ def test_ciphertexts_are_mask_times_secret_plus_noise_plus_message(
 
 def test_quantisation_uses_the_whole_range_and_rounds_to_nearest() -> None:
     x = torch.randn(50, 70) * torch.logspace(-20, 20, 50)[:, None]
-    operand = quantise_operand(x, 30_001)
+    operand = quantize_operand(x, 30_001)
     assert operand.values.abs().amax(0).tolist() == [30_001] * 50
     error = x.double() - operand.values.t().double() * operand.scales[:, None].double()
     assert bool((error.abs() <= 0.51 * operand.scales[:, None]).all())
@@ -185,7 +185,7 @@ def test_decrypted_products_are_within_the_budget(tokens: int, n: int, k: int, i
     matrix, x = random_matrix(n, k), torch.randn(tokens, k) * torch.rand(tokens, 1).mul(20).exp()
     bound = max(max_l1(matrix)[0], 1)
     parameters = parameters_for(tokens)
-    operand = quantise_operand(x, largest_operand(parameters, bound))
+    operand = quantize_operand(x, largest_operand(parameters, bound))
     sealed = seal(x, bound)
     part = evaluate(matrix, sealed)
     error = integers(sealed.opening, part, n) - exact_product(matrix, operand.values)
@@ -227,7 +227,7 @@ def test_results_of_row_ranges_join(tokens: int) -> None:
 def test_clear_computes_the_same_without_noise() -> None:
     matrix, x = random_matrix(9, 31), torch.randn(20, 31)
     bound = max_l1(matrix)[0]
-    operand = quantise_operand(x, largest_operand(parameters_for(20), bound))
+    operand = quantize_operand(x, largest_operand(parameters_for(20), bound))
     sealed = clear.seal(x, bound)
     y = sealed.opening.open([evaluate(matrix, sealed, "clear")], [(0, 9)])
     expected = exact_product(matrix, operand.values).t().to(torch.float32) * operand.scales[:, None]
@@ -247,7 +247,7 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool, intege
     bound = max_l1(matrix)[0]
     x = torch.randn(tokens, k)
     sealed = seal(x, bound)
-    exact = exact_product(matrix, quantise_operand(x, largest_operand(parameters, bound)).values)
+    exact = exact_product(matrix, quantize_operand(x, largest_operand(parameters, bound)).values)
     error = (integers(sealed.opening, evaluate(matrix, sealed), n) - exact).double()
     predicted = predicted_noise_std(matrix.double().norm(dim=1), parameters)[:, None]
     assert float((error / predicted).std()) == pytest.approx(1, rel=0.05)

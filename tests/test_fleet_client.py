@@ -21,16 +21,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetrain.nn.remote import Meter, Outsourcer
+from hetrain.nn.remote import ProductStats, RemoteMatmul
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import NoWorker
-from hetrain.public.protocol.registration import CARD_TTL_S, FLEET_KEY, WorkerCard
+from hetrain.public.protocol.registration import REGISTRATION_TTL_S, REGISTRY_KEY, WorkerRegistration
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import Hint
-from hetrain.transport.celery_channel import QueueChannel, QueuePending
-from hetrain.transport.requests.state import Patience
-from hetrain.transport.scheduling import partition as cutting
-from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, cut
+from hetrain.transport.celery_channel import CeleryChannel, CeleryPending
+from hetrain.transport.requests.state import Timeouts
+from hetrain.transport.scheduling import partition as partition_module
+from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, partition
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
 from tests.harness.engine import Bench
@@ -40,7 +40,7 @@ ROWS, K = 640, 96
 NAMES = ("w0", "w1", "w2", "w3")
 GUARD_S = 60
 # Only what a test is about may bring a request back.
-PATIENT = Patience(no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
+PATIENT = Timeouts(no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
 
 T = TypeVar("T")
 
@@ -67,14 +67,14 @@ class Stage:
 
     def await_cards(self, count: int) -> None:
         broker = client(connection_pool(self.served.url))
-        eventually(lambda: broker.zcard(FLEET_KEY) == count)
+        eventually(lambda: broker.zcard(REGISTRY_KEY) == count)
 
     def send(self, signum: signal.Signals, *names: str) -> None:
         for name in names:
             os.kill(self.workers[name].pid, signum)
 
-    def open(self, bench: Bench, patience: Patience = PATIENT) -> QueueChannel:
-        channel = QueueChannel(self.served.url, patience=patience)
+    def open(self, bench: Bench, timeouts: Timeouts = PATIENT) -> CeleryChannel:
+        channel = CeleryChannel(self.served.url, timeouts=timeouts)
         plan, engine = bench.plan, bench.name
         try:
             within_guard(
@@ -120,12 +120,14 @@ def eventually(condition: Callable[[], bool]) -> None:
         sleep(0.02)
 
 
-def seen(channel: QueueChannel) -> dict[str, str]:
+def seen(channel: CeleryChannel) -> dict[str, str]:
     """Name before the @ and queue of each worker that the channel sees."""
-    return {card.worker.partition("@")[0]: card.queue for card in channel._router.watch.fleet.cards}
+    return {
+        card.worker.partition("@")[0]: card.queue for card in channel._router.registry.workers.registrations
+    }
 
 
-def ask(bench: Bench, channel: QueueChannel, name: str, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+def ask(bench: Bench, channel: CeleryChannel, name: str, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Sends x·Wᵀ in one piece; what is returned waits for it."""
     sealed, rows = bench.seal(name, "forward", x), [(0, ROWS)]
     pending = channel.send(name, "forward", sealed.header, sealed.payload, rows)
@@ -138,24 +140,24 @@ def ask(bench: Bench, channel: QueueChannel, name: str, x: torch.Tensor) -> Call
 
 
 def queue_of(answer: Callable[[], torch.Tensor]) -> str:
-    pending: QueuePending = answer.pending  # type: ignore[attr-defined]
+    pending: CeleryPending = answer.pending  # type: ignore[attr-defined]
     return pending._requests[0].queue
 
 
 def test_two_workers_share_every_product_and_nothing_changes(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cutting, "MIN_PIECE_S", 1e-9)  # these products are tiny
+    monkeypatch.setattr(partition_module, "MIN_PIECE_S", 1e-9)  # these products are tiny
     clear = bench_of(stage, "clear")
     stage.start("a")
     stage.start("b")
     stage.await_cards(2)
     with closing(stage.open(clear)) as channel:
-        assert channel.cut("w0", ROWS, 4 * K * 256, 1) == [(0, 320), (320, 640)]
-        outsourcer = Outsourcer(channel, clear.sealer, Meter())
-        local = Outsourcer(clear.channel, clear.sealer, Meter())
-        rates = channel._router.rates
-        workers = [card.worker for card in channel._router.watch.fleet.cards]
+        assert channel.partition("w0", ROWS, 4 * K * 256, 1) == [(0, 320), (320, 640)]
+        outsourcer = RemoteMatmul(channel, clear.sealer, ProductStats())
+        local = RemoteMatmul(clear.channel, clear.sealer, ProductStats())
+        rates = channel._router.throughput
+        workers = [card.worker for card in channel._router.registry.workers.registrations]
         rounds = 0
         while rounds < 4 or not all(rates.of(worker) for worker in workers):
             rounds += 1
@@ -170,7 +172,7 @@ def test_two_workers_share_every_product_and_nothing_changes(
     # With hints, from several threads: cuts differ with the load, and still every hint is completed.
     rlwe = bench_of(stage, "rlwe")
     with closing(stage.open(rlwe)) as channel, ThreadPoolExecutor(4) as pool:
-        outsourcer = Outsourcer(channel, rlwe.sealer, Meter())
+        outsourcer = RemoteMatmul(channel, rlwe.sealer, ProductStats())
 
         def work(index: int) -> bool:
             x, group = torch.randn(20, K), rlwe.group(NAMES[index % 4])
@@ -188,7 +190,7 @@ def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage) -> None
     stage.await_cards(1)
     x = torch.randn(5, K)
     with pytest.raises(NoWorker, match=r"2 of the 4 groups of tiny: w2, w3 \(shards 1-1/2\)") as error:
-        stage.open(bench, Patience(no_worker_s=2))
+        stage.open(bench, Timeouts(no_worker_s=2))
     assert "HETRAIN_SHARDS=1-1/2" in error.value.hint
     stage.start("last", shards="1/2")
     stage.start("whole")
@@ -209,7 +211,7 @@ def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage) -> None
         # The last one that serves w2 goes: what waits for it is given up, what does not goes on.
         stage.send(signal.SIGTERM, "whole")  # it says goodbye
         eventually(lambda: seen(channel) == {"first": "gpu.0-0of2"})
-    with closing(QueueChannel(stage.served.url, patience=Patience(no_worker_s=2))) as channel:
+    with closing(CeleryChannel(stage.served.url, timeouts=Timeouts(no_worker_s=2))) as channel:
         channel._router.follow(bench.plan)
         channel._prepared = prepared(bench, channel)
         answer = ask(bench, channel, "w2", x)
@@ -218,12 +220,12 @@ def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage) -> None
             answer()
 
 
-def prepared(bench: Bench, channel: QueueChannel):  # type: ignore[no-untyped-def]
+def prepared(bench: Bench, channel: CeleryChannel):  # type: ignore[no-untyped-def]
     """What `prepare` would have left, had all workers been there."""
     from hetrain.transport.requests.state import prepare_task
 
     plan = bench.plan.to_bytes()
-    blob = channel._link.store.put(channel.job, "plan", bench.plan.digest, [plan])
+    blob = channel._connection.store.put(channel.job, "plan", bench.plan.digest, [plan])
     return prepare_task(bench.plan.model, bench.name, blob, {})
 
 
@@ -246,7 +248,7 @@ def test_a_worker_of_another_model_does_not_end_the_job(stage: Stage, tmp_path: 
         pass
 
 
-GOOD = WorkerCard(worker="a@host", device="cpu", queue="gpu", models=("tiny",), concurrency=1)
+GOOD = WorkerRegistration(worker="a@host", device="cpu", queue="gpu", models=("tiny",), concurrency=1)
 
 
 def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
@@ -254,7 +256,7 @@ def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
 ) -> None:
     caplog.set_level(logging.INFO, "hetrain.transport.scheduling.registry")
     text = GOOD.model_dump_json()
-    soon = time() + CARD_TTL_S
+    soon = time() + REGISTRATION_TTL_S
     changed = [
         {"queue": "unacked"},
         {"queue": "gpu\r\nFLUSHALL"},
@@ -276,13 +278,13 @@ def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
     newer = GOOD.model_copy(update={"worker": "b@host", "queue": "gpu.0-0of2", "shards": "0/2"})
     cards |= {newer.model_copy(update={"queue": "gpu"}).model_dump_json(): soon - 1}
     cards |= {newer.model_dump_json(): soon}
-    channel = QueueChannel(stage.served.url)
-    watch, broker = channel._router.watch, channel._link.client
+    channel = CeleryChannel(stage.served.url)
+    watch, broker = channel._router.registry, channel._connection.client
     channel._collector.stop(NoWorker("this test refreshes by itself"))
     channel._collector.join(GUARD_S)
-    broker.zadd(FLEET_KEY, cards)
+    broker.zadd(REGISTRY_KEY, cards)
     assert watch.refresh() == frozenset()
-    assert watch.fleet.cards == (GOOD, newer.model_copy(update={"shards": "0-0/2"}))
+    assert watch.workers.registrations == (GOOD, newer.model_copy(update={"shards": "0-0/2"}))
     complaints = [record for record in caplog.records if record.levelno == logging.WARNING]
     watch.refresh()
     assert len(complaints) == 14
@@ -291,20 +293,20 @@ def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
         "workers joined: a@host (gpu, cpu), b@host (gpu.0-0of2, cpu); 2 there"
     ]
     broker.zrem(
-        FLEET_KEY, newer.model_dump_json(), newer.model_copy(update={"queue": "gpu"}).model_dump_json()
+        REGISTRY_KEY, newer.model_dump_json(), newer.model_copy(update={"queue": "gpu"}).model_dump_json()
     )
     assert watch.refresh() == {"gpu.0-0of2"}
-    broker.set(FLEET_KEY, "of another type", ex=60)
+    broker.set(REGISTRY_KEY, "of another type", ex=60)
     caplog.clear()
     assert [watch.refresh(), watch.refresh()] == [{"gpu"}, frozenset()]
-    assert watch.fleet.cards == ()
+    assert watch.workers.registrations == ()
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
     channel.close()
 
 
 @given(n_rows=st.integers(1, 5000), pieces=st.integers(1, 300), step=st.integers(1, 1024))
 def test_cuts_partition_the_rows(n_rows: int, pieces: int, step: int) -> None:
-    rows = cut(n_rows, pieces, step)
+    rows = partition(n_rows, pieces, step)
     assert rows[0][0] == 0
     assert rows[-1][1] == n_rows
     assert all(stop == start for (_, stop), (start, _) in pairwise(rows))
@@ -360,7 +362,7 @@ def test_concrete_is_cut_between_tiles(stage: Stage) -> None:
     assert isinstance(bench.sealer, ConcreteSealer)
     x = torch.randn(2, 8)
     sealed = bench.seal("w", "forward", x)
-    rows = cut(1100, 2, sealed.row_step)
+    rows = partition(1100, 2, sealed.row_step)
     assert rows == [(0, 550), (550, 1100)]
     y = sealed.opening.open(bench.answer("w", "forward", sealed, rows), rows)
     assert not bench.excess("w", "forward", x, y).any()

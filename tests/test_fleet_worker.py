@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import UsageError, WorkerRefused
-from hetrain.public.model.quantization import quantise
+from hetrain.public.model.quantization import quantize
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
     CONTROL_ABOUT,
@@ -38,7 +38,7 @@ from hetrain.public.protocol.messages import (
     parse,
 )
 from hetrain.public.protocol.plan import Member, Plan, group_of
-from hetrain.public.protocol.registration import FLEET_KEY, ShardRange, WorkerCard
+from hetrain.public.protocol.registration import REGISTRY_KEY, ShardRange, WorkerRegistration
 from tasks.supervisor.multi_gpu import plan_workers
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, stop
 from tasks.supervisor.worker_process import spawn_worker
@@ -69,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def matrices(model: Path) -> list[torch.Tensor]:
     """Their int8 forms."""
     tensors = load_file(model / "model.safetensors")
-    return [quantise(tensors[f"g{index}.weight"]).values for index in range(GROUPS)]
+    return [quantize(tensors[f"g{index}.weight"]).values for index in range(GROUPS)]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def broker() -> Iterator[Serving]:
 def redis_client(broker: Serving) -> Iterator[redis.Redis]:
     """A client of a broker whose fleet is empty, whatever became of the last test's."""
     client = redis.Redis.from_url(parse_broker_url(broker.url).for_redis())
-    client.delete(FLEET_KEY)
+    client.delete(REGISTRY_KEY)
     yield client
     client.close()
 
@@ -185,11 +185,11 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> bool:
     return True
 
 
-def cards(client: redis.Redis) -> dict[str, tuple[WorkerCard, float]]:
+def cards(client: redis.Redis) -> dict[str, tuple[WorkerRegistration, float]]:
     """Worker -> its card and the moment at which it lapses, of all cards that have not lapsed."""
     seconds, microseconds = client.time()
-    found = client.zrangebyscore(FLEET_KEY, seconds + microseconds / 1e6, "+inf", withscores=True)
-    parsed = [(parse(WorkerCard, member, where=FLEET_KEY), score) for member, score in found]
+    found = client.zrangebyscore(REGISTRY_KEY, seconds + microseconds / 1e6, "+inf", withscores=True)
+    parsed = [(parse(WorkerRegistration, member, where=REGISTRY_KEY), score) for member, score in found]
     return {card.worker: (card, score) for card, score in parsed}
 
 
@@ -224,12 +224,12 @@ def test_a_card_is_renewed_lapses_with_a_crash_and_goes_at_once_with_a_farewell(
         crashing.kill()
         crashing.wait()
         assert len(cards(redis_client)) == 2
-        assert eventually(lambda: redis_client.zcard(FLEET_KEY) == 1)  # the survivor swept it away
+        assert eventually(lambda: redis_client.zcard(REGISTRY_KEY) == 1)  # the survivor swept it away
         (name,) = cards(redis_client)
         assert name.startswith("w1@")
         leaving.terminate()
         assert leaving.wait(30) == 0
-        assert not redis_client.exists(FLEET_KEY)
+        assert not redis_client.exists(REGISTRY_KEY)
 
 
 def test_no_trouble_with_the_fleet_key_ends_a_worker(
@@ -244,11 +244,11 @@ def test_no_trouble_with_the_fleet_key_ends_a_worker(
 
     with workers(broker, model) as (worker,):
         assert eventually(lambda: cards(redis_client))
-        redis_client.delete(FLEET_KEY)
-        redis_client.set(FLEET_KEY, "no sorted set")
+        redis_client.delete(REGISTRY_KEY)
+        redis_client.set(REGISTRY_KEY, "no sorted set")
         assert eventually(lambda: complaints() == 1)
         assert (asker.result(asker.evaluate(QUEUE, 1, operand())) == product(matrices[1], operand())).all()
-        redis_client.delete(FLEET_KEY)
+        redis_client.delete(REGISTRY_KEY)
         assert eventually(lambda: cards(redis_client))
         redis_client.config_set("maxmemory", 1)
         try:
@@ -460,7 +460,7 @@ def test_one_command_runs_many_workers(
         assert fleet.wait(60) == 0
         assert (asker.result(request) == product(matrices[3], x)).all()  # it was finished first
         assert gone(family)
-        assert not redis_client.exists(FLEET_KEY)
+        assert not redis_client.exists(REGISTRY_KEY)
     finally:
         fleet.kill()
         fleet.wait()

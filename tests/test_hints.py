@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetrain.nn.remote import Meter, Outsourcer
+from hetrain.nn.remote import ProductStats, RemoteMatmul
 from hetrain.public.errors import UsageError, WireError
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.secret.engine import ENGINES
@@ -165,7 +165,7 @@ def test_sketches_are_secret_and_fresh() -> None:
 
 def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(bench: Bench) -> None:
     """5000 tokens are three ciphertexts."""
-    outsourcer = Outsourcer(bench.channel, bench.sealer, Meter())
+    outsourcer = RemoteMatmul(bench.channel, bench.sealer, ProductStats())
     x = torch.randn(5000, 29)
     y = outsourcer.multiply(bench.group("one"), "forward", x)
     for start in range(0, 5000, SLOTS):

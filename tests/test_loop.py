@@ -17,12 +17,12 @@ from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.public.protocol.messages import Direction, Header
 from hetrain.train.data_position import Position
-from hetrain.train.loop import Applied, train
+from hetrain.train.loop import AppliedUpdate, train
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
-from hetrain.train.staleness import Entry, Schedule
+from hetrain.train.staleness import Entry, StalenessGate
 from hetrain.train.updater import Updater
-from hetrain.transport.channel import Channel, Reply, Rows
+from hetrain.transport.channel import Channel, Reply, RowRange
 
 HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
 SENDS = 15  # of one micro-batch of `tiny_llama`: eight groups forward, seven backward
@@ -38,7 +38,7 @@ def test_no_update_is_too_stale_and_none_is_lost(
     bound: int, replicas: int, total: int, data: st.DataObject
 ) -> None:
     """Whatever order micro-batches finish in."""
-    schedule: Schedule[int] = Schedule(bound)
+    schedule: StalenessGate[int] = StalenessGate(bound)
     flying: dict[int, Entry[int]] = {}
     applied: list[int] = []
     snapshots: list[int] = []
@@ -53,7 +53,7 @@ def test_no_update_is_too_stale_and_none_is_lost(
             break
         landing = data.draw(st.sets(st.sampled_from(sorted(flying)), min_size=1))
         for index in landing:
-            schedule.land(flying.pop(index), index)
+            schedule.finish(flying.pop(index), index)
     assert sorted(applied) == list(range(total))
     if bound == 0:
         assert applied == list(range(total))
@@ -61,10 +61,10 @@ def test_no_update_is_too_stale_and_none_is_lost(
 
 @given(order=st.permutations(range(12)))
 def test_a_wide_bound_makes_nothing_wait(order: list[int]) -> None:
-    schedule: Schedule[int] = Schedule(11)
+    schedule: StalenessGate[int] = StalenessGate(11)
     flying = [schedule.start() for _ in order]
     for index in order:
-        schedule.land(flying[index], index)
+        schedule.finish(flying[index], index)
         assert schedule.take() == index
         assert schedule.take() is None
 
@@ -98,7 +98,7 @@ class Slowed:
         direction: Direction,
         header: Header,
         payload: Sequence[memoryview],
-        rows: Sequence[Rows],
+        rows: Sequence[RowRange],
     ) -> Slowed.Pending:
         me = threading.get_ident()
         with self._lock:
@@ -131,10 +131,10 @@ def test_a_slow_micro_batch_is_waited_for_and_no_result_is_lost(tiny_llama: Path
         model = add_adapter(session.split, LoraSettings(r=4, alpha=8), 1)
         updater = Updater(adapter_parameters(model), OptimizerSettings(), 8)
 
-        def run(channel: Channel, count: int, stop_at: int) -> list[Applied]:
+        def run(channel: Channel, count: int, stop_at: int) -> list[AppliedUpdate]:
             replicas = replace(session, channel=channel).replicas(model, flight.in_flight)
             batches = islice(epochs(rows, 256, 1, None), count)
-            course: list[Applied] = []
+            course: list[AppliedUpdate] = []
             for applied in train(
                 updater, replicas, batches, flight, 1, session.channel.close, lambda: len(course) >= stop_at
             ):

@@ -24,7 +24,7 @@ from hetrain.public.lattice.parameters import (
     switching_error_bound,
 )
 from hetrain.public.model.files import resolve
-from hetrain.public.model.quantization import input_scales, matrix_digest, max_l1, quantise
+from hetrain.public.model.quantization import input_scales, matrix_digest, max_l1, quantize
 from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, stack_group
 from worker_gpu.device import Compute
@@ -124,20 +124,20 @@ def test_quantise_rounds_each_output_channel_to_127_levels() -> None:
     w = torch.randn(20, 30) * torch.logspace(-6, 3, 20)[:, None]
     w[4] = 0
     w[:, 7] = 0
-    matrix = quantise(w)
+    matrix = quantize(w)
     outputs, inputs = matrix.scales.outputs, matrix.scales.inputs
     assert (matrix.values.dtype, outputs.dtype, inputs.dtype) == (torch.int8, torch.float32, torch.float32)
     assert matrix.values.abs().amax(1).tolist() == [0 if j == 4 else 127 for j in range(20)]
     assert (float(outputs[4]), not matrix.values[:, 7].any()) == (1, True)
     error = (matrix.values * outputs[:, None] * inputs - w).abs()
     assert bool((error <= 0.5001 * outputs[:, None] * inputs).all())
-    assert torch.equal(quantise(w.t().contiguous().t()).values, matrix.values)
+    assert torch.equal(quantize(w.t().contiguous().t()).values, matrix.values)
 
 
 def test_large_columns_do_not_cost_the_others_their_precision() -> None:
     w = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
     w[:, 5] *= 100
-    matrix = quantise(w)
+    matrix = quantize(w)
     step = (matrix.scales.outputs[:, None] * matrix.scales.inputs)[:, :5].mean()
     by_row_alone = (w.abs().amax(dim=1) / 127).mean()
     assert step < by_row_alone / 20
@@ -155,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     w = torch.ones(3, 4)
     w[1, 2] = bad
     with pytest.raises(ModelError, match="not finite"):
-        quantise(w)
+        quantize(w)
 
 
 def test_max_l1_of_rows_and_columns() -> None:

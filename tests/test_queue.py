@@ -36,7 +36,7 @@ from hetrain.public.errors import (
     WorkerError,
     WorkerRefused,
 )
-from hetrain.public.model.quantization import quantise
+from hetrain.public.model.quantization import quantize
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
     QUEUE,
@@ -49,13 +49,13 @@ from hetrain.public.protocol.messages import (
     new_token,
 )
 from hetrain.public.protocol.plan import Member, Plan, group_of
-from hetrain.public.protocol.registration import FLEET_KEY
-from hetrain.transport.celery_channel import QueueChannel, QueuePending
+from hetrain.public.protocol.registration import REGISTRY_KEY
+from hetrain.transport.celery_channel import CeleryChannel, CeleryPending
 from hetrain.transport.channel import Reply
-from hetrain.transport.in_process import LocalChannel
+from hetrain.transport.in_process import InProcessChannel
 from hetrain.transport.requests.remote_errors import error_of
-from hetrain.transport.requests.state import Patience, prepare_task
-from tasks.request_log import Ledger
+from hetrain.transport.requests.state import Timeouts, prepare_task
+from tasks.request_log import RequestLog
 from tasks.supervisor.embedded import KeptWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
 from tests.harness.processes import serving
@@ -83,7 +83,7 @@ def matrix(model: Path) -> np.ndarray:
     """Its int8 form."""
     from safetensors.torch import load_file
 
-    return quantise(load_file(model / "model.safetensors")["w.weight"]).values.numpy()
+    return quantize(load_file(model / "model.safetensors")["w.weight"]).values.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def channel(embedded: Embedded, plan: Plan) -> Iterator[QueueChannel]:
-    opened = QueueChannel(embedded.url, watch=embedded.failure, patience=Patience(no_worker_s=30))
+def channel(embedded: Embedded, plan: Plan) -> Iterator[CeleryChannel]:
+    opened = CeleryChannel(embedded.url, health_check=embedded.failure, timeouts=Timeouts(no_worker_s=30))
     opened.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
     yield opened
     opened.close()
@@ -127,8 +127,8 @@ def product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def send(
-    channel: QueueChannel, x: np.ndarray, direction: Direction = "forward", shards: int = 1
-) -> QueuePending:
+    channel: CeleryChannel, x: np.ndarray, direction: Direction = "forward", shards: int = 1
+) -> CeleryPending:
     stops = OUT if direction == "forward" else IN
     step = -(-stops // shards)
     rows = [(start, min(start + step, stops)) for start in range(0, stops, step)]
@@ -137,7 +137,7 @@ def send(
     return channel.send("w", direction, {}, parts, rows)
 
 
-def send_into_queue(channel: QueueChannel, x: np.ndarray) -> QueuePending:
+def send_into_queue(channel: CeleryChannel, x: np.ndarray) -> CeleryPending:
     """Sends to a stopped worker, which may have one task handed to it already: so two, of which one stays."""
     send(channel, x)
     return send(channel, x)
@@ -170,7 +170,7 @@ def worker_pids(supervisor: int) -> list[int]:
     return [child.pid for child in family if "tasks" in child.cmdline()]
 
 
-def test_products_come_back_exactly_and_nothing_is_left(channel: QueueChannel, matrix: np.ndarray) -> None:
+def test_products_come_back_exactly_and_nothing_is_left(channel: CeleryChannel, matrix: np.ndarray) -> None:
     x, g = operand(IN, 7), operand(OUT, 5, seed=1)
     forward, backward = send(channel, x, shards=3), send(channel, g, "backward")
     assert (values(backward.result(), 5) == product(matrix.T, g)).all()
@@ -180,9 +180,9 @@ def test_products_come_back_exactly_and_nothing_is_left(channel: QueueChannel, m
     assert (reply.bytes_up, reply.bytes_down) == (4 * IN * 7, 4 * OUT * 7)
     assert reply.server_s > 0
     assert "kernel" in reply.device
-    client = channel._link.store.client
+    client = channel._connection.store.client
     names = client.keys("hetrain:*")
-    kinds = {name.split(b":")[2] for name in names if name != FLEET_KEY.encode()}
+    kinds = {name.split(b":")[2] for name in names if name != REGISTRY_KEY.encode()}
     assert kinds <= {b"plan", b"fin", b"alive", b"done"}
     assert all(client.ttl(name) > 0 for name in names)
     with BlobStoreOf(channel) as store:
@@ -194,8 +194,8 @@ def test_products_come_back_exactly_and_nothing_is_left(channel: QueueChannel, m
 class BlobStoreOf:
     """A store on a channel's broker that outlives the channel."""
 
-    def __init__(self, channel: QueueChannel) -> None:
-        self.store = BlobStore(channel._link.url)
+    def __init__(self, channel: CeleryChannel) -> None:
+        self.store = BlobStore(channel._connection.url)
 
     def __enter__(self) -> BlobStore:
         return self.store
@@ -204,12 +204,12 @@ class BlobStoreOf:
         self.store.close()
 
 
-def test_many_threads_share_a_channel(channel: QueueChannel, matrix: np.ndarray) -> None:
+def test_many_threads_share_a_channel(channel: CeleryChannel, matrix: np.ndarray) -> None:
     def work(seed: int) -> bool:
         x = operand(IN, 9, seed)
         return bool((values(send(channel, x, shards=2).result(), 9) == product(matrix, x)).all())
 
-    client, seen, lasting = channel._link.store.client, set(), set()
+    client, seen, lasting = channel._connection.store.client, set(), set()
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(work, seed) for seed in range(40)]
         while not all(result.done() for result in results):
@@ -226,7 +226,7 @@ def test_workers_refuse_by_name(embedded: Embedded, plan: Plan) -> None:
     group = plan.groups[0].model_copy(update={"digest": "0" * 64})
     other, changed = Plan(model="unknown", groups=(group,)), Plan(model="tiny", groups=(group,))
     for refused, engine in ((other, "clear"), (changed, "clear"), (plan, "rot13")):
-        channel = QueueChannel(embedded.url)
+        channel = CeleryChannel(embedded.url)
         with pytest.raises(WorkerRefused) as caught:
             channel.prepare(refused.model, engine, refused.to_bytes(), refused.digest)
         assert caught.value.hint
@@ -235,7 +235,7 @@ def test_workers_refuse_by_name(embedded: Embedded, plan: Plan) -> None:
         channel.close()
 
 
-def test_a_bad_request_fails_alone(channel: QueueChannel, matrix: np.ndarray) -> None:
+def test_a_bad_request_fails_alone(channel: CeleryChannel, matrix: np.ndarray) -> None:
     bad = channel.send("w", "forward", {}, [memoryview(b"odd")], [(0, OUT)])
     nowhere = channel.send("v", "forward", {}, [memoryview(b"odd")], [(0, OUT)])
     good = send(channel, x := operand(IN, 3))
@@ -245,7 +245,7 @@ def test_a_bad_request_fails_alone(channel: QueueChannel, matrix: np.ndarray) ->
     assert (values(good.result(), 3) == product(matrix, x)).all()
 
 
-def test_a_product_that_fails_in_part_leaves_nothing(channel: QueueChannel) -> None:
+def test_a_product_that_fails_in_part_leaves_nothing(channel: CeleryChannel) -> None:
     x = memoryview(operand(IN, 3)).cast("B")
     pending = channel.send("w", "forward", {}, [x], [(OUT, OUT + 1), (0, OUT)])
     assert eventually(lambda: all(request.is_settled for request in pending._requests))
@@ -255,10 +255,10 @@ def test_a_product_that_fails_in_part_leaves_nothing(channel: QueueChannel) -> N
 
 
 def test_a_running_copy_counts_whichever_was_sent_last() -> None:
-    with serving() as served, closing(QueueChannel(served.url)) as channel:
+    with serving() as served, closing(CeleryChannel(served.url)) as channel:
         plan = Blob(job=channel.job, kind="plan", token=new_token(), nbytes=0)
         channel._prepared = prepare_task("tiny", "clear", plan, {})
-        client = channel._link.store.client
+        client = channel._connection.store.client
         first, *others = [send(channel, operand(IN, 1))._requests[0] for _ in range(3)]
         begun = Completion(request=first.id, state="started", worker="w").to_json()
         client.set(keys.lease(channel.job, first.id), "w", ex=GUARD_S)
@@ -278,24 +278,24 @@ def test_a_running_copy_counts_whichever_was_sent_last() -> None:
         assert (first.is_settled, first.resends) == (False, 0)
 
 
-def test_a_task_that_kills_its_workers_is_given_up(channel: QueueChannel) -> None:
+def test_a_task_that_kills_its_workers_is_given_up(channel: CeleryChannel) -> None:
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send(channel, operand(IN, 3))
     counter = keys.tries(channel.job, pending._requests[0].id)
-    channel._link.store.client.set(counter, keys.MAX_TRIES, ex=60)
+    channel._connection.store.client.set(counter, keys.MAX_TRIES, ex=60)
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(TaskFailed, match=f"killed its worker {keys.MAX_TRIES} times"):
         pending.result()
 
 
-def channel_process(channel: QueueChannel) -> int:
+def channel_process(channel: CeleryChannel) -> int:
     """The supervisor's process id."""
-    return channel._collector._watch.__self__._process.pid  # type: ignore[attr-defined]
+    return channel._collector._health_check.__self__._process.pid  # type: ignore[attr-defined]
 
 
 def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
-    channel: QueueChannel, matrix: np.ndarray
+    channel: CeleryChannel, matrix: np.ndarray
 ) -> None:
     supervisor = channel_process(channel)
     before = worker_pids(supervisor)
@@ -309,16 +309,16 @@ def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
 
 
 def test_malformed_tasks_are_answered_where_they_name_their_job(
-    channel: QueueChannel, matrix: np.ndarray
+    channel: CeleryChannel, matrix: np.ndarray
 ) -> None:
-    app = channel._link.sender._app
+    app = channel._connection.sender._app
     x = operand(IN, 3)
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     other = send_into_queue(channel, x)
     task = other._requests[0].task
     newer = task.model_copy(update={"version": 2})
-    channel._link.store.client.delete(QUEUE)  # the proper task: others come in its place
+    channel._connection.store.client.delete(QUEUE)  # the proper task: others come in its place
     for message in ("", "[]", "{", 7, task.to_json()[:-1], '{"job": "../../etc", "request": "x"}'):
         app.send_task(TASK_EVALUATE, args=[message], queue=QUEUE, ignore_result=True)
     app.send_task(TASK_EVALUATE, args=[], queue=QUEUE, ignore_result=True)
@@ -330,37 +330,37 @@ def test_malformed_tasks_are_answered_where_they_name_their_job(
 
 
 def test_a_lost_message_is_sent_again(embedded: Embedded, plan: Plan, matrix: np.ndarray) -> None:
-    channel = QueueChannel(embedded.url, watch=embedded.failure, patience=Patience(no_worker_s=6))
+    channel = CeleryChannel(embedded.url, health_check=embedded.failure, timeouts=Timeouts(no_worker_s=6))
     channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send_into_queue(channel, x := operand(IN, 3))
-    assert channel._link.store.client.delete(QUEUE)
+    assert channel._connection.store.client.delete(QUEUE)
     os.kill(worker, signal.SIGCONT)
     assert (values(pending.result(), 3) == product(matrix, x)).all()
     channel.close()
 
 
-def test_a_lost_blob_is_uploaded_again(channel: QueueChannel, matrix: np.ndarray) -> None:
+def test_a_lost_blob_is_uploaded_again(channel: CeleryChannel, matrix: np.ndarray) -> None:
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send(channel, x := operand(IN, 3), shards=2)
-    channel._link.store.delete([pending._operand])
+    channel._connection.store.delete([pending._operand])
     os.kill(worker, signal.SIGCONT)
     assert (values(pending.result(), 3) == product(matrix, x)).all()
     finished = send(channel, x)
     assert eventually(lambda: finished._requests[0].is_settled)
     output = Blob(job=channel.job, kind="out", token=keys.output_token(finished._requests[0].id), nbytes=1)
-    channel._link.store.delete([output])
+    channel._connection.store.delete([output])
     assert (values(finished.result(), 3) == product(matrix, x)).all()
 
 
-def test_ctrl_c_is_left_to_the_client(channel: QueueChannel, matrix: np.ndarray) -> None:
+def test_ctrl_c_is_left_to_the_client(channel: CeleryChannel, matrix: np.ndarray) -> None:
     os.kill(channel_process(channel), signal.SIGINT)
     assert (values(send(channel, x := operand(IN, 3)).result(), 3) == product(matrix, x)).all()
 
 
-def test_hostile_completions_do_no_harm(channel: QueueChannel, matrix: np.ndarray) -> None:
+def test_hostile_completions_do_no_harm(channel: CeleryChannel, matrix: np.ndarray) -> None:
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
     good, bad = send(channel, x := operand(IN, 3)), send(channel, x)
@@ -373,7 +373,7 @@ def test_hostile_completions_do_no_harm(channel: QueueChannel, matrix: np.ndarra
         Completion(request=new_token(), state="failed", worker="w").to_json(),
         Completion(request=bad._requests[0].id, state="done", worker="w", output=foreign).to_json(),
     ]
-    channel._link.store.client.rpush(keys.done_list(channel.job), *lies)
+    channel._connection.store.client.rpush(keys.done_list(channel.job), *lies)
     with pytest.raises(WireError, match="not this request's"):
         bad.result()
     os.kill(worker, signal.SIGCONT)
@@ -381,7 +381,7 @@ def test_hostile_completions_do_no_harm(channel: QueueChannel, matrix: np.ndarra
 
 
 def test_closing_interrupts_who_waits(embedded: Embedded, plan: Plan) -> None:
-    channel = QueueChannel(embedded.url, watch=embedded.failure)
+    channel = CeleryChannel(embedded.url, health_check=embedded.failure)
     channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
     worker = worker_pids(channel_process(channel))[0]
     os.kill(worker, signal.SIGSTOP)
@@ -401,7 +401,7 @@ def test_a_restarted_broker_gets_everything_again(
         server, url = start_server(directory, log, password="pw")
         worker = start_worker(1, url, str(model), log)
         try:
-            channel = QueueChannel(url)
+            channel = CeleryChannel(url)
             channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
             os.kill(worker.pid, signal.SIGSTOP)
             pending = [send(channel, operand(IN, 5, seed)) for seed in range(5)]
@@ -424,7 +424,7 @@ def test_a_broker_that_stays_away_and_a_queue_without_worker_are_reported(
 ) -> None:
     with open(directory / "log", "wb") as log:
         server, url = start_server(directory, log)
-        channel = QueueChannel(url, patience=Patience(no_worker_s=1.5, outage_s=1))
+        channel = CeleryChannel(url, timeouts=Timeouts(no_worker_s=1.5, outage_s=1))
         try:
             with pytest.raises(NoWorker, match="no worker answered") as caught:
                 channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
@@ -467,19 +467,19 @@ def full(url: str) -> Iterator[None]:
             store.client.config_set("maxmemory", DEFAULT_MAXMEMORY)
 
 
-def keys_of(channel: QueueChannel) -> list[bytes]:
+def keys_of(channel: CeleryChannel) -> list[bytes]:
     with BlobStoreOf(channel) as store:
         return store.client.keys(f"hetrain:{channel.job}:*")
 
 
-IMPATIENT = Patience(full_s=1)
+IMPATIENT = Timeouts(full_s=1)
 
 
 def test_a_job_does_not_start_on_a_full_broker(lone: Lone, plan: Plan) -> None:
     url, _ = lone
     with full(url), pytest.raises(BrokerFull):
-        within_guard(lambda: QueueChannel(url, patience=IMPATIENT))
-    channel = QueueChannel(url, patience=IMPATIENT)
+        within_guard(lambda: CeleryChannel(url, timeouts=IMPATIENT))
+    channel = CeleryChannel(url, timeouts=IMPATIENT)
     with full(url):
         with pytest.raises(BrokerFull, match="maxmemory") as caught:
             within_guard(lambda: channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
@@ -494,7 +494,7 @@ def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
     lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool
 ) -> None:
     url, worker = lone
-    channel = QueueChannel(url, patience=IMPATIENT)
+    channel = CeleryChannel(url, timeouts=IMPATIENT)
     channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
     if not busy:
         os.kill(worker.pid, signal.SIGSTOP)
@@ -506,7 +506,7 @@ def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
             within_guard(lambda: [each.result() for each in pending])
         within_guard(channel.close)
         assert not keys_of(channel)
-    with closing(QueueChannel(url)) as another:
+    with closing(CeleryChannel(url)) as another:
         within_guard(lambda: another.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
         reply = within_guard(send(another, x := operand(IN, 3)).result)
     assert (values(reply, 3) == product(matrix, x)).all()
@@ -519,8 +519,8 @@ def test_a_broker_that_is_full_for_a_while_is_waited_for(
 ) -> None:
     url, worker = lone
     # Only the end of the shortage, and no other wait, may bring back what the worker loses meanwhile.
-    patience = Patience(full_s=GUARD_S, no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
-    with closing(QueueChannel(url, patience=patience)) as channel:
+    timeouts = Timeouts(full_s=GUARD_S, no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
+    with closing(CeleryChannel(url, timeouts=timeouts)) as channel:
         channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
         if not busy:
             os.kill(worker.pid, signal.SIGSTOP)
@@ -543,7 +543,7 @@ def test_a_worker_that_waits_to_report_is_not_taken_for_dead(lone: Lone) -> None
     with closing(BlobStore(url)) as store, ThreadPoolExecutor(1) as pool:
         store.client.set(lease, "w", px=keys.LEASE_TTL_MS)
         with full(url):
-            report = pool.submit(Ledger(url, store).end, job, done)
+            report = pool.submit(RequestLog(url, store).end, job, done)
             sleep(keys.LEASE_TTL_MS / 1000 + 1)
             assert store.client.exists(lease)
         report.result()
@@ -556,7 +556,7 @@ def test_a_worker_that_cannot_start_is_reported(
 ) -> None:
     monkeypatch.setenv("HETRAIN_DEVICE", "no-such-device")
     with start_embedded(str(model), tmp_path / "log") as running:
-        channel = QueueChannel(running.url, watch=running.failure)
+        channel = CeleryChannel(running.url, health_check=running.failure)
         with pytest.raises(WorkerError, match="cannot start") as caught:
             channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
         assert "no-such-device" in caught.value.hint
@@ -659,7 +659,7 @@ def test_the_local_channel_speaks_the_same_messages() -> None:
             raise WireError("no")
         return [payload[task.start : task.stop]]
 
-    channel = LocalChannel(handler)
+    channel = InProcessChannel(handler)
     plan = b"{}"
     channel.prepare("tiny", "clear", plan, "0" * 64)
     parts = [memoryview(b"abc"), memoryview(b"def")]

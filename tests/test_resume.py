@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from hetrain.nn.lora import LoraSettings
 from hetrain.public.errors import HetrainError, Interrupted, UsageError
 from hetrain.train.checkpoint import checkpoint_steps
-from hetrain.train.finetune import Outcome, Place, Recipe, submit
+from hetrain.train.finetune import JobResult, JobSpec, TrainingConfig, submit
 from hetrain.train.output_dir import MicroBatchRecord
 from hetrain.train.settings import (
     BatchSettings,
@@ -37,16 +37,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def spec(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobSpec]:
     """A worker that all runs share; the output directory is still missing."""
     with serving() as served, ExitStack() as stack:
         worker = start_worker(1, served.url, str(tiny_llama), served.log)
         stack.callback(stop, [worker])
-        yield Place(HANDBOOK, str(tiny_llama), served.url, "cpu", Path("/nonexistent"))
+        yield JobSpec(HANDBOOK, str(tiny_llama), served.url, "cpu", Path("/nonexistent"))
 
 
-def recipe(flight: FlightSettings, updates: int, **checkpoints: int) -> Recipe:
-    return Recipe(
+def recipe(flight: FlightSettings, updates: int, **checkpoints: int) -> TrainingConfig:
+    return TrainingConfig(
         LoraSettings(r=4, alpha=8, dropout=0.1),
         OptimizerSettings(learning_rate=1e-2, schedule="cosine", warmup_steps=2),
         BatchSettings(micro_batch_tokens=256, max_length=64, max_steps=updates, seed=5),
@@ -74,14 +74,14 @@ class Signals:
         self.told += 1
 
 
-def run(place: Place, how: Recipe, output: Path, resume: str | None = None) -> Outcome:
-    return submit(replace(place, output_dir=output, resume_from=resume), how, Signals())
+def run(spec: JobSpec, how: TrainingConfig, output: Path, resume: str | None = None) -> JobResult:
+    return submit(replace(spec, output_dir=output, resume_from=resume), how, Signals())
 
 
-def interrupt(place: Place, how: Recipe, output: Path, at: int, times: int = 1) -> Interrupted:
+def interrupt(spec: JobSpec, how: TrainingConfig, output: Path, at: int, times: int = 1) -> Interrupted:
     observer = Signals(at, times)
     with pytest.raises(Interrupted) as caught:
-        submit(replace(place, output_dir=output), how, observer)
+        submit(replace(spec, output_dir=output), how, observer)
     assert observer.told == (times == 1)
     assert json.loads((output / "job.json").read_text())["status"] == "interrupted"
     return caught.value
@@ -116,12 +116,12 @@ def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_in_lock_step_a_stop_changes_not_a_bit(place: Place, tmp_path: Path) -> None:
+def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) -> None:
     calm, stopped, left = (tmp_path / name for name in ("calm", "stopped", "left"))
-    run(place, recipe(IN_STEP, 6), calm)
+    run(spec, recipe(IN_STEP, 6), calm)
     assert checkpoint_steps(calm) == []
 
-    error = interrupt(place, recipe(IN_STEP, 6), stopped, at=2)
+    error = interrupt(spec, recipe(IN_STEP, 6), stopped, at=2)
     assert "--resume-from-checkpoint latest" in str(error)
     reached = checkpoint_steps(stopped)[-1]
     assert 2 <= reached <= 3  # the window that was in flight was finished
@@ -137,7 +137,7 @@ def test_in_lock_step_a_stop_changes_not_a_bit(place: Place, tmp_path: Path) -> 
     ]
     # How much may be in flight changes nothing: room for little more than one product is enough.
     narrow = replace(IN_STEP, max_bytes_in_flight=2_200_000)
-    outcome = run(place, recipe(narrow, 6), stopped, "latest")
+    outcome = run(spec, recipe(narrow, 6), stopped, "latest")
     assert (outcome.steps, outcome.tokens) == (6, sum(int(r["tokens"]) for r in metrics(calm)))  # type: ignore[call-overload]
     assert course(stopped) == course(calm)
     assert_same_adapter(stopped, calm)
@@ -146,31 +146,31 @@ def test_in_lock_step_a_stop_changes_not_a_bit(place: Place, tmp_path: Path) -> 
 
     # Twice: it leaves at once. And it may go on from an older checkpoint, which drops what came after.
     how = recipe(IN_STEP, 6, save_steps=1, save_total_limit=2)
-    interrupt(place, how, left, at=4, times=2)
+    interrupt(spec, how, left, at=4, times=2)
     assert checkpoint_steps(left) == [3, 4]
     with (left / "metrics.jsonl").open("a") as log:
         log.write('{"step": 5, "half a li')
     (left / ".checkpoint-9.new").mkdir()
-    run(place, how, left, str(left / "checkpoint-3"))
+    run(spec, how, left, str(left / "checkpoint-3"))
     assert checkpoint_steps(left) == [5, 6]
     assert course(left) == course(calm)
     assert_same_adapter(left, calm)
     assert not list(left.glob(".*"))
 
 
-def test_asynchronously_every_micro_batch_counts_once(place: Place, tmp_path: Path) -> None:
+def test_asynchronously_every_micro_batch_counts_once(spec: JobSpec, tmp_path: Path) -> None:
     how = recipe(FlightSettings(in_flight=3, max_staleness=3), 12)
-    interrupt(place, how, tmp_path, at=4)
-    run(place, how, tmp_path, "latest")
+    interrupt(spec, how, tmp_path, at=4)
+    run(spec, how, tmp_path, "latest")
     records = metrics(tmp_path)
     assert [record["step"] for record in records] == list(range(1, 13))
     assert sorted(int(record["micro_batch"]) for record in records) == list(range(12))  # type: ignore[call-overload]
     assert all(0 <= int(record["staleness"]) <= 3 for record in records)  # type: ignore[call-overload]
 
 
-def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(place: Place, tmp_path: Path) -> None:
+def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(spec: JobSpec, tmp_path: Path) -> None:
     output, how = tmp_path / "out", recipe(IN_STEP, 4)
-    interrupt(place, how, output, at=2)
+    interrupt(spec, how, output, at=2)
     latest = output / f"checkpoint-{checkpoint_steps(output)[-1]}"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     shorter = tmp_path / "shorter.jsonl"
@@ -182,20 +182,20 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(place: Pla
         assert says in str(caught.value)
 
     other_rate = replace(how, optimizer=OptimizerSettings(learning_rate=1e-3))
-    refused("learning_rate was 0.01, is 0.001", lambda: run(place, other_rate, output, "latest"))
-    other_rows = replace(place, dataset=shorter)
+    refused("learning_rate was 0.01, is 0.001", lambda: run(spec, other_rate, output, "latest"))
+    other_rows = replace(spec, dataset=shorter)
     refused("data set, by", lambda: run(other_rows, how, output, "latest"))
     fewer = replace(how, outsourcing=OutsourcingSettings("clear", patterns=("*.mlp.*",)))
-    refused("outsource", lambda: run(place, fewer, output, "latest"))
-    refused("there is no checkpoint", lambda: run(place, how, tmp_path / "empty", "latest"))
-    refused("there is no checkpoint", lambda: run(place, how, output, str(output)))
-    refused("--overwrite-output-dir", lambda: run(place, how, output))
+    refused("outsource", lambda: run(spec, fewer, output, "latest"))
+    refused("there is no checkpoint", lambda: run(spec, how, tmp_path / "empty", "latest"))
+    refused("there is no checkpoint", lambda: run(spec, how, output, str(output)))
+    refused("--overwrite-output-dir", lambda: run(spec, how, output))
     narrow = replace(how, flight=replace(IN_STEP, max_bytes_in_flight=1_000_000))
-    refused("--max-bytes-in-flight", lambda: run(place, narrow, tmp_path / "narrow"))
+    refused("--max-bytes-in-flight", lambda: run(spec, narrow, tmp_path / "narrow"))
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "empty").exists()
 
     moments = latest / "optimizer.safetensors"
     moments.write_bytes(moments.read_bytes()[:-7])
     with pytest.raises(HetrainError, match="cannot be used"):
-        run(place, how, output, "latest")
+        run(spec, how, output, "latest")

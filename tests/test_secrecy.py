@@ -24,13 +24,13 @@ from hetrain.public.lattice.parameters import largest_operand, parameters_for
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.messages import Direction
 from hetrain.public.protocol.plan import Group
-from hetrain.secret.activation_quantization import quantise_operand
+from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.train.session import open_base
 from hetrain.train.settings import OptimizerSettings
 from hetrain.train.step import run_step
 from hetrain.train.updater import Updater
-from hetrain.transport.celery_channel import QueueChannel
+from hetrain.transport.celery_channel import CeleryChannel
 from tasks.supervisor.server import private_directory, start_server, stop
 
 CANARY = "the canary sings at four o'clock behind the blue door"
@@ -83,7 +83,7 @@ class Wiretap:
                     end.shutdown(socket.SHUT_RDWR)
 
 
-class Witness:
+class OnMatrix:
     """A sealer that remembers every operand it seals and every product it opens."""
 
     def __init__(self, sealer: Sealer) -> None:
@@ -94,7 +94,7 @@ class Witness:
     def seal(self, x: torch.Tensor, group: Group, direction: Direction):  # type: ignore[no-untyped-def]
         sealed = self._sealer.seal(x, group, direction)
         x_max = largest_operand(parameters_for(x.shape[0]), group.max_l1(direction))
-        operand = quantise_operand(x, x_max)
+        operand = quantize_operand(x, x_max)
         self.secrets += [x.detach().float(), operand.values, operand.scales]
         opening, secrets = sealed.opening, self.secrets
 
@@ -155,7 +155,7 @@ def tapped_broker(model: Path, log: Path) -> Iterator[tuple[str, Wiretap]]:
         yield url, tap
 
 
-def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Witness]:
+def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, OnMatrix]:
     """One forward and backward over canary rows: all that was heard and logged, and what was secret."""
     base = open_base(str(model))
     data = scratch / "rows.jsonl"
@@ -164,11 +164,11 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Wit
     (batch,) = micro_batches(rows, [range(len(rows))])
     log = scratch / "worker.log"
     with tapped_broker(model, log) as (url, tap):
-        channel = QueueChannel(url)
+        channel = CeleryChannel(url)
         try:
             split = split_model(resolve(str(model)))
             plan = split.plan
-            witness = Witness(client_engine(engine).open(plan, JobOptions()))
+            witness = OnMatrix(client_engine(engine).open(plan, JobOptions()))
             channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
             adapted = add_adapter(split, LoraSettings(r=2, alpha=4), 0)
             replica = Replica(split, adapted, channel, witness)

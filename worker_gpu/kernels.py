@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from hetrain.public.errors import ParameterError
-from hetrain.public.workspace import lasting, scratch
+from hetrain.public.workspace import unaligned_empty, workspace
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -43,7 +43,7 @@ def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         raise ParameterError(f"an inner dimension of {k} would overflow, {_MAX_INNER - 1} at most")
     weights = _padded(weights, max(_MIN_ROWS - n, 0), -k % _MULTIPLE)
     digits = _digits(_padded(operand, -k % _MULTIPLE, -m % _MULTIPLE))
-    result = new_room((len(weights), digits.shape[2]), torch.int32, operand.device)
+    result = new_memory((len(weights), digits.shape[2]), torch.int32, operand.device)
     for rows in _slabs(len(weights)):
         _combine(weights[rows], digits, result[rows])
     return result[:n, :m]
@@ -93,14 +93,18 @@ def blocks(matrix: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
-def new_room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory that the next product does not touch."""
-    return lasting(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+    return (
+        unaligned_empty(shape, dtype)
+        if device.type == "cpu"
+        else torch.empty(shape, dtype=dtype, device=device)
+    )
 
 
 def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory until this thread's next product. What a GPU has freed torch keeps by itself."""
-    return scratch(name, shape, dtype) if device.type == "cpu" else new_room(shape, dtype, device)
+    return workspace(name, shape, dtype) if device.type == "cpu" else new_memory(shape, dtype, device)
 
 
 def float64_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             f"a row of at most {max_length} tokens leaves nothing to predict",
             hint="Use a maximum length of at least 2",
         )
-    return tokenise_rows(read_raw_rows(path), path, tokenizer, max_length)
+    return tokenize_rows(read_raw_rows(path), path, tokenizer, max_length)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Tokenised:
     prompt_kept: bool = True  # whether the prompt's own tokens are a prefix of the whole
 
 
-def tokenise_rows(
+def tokenize_rows(
     raw_rows: Sequence[RawRow], path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Row]:
     """Tokenises checked rows, cuts them to ``max_length`` tokens and drops those without a target.
@@ -86,7 +86,7 @@ def tokenise_rows(
     cut = 0
     changed_prompts: list[int] = []
     for raw in raw_rows:
-        tokenised = _tokenise(raw, path, tokenizer)
+        tokenised = _tokenize(raw, path, tokenizer)
         cut += len(tokenised.tokens) > max_length
         if not tokenised.prompt_kept:
             changed_prompts.append(raw.line)
@@ -122,7 +122,7 @@ def tokenise_rows(
     return rows
 
 
-def _tokenise(raw: RawRow, path: Path, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
+def _tokenize(raw: RawRow, path: Path, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
     where = f"{path}:{raw.line}"
     match raw.content:
         case TextForm(text=text):

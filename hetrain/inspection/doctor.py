@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import hetrain
-from hetrain.inspection.probe import Census, take_census
+from hetrain.inspection.probe import ProbeResult, probe_workers
 from hetrain.local.launcher import start_embedded
 from hetrain.public.broker.connection import redacted
 from hetrain.public.broker.server_info import BrokerReport, ask_broker
@@ -60,7 +60,7 @@ class ClientReport:
 
 
 @dataclass(frozen=True)
-class Checkup:
+class DoctorReport:
     """What was found.
 
     Attributes:
@@ -92,34 +92,36 @@ class Checkup:
         return tuple(half for half in self.client.engines if not half.reason and half.name in ready)
 
 
-def check_up(broker_url: str | None) -> Checkup:
-    """Asks client, broker and workers about themselves. Never raises a `HetrainError`: see `Checkup.failure`.
+def diagnose(broker_url: str | None) -> DoctorReport:
+    """Asks client, broker and workers about themselves.
+
+    Never raises a `HetrainError`: see `DoctorReport.failure`.
 
     Args:
         broker_url: the workers' broker; None starts an embedded broker and a worker meanwhile.
     """
     client = _client()
     broker: BrokerReport | None = None
-    census = Census((), ())
+    found = ProbeResult((), ())
     try:
         with _place(broker_url) as place:
             broker = ask_broker(place.url)
-            census = take_census(
+            found = probe_workers(
                 place.url,
                 first_s=place.first_s,
                 settle_s=_SETTLE_S,
                 expected=place.workers,
-                watch=place.watch,
+                health_check=place.health_check,
             )
-            failure = _nobody(place, census)
+            failure = _nobody(place, found)
     except HetrainError as error:
         failure = error
-    return Checkup(
+    return DoctorReport(
         client=client,
         embedded=broker_url is None,
         broker=broker,
-        workers=census.workers,
-        warnings=(*_of_client(client), *_of_broker(broker), *_of_workers(census)),
+        workers=found.workers,
+        warnings=(*_of_client(client), *_of_broker(broker), *_of_workers(found)),
         failure=failure,
     )
 
@@ -131,7 +133,7 @@ class _Place:
     url: str
     workers: int | None
     first_s: float
-    watch: Callable[[], HetrainError | None]
+    health_check: Callable[[], HetrainError | None]
 
 
 @contextmanager
@@ -180,11 +182,11 @@ def _half(engine: ClientEngine) -> ClientHalf:
     return ClientHalf(engine.name, engine.hides, reason)
 
 
-def _nobody(place: _Place, census: Census) -> HetrainError | None:
+def _nobody(place: _Place, found: ProbeResult) -> HetrainError | None:
     """Why nobody can take a job, None when somebody can."""
-    if any(_listens(worker) for worker in census.workers):
+    if any(_listens(worker) for worker in found.workers):
         return None
-    if census.refused and not census.workers:
+    if found.refused and not found.workers:
         return WireError(
             "no worker's answer can be read",
             where=redacted(place.url),
@@ -213,10 +215,10 @@ def _of_broker(broker: BrokerReport | None) -> Iterator[str]:
         )
 
 
-def _of_workers(census: Census) -> Iterator[str]:
-    for error in census.refused:
+def _of_workers(found: ProbeResult) -> Iterator[str]:
+    for error in found.refused:
         yield f"a worker's answer was refused: {error}"
-    for worker in census.workers:
+    for worker in found.workers:
         if worker.hetrain != hetrain.__version__:
             yield (
                 f"worker {worker.worker} runs hetrain {worker.hetrain}, this client {hetrain.__version__}; "

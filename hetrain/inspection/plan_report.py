@@ -18,7 +18,7 @@ HINTED_BYTES_DOWN = 2
 
 
 @dataclass(frozen=True)
-class GroupPreview:
+class GroupReport:
     """One group: its matrix, the bits of precision its operands get, and bytes per token with full rings."""
 
     group: Group
@@ -29,11 +29,11 @@ class GroupPreview:
 
 
 @dataclass(frozen=True)
-class Preview:
+class PlanReport:
     """All groups, how the model's parameters divide, and which linears of decoder blocks do not leave."""
 
     plan: Plan
-    groups: tuple[GroupPreview, ...]
+    groups: tuple[GroupReport, ...]
     kept: tuple[str, ...]
     outsourced_parameters: int
     client_parameters: int
@@ -45,11 +45,11 @@ class Preview:
         return self.outsourced_parameters / (self.outsourced_parameters + self.client_parameters)
 
 
-def preview(model: str, outsource: Sequence[str] = ("*",)) -> Preview:
+def plan_report(model: str, outsource: Sequence[str] = ("*",)) -> PlanReport:
     """Splits `model` and reports. Raises `UsageError` for a pattern without a match, and `ModelError`."""
     split = split_model(resolve(model), outsource)
     leaving = {member.module for group in split.plan.groups for member in group.members}
-    return Preview(
+    return PlanReport(
         plan=split.plan,
         groups=tuple(_preview_group(group) for group in split.plan.groups),
         kept=tuple(name for name in split.block_linears if name not in leaving),
@@ -59,9 +59,9 @@ def preview(model: str, outsource: Sequence[str] = ("*",)) -> Preview:
     )
 
 
-def _preview_group(group: Group) -> GroupPreview:
+def _preview_group(group: Group) -> GroupReport:
     k, n = group.in_features, group.out_features
-    return GroupPreview(
+    return GroupReport(
         group=group,
         forward_bits=_operand_bits(group.forward_l1),
         backward_bits=_operand_bits(group.backward_l1),

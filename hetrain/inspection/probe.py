@@ -24,21 +24,21 @@ _MAX_REPLIES = 1000
 
 
 @dataclass(frozen=True)
-class Census:
+class ProbeResult:
     """Workers that have answered, by name, and why other answers were refused."""
 
     workers: tuple[WorkerReport, ...]
     refused: tuple[WireError, ...]
 
 
-def take_census(
+def probe_workers(
     url: str,
     *,
     first_s: float,
     settle_s: float,
     expected: int | None = None,
-    watch: Callable[[], HetrainError | None] = lambda: None,
-) -> Census:
+    health_check: Callable[[], HetrainError | None] = lambda: None,
+) -> ProbeResult:
     """Asks all workers on the broker at `url` about themselves, again and again until there is an answer.
 
     With an unknown number of workers it goes on listening for two seconds after each answer.
@@ -48,7 +48,7 @@ def take_census(
         first_s: about how long to wait for a first answer.
         settle_s: how long to wait then for workers that are still opening an engine.
         expected: how many workers there are; None when that is not known.
-        watch: says what became of processes on which workers depend (see `Embedded.failure`).
+        health_check: says what became of processes on which workers depend (see `Embedded.failure`).
 
     Returns:
         Without workers when none answers.
@@ -56,18 +56,18 @@ def take_census(
     Raises:
         UsageError: the URL makes no sense.
         BrokerError: the broker cannot be reached, or is full.
-        HetrainError: whatever `watch` reports.
+        HetrainError: whatever `health_check` reports.
     """
     answers = _Answers()
     begin = monotonic()
     while True:
-        if (failure := watch()) is not None:
+        if (failure := health_check()) is not None:
             raise failure
         _ask(url, answers, expected)
         end = begin + first_s + (settle_s if answers.workers else 0.0)
         if answers.are_settled or monotonic() > end:
             break
-    return Census(
+    return ProbeResult(
         tuple(answers.workers[key] for key in sorted(answers.workers)), tuple(answers.refused.values())
     )
 

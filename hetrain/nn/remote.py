@@ -24,7 +24,7 @@ from hetrain.transport.channel import Channel
 
 
 @dataclass
-class Meter:
+class ProductStats:
     """What one replica's remote products have cost since the last `reset`: seconds, bytes, and on what."""
 
     encrypt_s: float = 0.0
@@ -42,12 +42,12 @@ class Meter:
 
 
 @dataclass(frozen=True)
-class Outsourcer:
+class RemoteMatmul:
     """Multiplies by outsourced matrices over one channel under one job's keys, and keeps count."""
 
     channel: Channel
     sealer: Sealer
-    meter: Meter
+    stats: ProductStats
 
     def multiply(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
         """X·Qᵀ (forward) or X·Q (backward) for the group's int8 matrix Q.
@@ -68,19 +68,19 @@ class Outsourcer:
         sealed = self.sealer.seal(x, group, direction)
         sealed_at = time.perf_counter()
         nbytes = sum(part.nbytes for part in sealed.payload)
-        rows = self.channel.cut(group.name, group.result_rows(direction), nbytes, sealed.row_step)
+        rows = self.channel.partition(group.name, group.result_rows(direction), nbytes, sealed.row_step)
         reply = self.channel.send(group.name, direction, sealed.header, sealed.payload, rows).result()
         replied_at = time.perf_counter()
         y = sealed.opening.open(reply.parts, rows)
-        meter = self.meter
-        meter.encrypt_s += sealed_at - begin
-        meter.wait_s += replied_at - sealed_at
-        meter.decrypt_s += time.perf_counter() - replied_at
-        meter.server_s += reply.server_s
-        meter.bytes_up += reply.bytes_up
-        meter.bytes_down += reply.bytes_down
-        if reply.device not in meter.devices:
-            meter.devices = tuple(sorted((*meter.devices, reply.device)))
+        stats = self.stats
+        stats.encrypt_s += sealed_at - begin
+        stats.wait_s += replied_at - sealed_at
+        stats.decrypt_s += time.perf_counter() - replied_at
+        stats.server_s += reply.server_s
+        stats.bytes_up += reply.bytes_up
+        stats.bytes_down += reply.bytes_down
+        if reply.device not in stats.devices:
+            stats.devices = tuple(sorted((*stats.devices, reply.device)))
         return y
 
 
@@ -110,7 +110,7 @@ class _GroupProduct(torch.autograd.Function):
 class RemoteGroup:
     """The linears of one group in one replica: the first to be called evaluates for all."""
 
-    def __init__(self, group: Group, scales: Scales, outsourcer: Outsourcer) -> None:
+    def __init__(self, group: Group, scales: Scales, outsourcer: RemoteMatmul) -> None:
         self.group = group
         self.scales = scales
         self.outsourcer = outsourcer

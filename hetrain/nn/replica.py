@@ -12,7 +12,7 @@ from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
 from hetrain.nn.loss import OutputHead, summed_loss
 from hetrain.nn.memory.saved_tensors import HalfSaver
-from hetrain.nn.remote import Meter, Outsourcer, RemoteGroup, RemoteLinear
+from hetrain.nn.remote import ProductStats, RemoteGroup, RemoteLinear, RemoteMatmul
 from hetrain.nn.split import SplitModel
 from hetrain.nn.trial_run import hidden_states
 from hetrain.secret.engine import Sealer
@@ -23,7 +23,7 @@ class Replica:
     """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time."""
 
     def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, sealer: Sealer) -> None:
-        self.meter = Meter()
+        self.stats = ProductStats()
         self._model = _share_frozen_copy(model)
         self.parameters = adapter_parameters(self._model)
         self._causal = self._model.get_base_model()
@@ -31,7 +31,7 @@ class Replica:
         self._head = OutputHead.of(self._causal)
         self._saver = HalfSaver(self._model.parameters())
         self._dropouts = [m for m in self._model.modules() if isinstance(m, SeededDropout)]
-        _bind(split, self._causal, Outsourcer(channel, sealer, self.meter), self._device)
+        _bind(split, self._causal, RemoteMatmul(channel, sealer, self.stats), self._device)
 
     def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
         """Copies adapter values into this replica."""
@@ -76,7 +76,7 @@ def _share_frozen_copy(model: PeftModel) -> PeftModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def _bind(split: SplitModel, causal: torch.nn.Module, outsourcer: Outsourcer, device: torch.device) -> None:
+def _bind(split: SplitModel, causal: torch.nn.Module, outsourcer: RemoteMatmul, device: torch.device) -> None:
     """Gives every `RemoteLinear` its group. peft may have wrapped it, but keeps it as ``base_layer``."""
     remotes = {
         name.removesuffix(".base_layer"): module

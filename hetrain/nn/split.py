@@ -21,7 +21,7 @@ from hetrain.nn.checkpoint_io.loading import load_kept, skeleton, tensor_of
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.trial_run import shared_inputs
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError, WireError
-from hetrain.public.model.files import Checkpoint
+from hetrain.public.model.files import ModelFiles
 from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
 
@@ -51,12 +51,12 @@ class SplitModel:
     conv1d: bool
 
 
-Witness = Callable[[Group, torch.Tensor], None]
+OnMatrix = Callable[[Group, torch.Tensor], None]
 """Called with every group and its int8 matrix [out_features, in_features] while that is at hand."""
 
 
 def split_model(
-    checkpoint: Checkpoint, outsource: Iterable[str] = ("*",), witness: Witness | None = None
+    checkpoint: ModelFiles, outsource: Iterable[str] = ("*",), witness: OnMatrix | None = None
 ) -> SplitModel:
     """Loads the client's part of `checkpoint` and plans the rest.
 
@@ -201,7 +201,7 @@ def _member(name: str, linear: nn.Linear | Conv1D, tensor: str) -> Member:
 
 
 def _plan_group(
-    members: list[Member], checkpoint: Checkpoint, witness: Witness | None
+    members: list[Member], checkpoint: ModelFiles, witness: OnMatrix | None
 ) -> tuple[Group, Scales]:
     try:
         matrix = stack_group(tuple(members), checkpoint.read)

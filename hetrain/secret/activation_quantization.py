@@ -12,7 +12,7 @@ _ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class QuantisedOperand:
+class QuantizedOperand:
     """x[t, k] ≈ scales[t]·values[k, t]; values int32 [K, T], |values| ≤ x_max; scales float32 [T]."""
 
     values: torch.Tensor
@@ -51,7 +51,7 @@ def rounded(x: torch.Tensor, inverse: torch.Tensor, x_max: int) -> torch.Tensor:
     return (x * inverse[:, None]).t().contiguous().round_().clamp_(-x_max, x_max).to(torch.int32)
 
 
-def quantise_operand(x: torch.Tensor, x_max: int) -> QuantisedOperand:
+def quantize_operand(x: torch.Tensor, x_max: int) -> QuantizedOperand:
     """Per token t: values = round(x / scale_t).
 
     Args:
@@ -63,9 +63,9 @@ def quantise_operand(x: torch.Tensor, x_max: int) -> QuantisedOperand:
     """
     x = x.detach().to(device="cpu", dtype=torch.float32)
     scales = token_scales(x, x_max)
-    return QuantisedOperand(rounded(x, scales.reciprocal(), x_max), scales)
+    return QuantizedOperand(rounded(x, scales.reciprocal(), x_max), scales)
 
 
-def dequantise_result(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantize_result(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """y[t, j] = scales[t]·values[j, t]: integers [n, T] -> float32 [T, n]."""
     return values.t().to(torch.float32) * scales[:, None]

@@ -180,10 +180,10 @@ def write_checkpoint(
 def remove_checkpoint(output_dir: Path, step: int) -> None:
     """Removes a checkpoint, so that it is never seen in part."""
     path = checkpoint_path(output_dir, step)
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    stale = path.with_name(f".{path.name}.old")
+    shutil.rmtree(stale, ignore_errors=True)
+    path.rename(stale)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def write_adapter(model: PeftModel, base_reference: str, values: Tensors, directory: Path) -> None:

@@ -21,8 +21,8 @@ from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows
 from hetrain.train.data_position import Position
 from hetrain.train.loop import train
 from hetrain.train.output_dir import MicroBatchRecord, OutputDirectory
-from hetrain.train.run_log import Journal
-from hetrain.train.session import Base, Session, open_base, open_session
+from hetrain.train.run_log import RunLog
+from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -38,7 +38,7 @@ _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryp
 
 
 @dataclass(frozen=True)
-class Place:
+class JobSpec:
     """Where a job's parts are: data set, model, broker (None: embedded), client device, output.
 
     `resume_from` is a checkpoint's directory, ``latest`` for the one in the output directory with the most
@@ -55,7 +55,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """How to train. Updates, epochs and the schedule are counted in optimizer updates."""
 
     lora: LoraSettings
@@ -67,7 +67,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """How a job ended: updates, tokens, seconds of training, the last record, where the adapter is."""
 
     steps: int
@@ -91,12 +91,12 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True)
-class _Assignment:
+class _PreparedJob:
     """What is to be done, checked as far as it can be before workers are asked."""
 
-    base: Base
+    base: BaseModelFiles
     rows: list[Row]
-    recipe: Recipe
+    recipe: TrainingConfig
     total_steps: int
     checkpoint: Checkpoint | None
 
@@ -106,32 +106,32 @@ class _Assignment:
         return self.checkpoint.state.step if self.checkpoint else 0
 
 
-def submit(place: Place, recipe: Recipe, observer: Observer) -> Outcome:
+def submit(spec: JobSpec, recipe: TrainingConfig, observer: Observer) -> JobResult:
     """Trains an adapter and writes it, metrics.jsonl, job.json and checkpoints to the output directory.
 
     Raises:
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
         Interrupted: the user stopped it; adapter and checkpoint as they then stood are written.
     """
-    base = open_base(place.model)
-    rows = read_rows(place.dataset, base.tokenizer, recipe.batches.max_length)
+    base = open_base(spec.model)
+    rows = read_rows(spec.dataset, base.tokenizer, recipe.batches.max_length)
     total_steps = count_updates(rows, recipe)
-    checkpoint = _checkpoint(place, _identity(rows, recipe), total_steps)
-    assignment = _Assignment(base, rows, recipe, total_steps, checkpoint)
-    output = OutputDirectory(place.output_dir, overwrite=place.overwrite, keep=_kept(checkpoint, place))
+    checkpoint = _checkpoint(spec, _identity(rows, recipe), total_steps)
+    prepared = _PreparedJob(base, rows, recipe, total_steps, checkpoint)
+    output = OutputDirectory(spec.output_dir, overwrite=spec.overwrite, keep=_kept(checkpoint, spec))
     try:
         with open_session(
             base,
             recipe.outsourcing,
-            place.broker_url,
-            place.device,
+            spec.broker_url,
+            spec.device,
             output.log_file,
-            micro_batches=(total_steps - assignment.done_steps) * recipe.flight.batches_per_update,
+            micro_batches=(total_steps - prepared.done_steps) * recipe.flight.batches_per_update,
             in_flight=recipe.flight.in_flight,
             max_bytes_in_flight=recipe.flight.max_bytes_in_flight,
         ) as session:
-            job = _describe(place, recipe, session, total_steps, assignment.done_steps)
-            return _run(assignment, session, output, job, observer)
+            job = _describe(spec, recipe, session, total_steps, prepared.done_steps)
+            return _run(prepared, session, output, job, observer)
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped before the first update; no adapter was written", where=str(output.path)
@@ -140,7 +140,7 @@ def submit(place: Place, recipe: Recipe, observer: Observer) -> Outcome:
         output.close()
 
 
-def count_updates(rows: list[Row], recipe: Recipe) -> int:
+def count_updates(rows: list[Row], recipe: TrainingConfig) -> int:
     """Optimizer updates that the job will make."""
     settings = recipe.batches
     if settings.max_steps > 0:
@@ -149,11 +149,11 @@ def count_updates(rows: list[Row], recipe: Recipe) -> int:
     return -(-batches // recipe.flight.batches_per_update)
 
 
-def _checkpoint(place: Place, identity: Identity, total_steps: int) -> Checkpoint | None:
+def _checkpoint(spec: JobSpec, identity: Identity, total_steps: int) -> Checkpoint | None:
     """The checkpoint to go on from, as far as it can be checked before a session is open."""
-    if place.resume_from is None:
+    if spec.resume_from is None:
         return None
-    checkpoint = find_checkpoint(place.resume_from, place.output_dir)
+    checkpoint = find_checkpoint(spec.resume_from, spec.output_dir)
     checkpoint.require(identity)
     if checkpoint.state.step >= total_steps:
         raise UsageError(
@@ -164,14 +164,14 @@ def _checkpoint(place: Place, identity: Identity, total_steps: int) -> Checkpoin
     return checkpoint
 
 
-def _kept(checkpoint: Checkpoint | None, place: Place) -> int | None:
+def _kept(checkpoint: Checkpoint | None, spec: JobSpec) -> int | None:
     """Updates whose traces in the output directory are this run's own."""
-    if checkpoint is None or checkpoint.path.resolve().parent != place.output_dir.resolve():
+    if checkpoint is None or checkpoint.path.resolve().parent != spec.output_dir.resolve():
         return None
     return checkpoint.state.step
 
 
-def _identity(rows: list[Row], recipe: Recipe) -> Identity:
+def _identity(rows: list[Row], recipe: TrainingConfig) -> Identity:
     """What decides the course of a run, but for the plan: all that a resumed one must be given again."""
     outsourcing = recipe.outsourcing
     return {
@@ -188,15 +188,15 @@ def _identity(rows: list[Row], recipe: Recipe) -> Identity:
 
 
 def _run(
-    assignment: _Assignment,
+    prepared: _PreparedJob,
     session: Session,
     output: OutputDirectory,
     job: dict[str, object],
     observer: Observer,
-) -> Outcome:
-    recipe, total_steps, checkpoint = assignment.recipe, assignment.total_steps, assignment.checkpoint
+) -> JobResult:
+    recipe, total_steps, checkpoint = prepared.recipe, prepared.total_steps, prepared.checkpoint
     identity = {
-        **_identity(assignment.rows, recipe),
+        **_identity(prepared.rows, recipe),
         "plan, by its SHA-256,": session.split.plan.digest,
     }
     if checkpoint is not None:
@@ -207,15 +207,15 @@ def _run(
     if checkpoint is not None:
         checkpoint.restore(updater)
     output.write_job(job | {"status": "running"})
-    writer = partial(write_adapter, model, assignment.base.reference)
-    journal = Journal(output, updater, writer, identity, recipe.checkpoints, checkpoint)
+    writer = partial(write_adapter, model, prepared.base.reference)
+    run_log = RunLog(output, updater, writer, identity, recipe.checkpoints, checkpoint)
     share_cores(recipe.flight.in_flight)
     replicas = session.replicas(model, recipe.flight.in_flight)
-    batches = _draw(assignment.rows, recipe, total_steps, journal.position)
+    batches = _draw(prepared.rows, recipe, total_steps, run_log.position)
 
     def stopping() -> None:
         observer.stopping()
-        journal.checkpoint()  # already now: whoever sent the signal may not wait for long
+        run_log.checkpoint()  # already now: whoever sent the signal may not wait for long
 
     status, saved = "failed", None
     try:
@@ -226,23 +226,23 @@ def _run(
             ) as course,
         ):
             for applied in course:
-                for record in journal.add(applied):
+                for record in run_log.add(applied):
                     observer.observe(record, total_steps)
-        status = "done" if journal.step == total_steps else "interrupted"
+        status = "done" if run_log.step == total_steps else "interrupted"
     except KeyboardInterrupt:
         status = "interrupted"
     finally:
         if status != "done":
-            journal.checkpoint()
-        saved = journal.close()
-        output.write_job(job | {"status": status, "steps": journal.step, "tokens": journal.tokens})
-    if journal.last is None:
+            run_log.checkpoint()
+        saved = run_log.close()
+        output.write_job(job | {"status": status, "steps": run_log.step, "tokens": run_log.tokens})
+    if run_log.last is None:
         if status == "interrupted":
             raise KeyboardInterrupt
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
-        raise _interrupted(journal.step, total_steps, saved, output.path)
-    return Outcome(journal.step, total_steps, journal.tokens, journal.elapsed_s, journal.last, output.path)
+        raise _interrupted(run_log.step, total_steps, saved, output.path)
+    return JobResult(run_log.step, total_steps, run_log.tokens, run_log.elapsed_s, run_log.last, output.path)
 
 
 def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) -> Interrupted:
@@ -256,7 +256,7 @@ def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) 
     )
 
 
-def _draw(rows: list[Row], recipe: Recipe, total_steps: int, done: Position) -> Iterator[MicroBatch]:
+def _draw(rows: list[Row], recipe: TrainingConfig, total_steps: int, done: Position) -> Iterator[MicroBatch]:
     settings = recipe.batches
     n_epochs = None if settings.max_steps > 0 else settings.epochs
     drawn = epochs(rows, settings.micro_batch_tokens, settings.seed, n_epochs)
@@ -265,16 +265,16 @@ def _draw(rows: list[Row], recipe: Recipe, total_steps: int, done: Position) -> 
 
 
 def _describe(
-    place: Place, recipe: Recipe, session: Session, total_steps: int, done_steps: int
+    spec: JobSpec, recipe: TrainingConfig, session: Session, total_steps: int, done_steps: int
 ) -> dict[str, object]:
     """job.json: everything needed to say what ran, and no secret: the broker's URL stays out."""
     return {
         "hetrain": hetrain.__version__,
-        "model": place.model,
-        "dataset": str(place.dataset),
+        "model": spec.model,
+        "dataset": str(spec.dataset),
         "engine": recipe.outsourcing.engine,
-        "broker": "embedded" if place.broker_url is None else "given",
-        "device": place.device,
+        "broker": "embedded" if spec.broker_url is None else "given",
+        "device": spec.device,
         "plan_digest": session.split.plan.digest,
         "worker": {"name": session.worker.worker, "device": session.worker.device},
         "total_steps": total_steps,

@@ -15,7 +15,7 @@ from hetrain.data.packing import MicroBatch
 from hetrain.nn.replica import Replica
 from hetrain.train.settings import FlightSettings
 from hetrain.train.signals import Stop, never
-from hetrain.train.staleness import Entry, Schedule
+from hetrain.train.staleness import Entry, StalenessGate
 from hetrain.train.step import StepResult, run_step
 from hetrain.train.updater import Update, Updater
 
@@ -23,7 +23,7 @@ _LOOK_S = 0.5  # how often a waiting loop looks whether it should stop
 
 
 @dataclass(frozen=True)
-class Applied:
+class AppliedUpdate:
     """One update and the micro-batches that made it."""
 
     update: Update
@@ -38,7 +38,7 @@ def train(
     seed: int,
     abort: Callable[[], None],
     stop: Stop = never,
-) -> Generator[Applied, None, None]:
+) -> Generator[AppliedUpdate, None, None]:
     """Trains until `batches` is exhausted, yielding every update after it was applied.
 
     Args:
@@ -74,26 +74,26 @@ def _asynchronous(
     bound: int,
     seed: int,
     stop: Stop,
-) -> Iterator[Applied]:
+) -> Iterator[AppliedUpdate]:
     """Every micro-batch makes one update, with a staleness of at most `bound`: see `schedule`."""
-    schedule: Schedule[StepResult] = Schedule(bound)
+    schedule: StalenessGate[StepResult] = StalenessGate(bound)
     free = list(replicas)
-    flying: dict[Future[StepResult], tuple[Replica, Entry[StepResult]]] = {}
+    in_flight: dict[Future[StepResult], tuple[Replica, Entry[StepResult]]] = {}
     while True:
         while (result := schedule.take()) is not None:
-            yield Applied(updater.apply([result.gradients], result.batch.n_targets), (result,))
+            yield AppliedUpdate(updater.apply([result.gradients], result.batch.n_targets), (result,))
         while free and schedule.can_start and not stop():
             batch = next(batches, None)
             if batch is None:
                 break
             replica = free.pop()
             future = pool.submit(run_step, replica, batch, updater.snapshot(), seed)
-            flying[future] = replica, schedule.start()
-        if not flying:
+            in_flight[future] = replica, schedule.start()
+        if not in_flight:
             return
-        for future in _landed(flying, stop):
-            replica, entry = flying.pop(future)
-            schedule.land(entry, future.result())
+        for future in _wait_for_any(in_flight, stop):
+            replica, entry = in_flight.pop(future)
+            schedule.finish(entry, future.result())
             free.append(replica)
 
 
@@ -104,7 +104,7 @@ def _lock_step(
     batches: Iterator[MicroBatch],
     seed: int,
     stop: Stop,
-) -> Iterator[Applied]:
+) -> Iterator[AppliedUpdate]:
     """As many micro-batches as there are replicas make one update, gradients added up in their order."""
     while not stop() and (window := list(itertools.islice(batches, len(replicas)))):
         snapshot = updater.snapshot()
@@ -112,21 +112,21 @@ def _lock_step(
             pool.submit(run_step, replica, batch, snapshot, seed)
             for replica, batch in zip(replicas, window, strict=False)
         ]
-        flying = set(futures)
-        while flying:
-            landed = _landed(flying, stop)
-            flying -= landed
-            for future in landed:
+        in_flight = set(futures)
+        while in_flight:
+            finished = _wait_for_any(in_flight, stop)
+            in_flight -= finished
+            for future in finished:
                 future.result()  # a failure ends the run, whatever the others still do
         results = tuple(future.result() for future in futures)
         n_targets = sum(result.batch.n_targets for result in results)
-        yield Applied(updater.apply([result.gradients for result in results], n_targets), results)
+        yield AppliedUpdate(updater.apply([result.gradients for result in results], n_targets), results)
 
 
-def _landed(flying: Collection[Future[StepResult]], stop: Stop) -> set[Future[StepResult]]:
+def _wait_for_any(in_flight: Collection[Future[StepResult]], stop: Stop) -> set[Future[StepResult]]:
     """Waits for at least one step, and lets `stop` be heard meanwhile."""
     while True:
-        landed, _ = wait(flying, _LOOK_S, FIRST_COMPLETED)
+        finished, _ = wait(in_flight, _LOOK_S, FIRST_COMPLETED)
         stop()
-        if landed:
-            return landed
+        if finished:
+            return finished

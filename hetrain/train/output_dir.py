@@ -13,7 +13,7 @@ from typing import TextIO
 
 from hetrain.public.errors import UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
-from hetrain.train.loop import Applied
+from hetrain.train.loop import AppliedUpdate
 from hetrain.train.step import StepResult
 
 
@@ -45,12 +45,12 @@ class MicroBatchRecord:
     elapsed_s: float
 
 
-def records_of(applied: Applied, elapsed_s: float) -> list[MicroBatchRecord]:
+def records_of(applied: AppliedUpdate, elapsed_s: float) -> list[MicroBatchRecord]:
     """One record per micro-batch of an update; `elapsed_s` since training began."""
     return [_record(applied, result, elapsed_s) for result in applied.results]
 
 
-def _record(applied: Applied, result: StepResult, elapsed_s: float) -> MicroBatchRecord:
+def _record(applied: AppliedUpdate, result: StepResult, elapsed_s: float) -> MicroBatchRecord:
     update = applied.update
     return MicroBatchRecord(
         step=update.step,
@@ -59,7 +59,7 @@ def _record(applied: Applied, result: StepResult, elapsed_s: float) -> MicroBatc
         tokens=result.batch.n_tokens,
         targets=result.batch.n_targets,
         seconds=result.seconds,
-        **asdict(result.meter),
+        **asdict(result.stats),
         staleness=update.step - 1 - result.version,
         learning_rate=update.learning_rate,
         grad_norm=update.grad_norm,
@@ -141,8 +141,8 @@ class OutputDirectory:
         for step in checkpoint_steps(self.path):
             if step > (self._keep or 0):
                 remove_checkpoint(self.path, step)
-        for torso in self.path.glob(".checkpoint-*"):  # left by a run that was killed
-            shutil.rmtree(torso, ignore_errors=True)
+        for leftover in self.path.glob(".checkpoint-*"):  # left by a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines() if self._keep and metrics.exists() else []
         kept = [

@@ -19,7 +19,7 @@ from hetrain.train.checkpoint import (
     write_checkpoint,
 )
 from hetrain.train.data_position import Position
-from hetrain.train.loop import Applied
+from hetrain.train.loop import AppliedUpdate
 from hetrain.train.output_dir import MicroBatchRecord, OutputDirectory, records_of
 from hetrain.train.settings import CheckpointSettings
 from hetrain.train.updater import Tensors, Updater
@@ -27,7 +27,7 @@ from hetrain.train.updater import Tensors, Updater
 _log = logging.getLogger(__name__)
 
 
-class Journal:
+class RunLog:
     """Keeps count of one run. For the thread that applies updates.
 
     Checkpoints are copied between two updates and written by a thread, so that training goes on meanwhile.
@@ -68,7 +68,7 @@ class Journal:
         """Seconds of training, those before a resumed checkpoint included."""
         return time.perf_counter() - self._begin
 
-    def add(self, applied: Applied) -> list[MicroBatchRecord]:
+    def add(self, applied: AppliedUpdate) -> list[MicroBatchRecord]:
         """Writes down an update, and a checkpoint when one is due. Returns its records."""
         records = records_of(applied, self.elapsed_s)
         for record in records:

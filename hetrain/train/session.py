@@ -18,35 +18,35 @@ from hetrain.local.launcher import start_embedded
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.errors import ModelError, UsageError
-from hetrain.public.model.files import Checkpoint, resolve
+from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.hint_policy import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings
-from hetrain.transport.celery_channel import QueueChannel
+from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Channel
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModelFiles:
     """A model's public files, before anything heavy is loaded."""
 
     name_or_path: str
-    checkpoint: Checkpoint
+    files: ModelFiles
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def reference(self) -> str:
         """What `from_pretrained` takes to find the same base model: a directory, or the hub id as given."""
         local = Path(self.name_or_path).expanduser().is_dir() or "/" not in self.name_or_path
-        return str(self.checkpoint.directory.resolve()) if local else self.name_or_path
+        return str(self.files.directory.resolve()) if local else self.name_or_path
 
 
-def open_base(name_or_path: str) -> Base:
+def open_base(name_or_path: str) -> BaseModelFiles:
     """Finds the model and loads its tokenizer.
 
     Raises:
@@ -59,7 +59,7 @@ def open_base(name_or_path: str) -> Base:
         raise ModelError(
             f"the tokenizer cannot be loaded: {error}", where=str(checkpoint.directory)
         ) from error
-    return Base(name_or_path, checkpoint, tokenizer)
+    return BaseModelFiles(name_or_path, checkpoint, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Session:
 
 @contextmanager
 def open_session(
-    base: Base,
+    base: BaseModelFiles,
     outsourcing: OutsourcingSettings,
     broker_url: str | None,
     device: str,
@@ -118,11 +118,11 @@ def open_session(
             embedded = stack.enter_context(
                 start_embedded(base.name_or_path, log_file, concurrency=concurrency)
             )
-            channel = QueueChannel(
-                embedded.url, watch=embedded.failure, max_bytes_in_flight=max_bytes_in_flight
+            channel = CeleryChannel(
+                embedded.url, health_check=embedded.failure, max_bytes_in_flight=max_bytes_in_flight
             )
         else:
-            channel = QueueChannel(broker_url, max_bytes_in_flight=max_bytes_in_flight)
+            channel = CeleryChannel(broker_url, max_bytes_in_flight=max_bytes_in_flight)
         stack.callback(channel.close)
         # Meanwhile an embedded worker imports and tests its kernels.
         split, hints = _split(base, outsourcing, engine, micro_batches)
@@ -137,15 +137,15 @@ def open_session(
 
 
 def _split(
-    base: Base, outsourcing: OutsourcingSettings, engine: ClientEngine, micro_batches: int
+    base: BaseModelFiles, outsourcing: OutsourcingSettings, engine: ClientEngine, micro_batches: int
 ) -> tuple[SplitModel, HintStore | None]:
     """The split model, and where the job keeps its hints, if it does."""
     if not wants_hints(engine, outsourcing.hints, micro_batches):
-        return split_model(base.checkpoint, outsourcing.patterns), None
+        return split_model(base.files, outsourcing.patterns), None
     # Held by their hints alone from here on, each until it has done its check.
     sketches: dict[Key, Sketch] = {}
     split = split_model(
-        base.checkpoint,
+        base.files,
         outsourcing.patterns,
         lambda group, matrix: sketches.update(sketches_of(group, matrix)),
     )

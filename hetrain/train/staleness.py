@@ -35,7 +35,7 @@ class Entry(Generic[T]):
     result: T | None = None
 
 
-class Schedule(Generic[T]):
+class StalenessGate(Generic[T]):
     """The micro-batches that have started and are not applied, eldest first. Not thread-safe.
 
     Args:
@@ -58,7 +58,7 @@ class Schedule(Generic[T]):
         self._unapplied.append(entry)
         return entry
 
-    def land(self, entry: Entry[T], result: T) -> None:
+    def finish(self, entry: Entry[T], result: T) -> None:
         """Notes that a micro-batch has finished."""
         entry.result = result
 

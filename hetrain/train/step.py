@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hetrain.data.packing import MicroBatch
-from hetrain.nn.remote import Meter
+from hetrain.nn.remote import ProductStats
 from hetrain.nn.replica import Replica
 from hetrain.train.updater import Snapshot, Tensors
 
@@ -25,7 +25,7 @@ class StepResult:
         summed_loss: Σ −log p over its targets.
         gradients: of `summed_loss`, by adapter parameter.
         seconds: wall time.
-        meter: what its remote products cost.
+        stats: what its remote products cost.
     """
 
     batch: MicroBatch
@@ -33,7 +33,7 @@ class StepResult:
     summed_loss: float
     gradients: Tensors
     seconds: float
-    meter: Meter
+    stats: ProductStats
 
 
 def share_cores(in_flight: int) -> None:
@@ -48,7 +48,7 @@ def share_cores(in_flight: int) -> None:
 def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int) -> StepResult:
     """Gradients of the summed loss of `batch` at `snapshot`; dropout depends on (seed, batch index) alone."""
     begin = time.perf_counter()
-    replica.meter.reset()
+    replica.stats.reset()
     replica.load(snapshot.values)
     replica.seed_dropout(seed * 1_000_003 + batch.index)
     loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths)
@@ -59,7 +59,7 @@ def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int)
         summed_loss=float(loss.detach()),
         gradients=replica.take_gradients(),
         seconds=time.perf_counter() - begin,
-        meter=copy.copy(replica.meter),
+        stats=copy.copy(replica.stats),
     )
 
 

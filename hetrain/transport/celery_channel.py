@@ -24,15 +24,15 @@ from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, Direction, Header, PrepareTask, new_token
 from hetrain.public.protocol.plan import parse_plan
 from hetrain.public.protocol.tenants import new_job
-from hetrain.transport.channel import NO_HEADER, Reply, Rows
-from hetrain.transport.requests.cleanup import Traces
+from hetrain.transport.channel import NO_HEADER, Reply, RowRange
+from hetrain.transport.requests.cleanup import JobKeys
 from hetrain.transport.requests.collector import Collector
-from hetrain.transport.requests.job_connection import Link
+from hetrain.transport.requests.job_connection import JobConnection
 from hetrain.transport.requests.sender import Sender
-from hetrain.transport.requests.state import Patience, Request, Source, evaluate_task, prepare_task
-from hetrain.transport.scheduling.flow_control import Backpressure, ByteBudget, Hold, share_of
-from hetrain.transport.scheduling.partition import cut
-from hetrain.transport.scheduling.registry import FleetWatch
+from hetrain.transport.requests.state import Request, Source, Timeouts, evaluate_task, prepare_task
+from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, Reservation, share_of
+from hetrain.transport.scheduling.partition import partition
+from hetrain.transport.scheduling.registry import WorkerRegistry
 from hetrain.transport.scheduling.router import Router
 
 MAX_REPLY_BYTES = 1 << 30
@@ -46,14 +46,14 @@ def _all_well() -> None:
     return None
 
 
-class QueueChannel:
+class CeleryChannel:
     """A job's way to the workers; see `Channel`.
 
     Args:
         url: the broker's address.
         job: the job's token; a fresh one by default.
-        patience: how long to wait for what.
-        watch: says what became of processes that this client depends on (see `Embedded.failure`).
+        timeouts: how long to wait for what.
+        health_check: says what became of processes that this client depends on (see `Embedded.failure`).
         max_reply_bytes: the largest result that is accepted for one task.
         max_bytes_in_flight: the most that operands and results may take in the broker at once; None takes a
             share of its memory, and lets a request that is larger than that travel alone.
@@ -69,27 +69,29 @@ class QueueChannel:
         url: str,
         *,
         job: str | None = None,
-        patience: Patience | None = None,
-        watch: Callable[[], HetrainError | None] = _all_well,
+        timeouts: Timeouts | None = None,
+        health_check: Callable[[], HetrainError | None] = _all_well,
         max_reply_bytes: int = MAX_REPLY_BYTES,
         max_bytes_in_flight: int | None = None,
     ) -> None:
         ping(url)
         limit = max_bytes_in_flight or share_of(ask_broker(url).maxmemory)
-        self._pressure = Backpressure(ByteBudget(limit, strict=max_bytes_in_flight is not None))
-        patience = patience or Patience()
+        self._flow_control = FlowControl(ByteBudget(limit, strict=max_bytes_in_flight is not None))
+        timeouts = timeouts or Timeouts()
         self.job = job or new_job()
-        self._link = Link(url, self.job, BlobStore(url, full_s=patience.full_s), Sender(url), patience)
+        self._connection = JobConnection(
+            url, self.job, BlobStore(url, full_s=timeouts.full_s), Sender(url), timeouts
+        )
         self._max_reply_bytes = max_reply_bytes
-        self._traces = Traces(self._link)
-        self._router = Router(FleetWatch(self._link), url)
-        self._collector = Collector(self._link, self._router, watch)
+        self._job_keys = JobKeys(self._connection)
+        self._router = Router(WorkerRegistry(self._connection), url)
+        self._collector = Collector(self._connection, self._router, health_check)
         self._prepared: PrepareTask | None = None
         self._closed = False
         try:
             self._collector.start()
         except BaseException:
-            self._link.close()
+            self._connection.close()
             raise
 
     def prepare(
@@ -98,18 +100,18 @@ class QueueChannel:
         """See `Channel.prepare`."""
         self._router.follow(parse_plan(plan, plan_digest))
         parts = [memoryview(plan)]
-        blob = self._patiently(lambda: self._link.store.put(self.job, "plan", plan_digest, parts))
-        self._traces.note_plan(blob)
+        blob = self._patiently(lambda: self._connection.store.put(self.job, "plan", plan_digest, parts))
+        self._job_keys.note_plan(blob)
         self._collector.keep(Source(blob, parts))
         task = prepare_task(model, engine, blob, setup)
         completion = self._agree(task)
         self._prepared = task
         return completion
 
-    def cut(self, group: str, n_rows: int, nbytes: int, step: int) -> list[Rows]:
-        """See `Channel.cut`."""
+    def partition(self, group: str, n_rows: int, nbytes: int, step: int) -> list[RowRange]:
+        """See `Channel.partition`."""
         in_flight = 1 + self._collector.count_products()
-        return cut(n_rows, self._router.pieces(group, n_rows * nbytes, in_flight), step)
+        return partition(n_rows, self._router.pieces(group, n_rows * nbytes, in_flight), step)
 
     def send(
         self,
@@ -117,18 +119,20 @@ class QueueChannel:
         direction: Direction,
         header: Header,
         payload: Sequence[memoryview],
-        rows: Sequence[Rows],
-    ) -> QueuePending:
+        rows: Sequence[RowRange],
+    ) -> CeleryPending:
         """See `Channel.send`. Waits while as much is on its way as may be."""
         self._collector.check()
         n_rows = sum(stop - start for start, stop in rows)
-        hold = self._pressure.hold((group, direction), sum(part.nbytes for part in payload), n_rows)
+        reservation = self._flow_control.reserve(
+            (group, direction), sum(part.nbytes for part in payload), n_rows
+        )
         try:
             pending = self._ship(group, direction, header, payload, rows)
         except BaseException:
-            hold.release()
+            reservation.release()
             raise
-        pending.hold = hold
+        pending.reservation = reservation
         return pending
 
     def _ship(
@@ -137,23 +141,23 @@ class QueueChannel:
         direction: Direction,
         header: Header,
         payload: Sequence[memoryview],
-        rows: Sequence[Rows],
-    ) -> QueuePending:
+        rows: Sequence[RowRange],
+    ) -> CeleryPending:
         """Uploads and sends, whatever is on its way."""
         self._collector.check()
         prepared = self._prepared
         if prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
         token = new_token()
-        blob = self._patiently(lambda: self._link.store.put(self.job, "in", token, payload))
+        blob = self._patiently(lambda: self._connection.store.put(self.job, "in", token, payload))
         source = Source(blob, payload)
-        bell = threading.Event()
+        done_event = threading.Event()
         requests = [
             Request(
                 evaluate_task(prepared, new_token(), group, direction, header, part, blob),
                 source,
-                self._link.patience.run_s,
-                bell=bell,
+                self._connection.timeouts.run_s,
+                done_event=done_event,
             )
             for part in rows
         ]
@@ -162,7 +166,7 @@ class QueueChannel:
         except BaseException:
             self._forget(requests, [blob])
             raise
-        return QueuePending(self, requests, blob)
+        return CeleryPending(self, requests, blob)
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -171,18 +175,18 @@ class QueueChannel:
         self._closed = True
         reason = Interrupted("the channel was closed")
         self._collector.stop(reason)
-        self._pressure.budget.close(reason)
-        with suppress(BrokerError), self._link.errors():
-            pipe = self._link.client.pipeline(transaction=True)
+        self._flow_control.budget.close(reason)
+        with suppress(BrokerError), self._connection.errors():
+            pipe = self._connection.client.pipeline(transaction=True)
             pipe.rpush(keys.done_list(self.job), "")  # wakes the collector
             pipe.expire(keys.done_list(self.job), keys.DONE_TTL_S)
             pipe.execute()
         # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
         self._collector.join(5.0)
         with suppress(BrokerError):
-            self._traces.declare_dead()
-            self._traces.remove_all(self._collector.remaining())
-        self._link.close()
+            self._job_keys.declare_dead()
+            self._job_keys.remove_all(self._collector.remaining())
+        self._connection.close()
 
     def _agree(self, task: PrepareTask) -> Completion:
         """Waits until a worker of every queue that serves a part of the plan has agreed to it.
@@ -192,24 +196,24 @@ class QueueChannel:
         asked: dict[str, Request] = {}
         missing: tuple[int, ...] = ()
         missing_at = 0.0
-        patience = self._link.patience
+        timeouts = self._connection.timeouts
         try:
             while True:
-                cover = self._router.cover()
-                for queue in set(cover.queues) - set(asked):
+                coverage = self._router.coverage()
+                for queue in set(coverage.queues) - set(asked):
                     copy = task.model_copy(update={"request": new_token()})
-                    asked[queue] = Request(copy, None, patience.prepare_s, queue=queue)
+                    asked[queue] = Request(copy, None, timeouts.prepare_s, queue=queue)
                     self._submit([asked[queue]])
-                answers = [asked[queue].outcome(_POLL_S) for queue in cover.queues]
+                answers = [asked[queue].outcome(_POLL_S) for queue in coverage.queues]
                 agreed = [answer for answer in answers if answer is not None]
-                if agreed and len(agreed) == len(answers) and not cover.missing:
+                if agreed and len(agreed) == len(answers) and not coverage.missing:
                     return agreed[0]
                 self._collector.check()
-                if cover.missing != missing:
-                    missing, missing_at = cover.missing, monotonic()
+                if coverage.missing != missing:
+                    missing, missing_at = coverage.missing, monotonic()
                 if missing:  # workers may still be starting
-                    if monotonic() - missing_at > patience.no_worker_s:
-                        raise self._router.not_served(missing, patience.no_worker_s)
+                    if monotonic() - missing_at > timeouts.no_worker_s:
+                        raise self._router.not_served(missing, timeouts.no_worker_s)
                     sleep(_POLL_S)
         finally:
             self._forget(list(asked.values()), [])
@@ -219,16 +223,18 @@ class QueueChannel:
         for request in requests:
             self._collector.assign(request)
             request.mark_sent()  # first: a broker that restarts now must not be missed
-            self._patiently(partial(self._link.sender.send, request, full_s=self._link.patience.full_s))
+            self._patiently(
+                partial(self._connection.sender.send, request, full_s=self._connection.timeouts.full_s)
+            )
 
     def _forget(self, requests: Sequence[Request], operands: Sequence[Blob]) -> None:
         self._collector.remove(requests)
         with suppress(BrokerError):  # they expire anyway
-            self._traces.remove(requests, operands)
+            self._job_keys.remove(requests, operands)
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until the broker can be reached, within the limits of patience."""
-        end = monotonic() + self._link.patience.outage_s
+        end = monotonic() + self._connection.timeouts.outage_s
         while True:
             self._collector.check()
             try:
@@ -245,7 +251,7 @@ class QueueChannel:
             try:
                 data = self._patiently(partial(self._download, completion))
             except BlobMissing:
-                if request.resends >= self._link.patience.attempts:
+                if request.resends >= self._connection.timeouts.attempts:
                     raise
                 self._patiently(partial(self._collector.ask_again, request))
             else:
@@ -253,17 +259,17 @@ class QueueChannel:
 
     def _download(self, completion: Completion) -> memoryview:
         assert completion.output is not None  # the collector has checked
-        return self._link.store.get(completion.output, limit=self._max_reply_bytes)
+        return self._connection.store.get(completion.output, limit=self._max_reply_bytes)
 
 
-class QueuePending:
+class CeleryPending:
     """See `Pending`."""
 
-    def __init__(self, channel: QueueChannel, requests: Sequence[Request], operand: Blob) -> None:
+    def __init__(self, channel: CeleryChannel, requests: Sequence[Request], operand: Blob) -> None:
         self._channel = channel
         self._requests = requests
         self._operand = operand
-        self.hold: Hold | None = None
+        self.reservation: Reservation | None = None
 
     def result(self) -> Reply:
         """See `Pending.result`."""
@@ -276,9 +282,9 @@ class QueuePending:
                 found[request.id] = self._channel._fetch(request)
         finally:
             self._channel._forget(self._requests, [self._operand])
-            if self.hold is not None:
+            if self.reservation is not None:
                 complete = len(found) == len(self._requests)
-                self.hold.release(sum(data.nbytes for _, data in found.values()) if complete else None)
+                self.reservation.release(sum(data.nbytes for _, data in found.values()) if complete else None)
         completions = [found[request.id][0] for request in self._requests]
         parts = [found[request.id][1] for request in self._requests]
         return Reply(

@@ -10,7 +10,7 @@ from typing import Protocol
 from hetrain.public.protocol.messages import Completion, Direction, Header
 
 NO_HEADER: Header = MappingProxyType({})
-Rows = tuple[int, int]
+RowRange = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Channel(Protocol):
         """
         ...
 
-    def cut(self, group: str, n_rows: int, nbytes: int, step: int) -> list[Rows]:
+    def partition(self, group: str, n_rows: int, nbytes: int, step: int) -> list[RowRange]:
         """Ranges that partition the ``0:n_rows`` rows of a product: what to ask `send` for.
 
         Args:
@@ -83,7 +83,7 @@ class Channel(Protocol):
         direction: Direction,
         header: Header,
         payload: Sequence[memoryview],
-        rows: Sequence[Rows],
+        rows: Sequence[RowRange],
     ) -> Pending:
         """Uploads `payload` once and asks for its product with every range of rows.
 

@@ -16,14 +16,14 @@ from hetrain.public.protocol.messages import (
     new_token,
     parse,
 )
-from hetrain.transport.channel import NO_HEADER, Reply, Rows
+from hetrain.transport.channel import NO_HEADER, Reply, RowRange
 from hetrain.transport.requests.state import evaluate_task, prepare_task
 
 Handler = Callable[[EvaluateTask, memoryview], list[memoryview]]
 Preparer = Callable[[PrepareTask, bytes], None]
 
 
-class LocalChannel:
+class InProcessChannel:
     """Runs every request at once, in the thread that sends it, through the same messages as the queue's.
 
     Args:
@@ -53,8 +53,8 @@ class LocalChannel:
             request=task.request, state="done", worker="local", device="local", seconds=perf_counter() - begun
         )
 
-    def cut(self, group: str, n_rows: int, nbytes: int, step: int) -> list[Rows]:
-        """All rows at once; see `Channel.cut`."""
+    def partition(self, group: str, n_rows: int, nbytes: int, step: int) -> list[RowRange]:
+        """All rows at once; see `Channel.partition`."""
         return [(0, n_rows)]
 
     def send(
@@ -63,8 +63,8 @@ class LocalChannel:
         direction: Direction,
         header: Header,
         payload: Sequence[memoryview],
-        rows: Sequence[Rows],
-    ) -> LocalPending:
+        rows: Sequence[RowRange],
+    ) -> InProcessPending:
         """See `Channel.send`."""
         if self._closed:
             raise Interrupted("the channel is closed")
@@ -82,8 +82,8 @@ class LocalChannel:
                 task = parse(EvaluateTask, task.to_json(), where="local channel")
                 parts.append(memoryview(bytearray().join(self._handler(task, operand))))
         except HetrainError as error:
-            return LocalPending(error)
-        return LocalPending(
+            return InProcessPending(error)
+        return InProcessPending(
             Reply(
                 parts=parts,
                 bytes_up=operand.nbytes,
@@ -98,7 +98,7 @@ class LocalChannel:
         self._closed = True
 
 
-class LocalPending:
+class InProcessPending:
     """A request that has already been run."""
 
     def __init__(self, outcome: Reply | HetrainError) -> None:

@@ -16,11 +16,11 @@ from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import max_l1
 from hetrain.public.protocol.messages import Direction, EvaluateTask
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
-from hetrain.secret.activation_quantization import quantise_operand
+from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
 from hetrain.secret.verification import Sketch
-from hetrain.transport.in_process import LocalChannel
+from hetrain.transport.in_process import InProcessChannel
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
@@ -85,7 +85,7 @@ class Bench:
         self.service = Service(COMPUTE, WeightStore(COMPUTE.device, {checkpoint.label: str(folder)}))
         self._hints_in = folder if hints else None
         self.sealer = self.new_sealer()
-        self.channel = LocalChannel(
+        self.channel = InProcessChannel(
             self.evaluate, lambda task, plan: self.service.prepare(task, lambda: plan)
         )
         self.channel.prepare(
@@ -149,7 +149,7 @@ class Bench:
         """By how much entries of y miss what the engine promises: integers [n, T], 0 where it is kept."""
         w = self.matrix(name, direction)
         promise = PROMISES[self.name]
-        operand = quantise_operand(x, promise.x_max(len(x), w))
+        operand = quantize_operand(x, promise.x_max(len(x), w))
         exact = w.to(torch.int64) @ operand.values.to(torch.int64)
         scales = operand.scales.to(torch.float64)
         got = (y.to(torch.float64) / scales[:, None]).t()

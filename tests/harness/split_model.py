@@ -21,12 +21,12 @@ from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.model.files import resolve
-from hetrain.public.model.quantization import QuantisedMatrix, quantise
+from hetrain.public.model.quantization import QuantizedMatrix, quantize
 from hetrain.public.protocol.messages import EvaluateTask
 from hetrain.secret.engines.clear import ClearSealer
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
-from hetrain.transport.in_process import LocalChannel
+from hetrain.transport.in_process import InProcessChannel
 from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS
 from worker_gpu.service import Service
@@ -61,7 +61,7 @@ DEEPSEEK_SIZES = {
 }
 
 
-def dequantised(matrix: QuantisedMatrix) -> torch.Tensor:
+def dequantised(matrix: QuantizedMatrix) -> torch.Tensor:
     """diag(s)·Q·diag(c)."""
     return matrix.scales.outputs[:, None] * matrix.values * matrix.scales.inputs
 
@@ -141,7 +141,7 @@ class Bench:
         compute = Compute(torch.device("cpu"), "int8", KERNELS["int8"])
         self._service = Service(compute, WeightStore(compute.device, {checkpoint.label: str(directory)}))
         self._plan = self.split.plan.to_bytes()
-        self.channel = LocalChannel(
+        self.channel = InProcessChannel(
             self._evaluate, lambda task, plan: self._service.prepare(task, lambda: plan)
         )
         self.channel.prepare(self.split.plan.model, "clear", self._plan, self.split.plan.digest)
@@ -166,7 +166,7 @@ class Bench:
                     linear = model.get_submodule(member.module)
                     assert member.transposed == isinstance(linear, Conv1D)
                     weights.append(linear.weight.t() if member.transposed else linear.weight)
-                rounded = dequantised(quantise(torch.cat(weights)))
+                rounded = dequantised(quantize(torch.cat(weights)))
                 for weight, part in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
                     weight.copy_(part)
         return model.eval()

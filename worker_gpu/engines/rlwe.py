@@ -21,7 +21,7 @@ from hetrain.public.lattice.parameters import (
 from hetrain.public.protocol.messages import EvaluateTask
 from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
-from worker_gpu.kernels import blocks, new_room
+from worker_gpu.kernels import blocks, new_memory
 
 _B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
 _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
@@ -51,7 +51,7 @@ def evaluate(
 
 def switch_b(values: torch.Tensor) -> torch.Tensor:
     """round(v / 2^16) modulo 2^16, as int16."""
-    switched = new_room(values.shape, torch.int16, values.device)
+    switched = new_memory(values.shape, torch.int16, values.device)
     for rows in blocks(values):
         rounded = values[rows] + (1 << (_B_SHIFT - 1))
         rounded >>= _B_SHIFT
@@ -61,8 +61,8 @@ def switch_b(values: torch.Tensor) -> torch.Tensor:
 
 def switch_a(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """round(v / 2^8) modulo 2^24, as its high 16 bits (int16) and its low 8 bits (uint8)."""
-    high = new_room(values.shape, torch.int16, values.device)
-    low = new_room(values.shape, torch.uint8, values.device)
+    high = new_memory(values.shape, torch.int16, values.device)
+    low = new_memory(values.shape, torch.uint8, values.device)
     for rows in blocks(values):
         rounded = values[rows] + (1 << (_A_SHIFT - 1))
         rounded >>= _A_SHIFT

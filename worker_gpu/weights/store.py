@@ -9,7 +9,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hetrain.public.errors import HetrainError, ModelError, UsageError, WorkerRefused
-from hetrain.public.model.files import Checkpoint, label_of, resolve
+from hetrain.public.model.files import ModelFiles, label_of, resolve
 from hetrain.public.model.quantization import matrix_digest
 from hetrain.public.protocol.plan import Group, Plan, stack_group
 from worker_gpu.lru import Cache
@@ -80,7 +80,7 @@ class WeightStore:
         self.device = device
         self.models = served_models() if models is None else models
         self._matrices: Cache[torch.Tensor] = Cache(limit, lambda matrix: matrix.nbytes)
-        self._checkpoints: Cache[Checkpoint] = Cache()
+        self._checkpoints: Cache[ModelFiles] = Cache()
         self._checked: set[tuple[str, Group]] = set()
 
     @property
@@ -131,7 +131,7 @@ class WeightStore:
             )
         return values
 
-    def _checkpoint(self, model: str) -> Checkpoint:
+    def _checkpoint(self, model: str) -> ModelFiles:
         if model not in self.models:
             raise WorkerRefused(
                 f"this worker does not serve model {model!r}, only: {', '.join(self.models)}",

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from hetrain.public.model.files import Checkpoint
+from hetrain.public.model.files import ModelFiles
 
 
-def tensor_names(causal: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def tensor_names(causal: PreTrainedModel, checkpoint: ModelFiles) -> dict[str, str]:
     """Name in the checkpoint by name in the model, for each parameter and persistent buffer that it has.
 
     The renamings are those of transformers' own loader. Tensors that it would split, merge or transpose on

@@ -15,12 +15,12 @@ from hetrain.nn.attention import IMPLEMENTATION
 from hetrain.nn.memory.low_precision import is_stored, keep_as_stored
 from hetrain.nn.trial_run import NO_INTERFACE
 from hetrain.public.errors import ModelError, UnsupportedArchitecture
-from hetrain.public.model.files import Checkpoint
+from hetrain.public.model.files import ModelFiles
 
 _ROWS_AT_ONCE = 8192
 
 
-def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+def skeleton(checkpoint: ModelFiles) -> PreTrainedModel:
     """The checkpoint's architecture in float32 with parameters on the meta device and real buffers.
 
     Raises:
@@ -51,7 +51,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     return causal
 
 
-def load_kept(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[str, str]) -> None:
+def load_kept(causal: PreTrainedModel, checkpoint: ModelFiles, tensors: Mapping[str, str]) -> None:
     """Loads every parameter that is on the meta device still, frozen, and every buffer that was saved.
 
     Embeddings and output head keep the type that they are stored in; all others become float32.
@@ -85,7 +85,7 @@ def load_kept(causal: PreTrainedModel, checkpoint: Checkpoint, tensors: Mapping[
             buffer.copy_(_read(checkpoint, tensors[name], buffer))
 
 
-def tensor_of(tensors: Mapping[str, str], checkpoint: Checkpoint, name: str) -> str:
+def tensor_of(tensors: Mapping[str, str], checkpoint: ModelFiles, name: str) -> str:
     """The tensor that is parameter `name`. Raises `ModelError` when the checkpoint has none."""
     if name not in tensors:
         raise ModelError(
@@ -96,7 +96,7 @@ def tensor_of(tensors: Mapping[str, str], checkpoint: Checkpoint, name: str) -> 
     return tensors[name]
 
 
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+def _config(checkpoint: ModelFiles) -> PretrainedConfig:
     where = str(checkpoint.directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
@@ -117,7 +117,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read(checkpoint: Checkpoint, tensor: str, like: torch.Tensor) -> torch.Tensor:
+def _read(checkpoint: ModelFiles, tensor: str, like: torch.Tensor) -> torch.Tensor:
     value = checkpoint.read(tensor)
     if value.shape != like.shape:
         raise ModelError(

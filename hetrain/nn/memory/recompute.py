@@ -91,7 +91,7 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
+class TrainingConfig:
     """function(*arguments, **keywords), with a `View` for every tensor that is restored first."""
 
     function: Callable[..., torch.Tensor]
@@ -153,7 +153,7 @@ class Recorder(TorchFunctionMode):
             self._note(func, args, kwargs or {}, result)
         return result
 
-    def recipe(self, place: Place, find: Callable[[Place], Source | None]) -> Recipe | None:
+    def recipe(self, place: Place, find: Callable[[Place], Source | None]) -> TrainingConfig | None:
         """How to compute the values at `place` from what `find` knows; None if that does not suffice."""
         note = self._notes.get(place)
         if note is None:
@@ -172,7 +172,7 @@ class Recorder(TorchFunctionMode):
         arguments = tuple(_map(_Operand, view, argument) for argument in note.arguments)
         if missing or operations > _MOST_OPERATIONS:
             return None
-        return Recipe(note.function, arguments, note.keywords, note.stride, operations)
+        return TrainingConfig(note.function, arguments, note.keywords, note.stride, operations)
 
     def clear(self) -> None:
         """Forgets everything."""

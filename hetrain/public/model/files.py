@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hetrain.public.errors import ModelError
-from hetrain.public.model.packaged import ALIASES, materialise
+from hetrain.public.model.packaged import ALIASES, materialize
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
 _INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFiles:
     """A Hugging Face directory with safetensors: `tensors` maps each tensor's name to its file."""
 
     label: str
@@ -61,7 +61,7 @@ def label_of(name_or_path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-._") or "model"
 
 
-def resolve(name_or_path: str) -> Checkpoint:
+def resolve(name_or_path: str) -> ModelFiles:
     """Finds a model's directory, converting or downloading it on first use.
 
     Raises:
@@ -71,7 +71,7 @@ def resolve(name_or_path: str) -> Checkpoint:
     if path.is_dir():
         return _open(label_of(name_or_path), path)
     if name_or_path in ALIASES:
-        return _open(name_or_path, materialise(name_or_path, cache_directory()))
+        return _open(name_or_path, materialize(name_or_path, cache_directory()))
     if not _HUB_ID.match(name_or_path):
         raise ModelError(
             "no such directory, alias or hub id",
@@ -98,10 +98,10 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _open(label: str, directory: Path) -> Checkpoint:
+def _open(label: str, directory: Path) -> ModelFiles:
     if not (directory / "config.json").is_file():
         raise ModelError("the directory has no config.json", where=str(directory))
-    return Checkpoint(label, directory, MappingProxyType(_index(directory)))
+    return ModelFiles(label, directory, MappingProxyType(_index(directory)))
 
 
 def _index(directory: Path) -> dict[str, Path]:

@@ -33,7 +33,7 @@ ALIASES = MappingProxyType(
 )
 
 
-def materialise(name: str, cache: Path) -> Path:
+def materialize(name: str, cache: Path) -> Path:
     """The Hugging Face directory of an alias, converted on first use (dequantised to float32).
 
     The directory appears whole or not at all: it is written beside its place and renamed.

@@ -33,14 +33,14 @@ class Scales:
 
 
 @dataclass(frozen=True)
-class QuantisedMatrix:
+class QuantizedMatrix:
     """Q, int8 [out, in] in -127..127, and its scales."""
 
     values: torch.Tensor
     scales: Scales
 
 
-def quantise(weight: torch.Tensor) -> QuantisedMatrix:
+def quantize(weight: torch.Tensor) -> QuantizedMatrix:
     """Symmetric int8 quantisation: c = `input_scales`, s_j = max_k |W[j,k]/c_k| / 127, Q = round(W / (s·c)).
 
     Args:
@@ -60,7 +60,7 @@ def quantise(weight: torch.Tensor) -> QuantisedMatrix:
         raise ModelError("the weights are not finite", hint="the checkpoint is damaged: download it again")
     outputs = torch.where(outputs > 0, outputs, torch.ones_like(outputs))
     values = balanced.div_(outputs[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return QuantisedMatrix(values.contiguous(), Scales(outputs, inputs))
+    return QuantizedMatrix(values.contiguous(), Scales(outputs, inputs))
 
 
 def input_scales(w: torch.Tensor) -> torch.Tensor:

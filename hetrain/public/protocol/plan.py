@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import WireError
-from hetrain.public.model.quantization import QuantisedMatrix, matrix_digest, max_l1, quantise
+from hetrain.public.model.quantization import QuantizedMatrix, matrix_digest, max_l1, quantize
 from hetrain.public.protocol.messages import Direction, Name, Token, parse
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -115,7 +115,7 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     return plan
 
 
-def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]) -> QuantisedMatrix:
+def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]) -> QuantizedMatrix:
     """Reads, stacks and quantises the matrices of a group's members: Q [out_features, in_features].
 
     Args:
@@ -143,4 +143,4 @@ def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.
         parts.append(part)
     if len({part.shape[1] for part in parts}) != 1:
         raise WireError("the members of a group differ in their input width", where=members[0].module)
-    return quantise(torch.cat(parts))
+    return quantize(torch.cat(parts))

@@ -15,10 +15,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from hetrain.public.errors import UsageError
 from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name
 
-FLEET_KEY = "hetrain:fleet"
-CARD_TTL_S = 6.0
-CARD_RENEWAL_S = 1.5
-MAX_CARDS = 4096
+REGISTRY_KEY = "hetrain:fleet"
+REGISTRATION_TTL_S = 6.0
+HEARTBEAT_S = 1.5
+MAX_WORKERS = 4096
 _MAX_SHARDS = 4096
 _SHARDS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?/(\d{1,4})", re.ASCII)
 
@@ -76,7 +76,7 @@ def _sound_shards(text: str) -> str:
         raise ValueError(error.what) from error
 
 
-class WorkerCard(BaseModel):
+class WorkerRegistration(BaseModel):
     """What one worker announces: constant while it lives, so that renewing it replaces it.
 
     Attributes:

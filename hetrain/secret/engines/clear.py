@@ -15,7 +15,7 @@ from hetrain.public.errors import WireError
 from hetrain.public.lattice.parameters import largest_operand, parameters_for
 from hetrain.public.protocol.messages import Direction, Header
 from hetrain.public.protocol.plan import Group
-from hetrain.secret.activation_quantization import dequantise_result, limited, quantise_operand
+from hetrain.secret.activation_quantization import dequantize_result, limited, quantize_operand
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ClearOpening:
             if part.nbytes != expected:
                 raise WireError(f"a result of {stop - start} rows has {part.nbytes} bytes, not {expected}")
             values.append(torch.frombuffer(part, dtype=torch.int32).view(stop - start, tokens))
-        return dequantise_result(torch.cat(values), self.scales)
+        return dequantize_result(torch.cat(values), self.scales)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ClearSealer:
 def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> ClearSealed:
     """Quantises X as `rlwe.seal` does, at the same precision."""
     parameters = parameters_for(x.shape[0])
-    operand = quantise_operand(x, limited(largest_operand(parameters, max_l1), bits))
+    operand = quantize_operand(x, limited(largest_operand(parameters, max_l1), bits))
     return ClearSealed(
         header={},
         payload=[operand.values.numpy().data.cast("B")],

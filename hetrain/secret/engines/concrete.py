@@ -21,7 +21,7 @@ from hetrain.public.errors import UsageError, WireError
 from hetrain.public.lattice.parameters import require_tokens
 from hetrain.public.protocol.messages import DIRECTIONS, Direction, Header
 from hetrain.public.protocol.plan import Group, Plan
-from hetrain.secret.activation_quantization import dequantise_result, quantise_operand
+from hetrain.secret.activation_quantization import dequantize_result, quantize_operand
 
 DEFAULT_BITS, MAX_BITS = 8, 12
 
@@ -39,7 +39,7 @@ class ConcreteOpening:
         """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
         values = [self.decrypt(part, stop - start) for part, (start, stop) in zip(parts, rows, strict=True)]
         joined = torch.from_numpy(np.ascontiguousarray(np.concatenate(values, axis=1).T))
-        return dequantise_result(joined, self.scales)
+        return dequantize_result(joined, self.scales)
 
     def decrypt(self, part: memoryview, n: int) -> NDArray[np.int64]:
         """The exact products, int64 [T, n].
@@ -130,7 +130,7 @@ class ConcreteSealer:
     def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> ConcreteSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(x.shape[0])
-        operand = quantise_operand(x, self._x_max)
+        operand = quantize_operand(x, self._x_max)
         circuit = self._compile(group, direction)
         keys, spec = self._keys[circuit.spec], circuit.spec
         values = operand.values.t().to(torch.int64).numpy()

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 from hetrain.public.errors import WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
-from hetrain.transport.requests.job_connection import Link
+from hetrain.transport.requests.job_connection import JobConnection
 from hetrain.transport.requests.state import Request
 
 _NAMES_AT_ONCE = 1000
 
 
-class Traces:
+class JobKeys:
     """Removes the keys of a job. Thread-safe. Methods raise `BrokerError`; what they leave then expires."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, connection: JobConnection) -> None:
+        self._connection = connection
         self._plans: list[Blob] = []
         self._repeated: list[str] = []
 
@@ -40,31 +40,31 @@ class Traces:
         if given_up:
             outputs += self._outputs(given_up)
         self._unlink(self._names(once))
-        self._link.store.delete([*operands, *outputs])
+        self._connection.store.delete([*operands, *outputs])
 
     def declare_dead(self) -> None:
         """Lets workers drop what is still queued, and keeps them from leaving more."""
-        self._unlink([keys.alive(self._link.job)])
+        self._unlink([keys.alive(self._connection.job)])
 
     def remove_all(self, remaining: Iterable[Request]) -> None:
         """Removes what there is of the job and its `remaining` requests."""
         tasks = [request.task for request in remaining]
         inputs = [task.input for task in tasks if isinstance(task, EvaluateTask)]
         ids = [task.request for task in tasks]
-        self._link.store.delete([*self._plans, *inputs, *self._outputs(ids)])
-        self._unlink([keys.done_list(self._link.job), *self._names([*ids, *self._repeated])])
+        self._connection.store.delete([*self._plans, *inputs, *self._outputs(ids)])
+        self._unlink([keys.done_list(self._connection.job), *self._names([*ids, *self._repeated])])
 
     def _names(self, requests: Sequence[str]) -> list[str]:
-        job = self._link.job
+        job = self._connection.job
         return [
             kind(job, request) for request in requests for kind in (keys.finished, keys.tries, keys.lease)
         ]
 
     def _outputs(self, requests: Sequence[str]) -> list[Blob]:
         """Results that were finished and not collected."""
-        job = self._link.job
-        with self._link.errors():
-            pipe = self._link.client.pipeline(transaction=False)
+        job = self._connection.job
+        with self._connection.errors():
+            pipe = self._connection.client.pipeline(transaction=False)
             for request in requests:
                 pipe.get(keys.finished(job, request))
             found = pipe.execute()
@@ -77,8 +77,8 @@ class Traces:
 
     def _unlink(self, names: Sequence[str]) -> None:
         for start in range(0, len(names), _NAMES_AT_ONCE):
-            with self._link.errors():
-                self._link.client.unlink(*names[start : start + _NAMES_AT_ONCE])
+            with self._connection.errors():
+                self._connection.client.unlink(*names[start : start + _NAMES_AT_ONCE])
 
 
 def _output(message: bytes) -> Blob | None:

@@ -1,7 +1,6 @@
-"""The collector: one thread that hears from all workers of a job and settles its requests.
+"""The collector: one thread that receives all workers' completions of a job and settles its requests.
 
-It pops `Completion` messages from the job's done-list, and every second lets a `Caretaker` look after what is
-missing there.
+It pops `Completion` messages from the job's done-list, and runs a tick of the `RecoveryLoop` every second.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from hetrain.public.errors import (
 )
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
-from hetrain.transport.requests.job_connection import Link
-from hetrain.transport.requests.recovery import Caretaker
+from hetrain.transport.requests.job_connection import JobConnection
+from hetrain.transport.requests.recovery import RecoveryLoop
 from hetrain.transport.requests.remote_errors import error_of
 from hetrain.transport.requests.state import Request, Source
 from hetrain.transport.scheduling.router import Router
@@ -38,16 +37,18 @@ class Collector:
     """Owns the requests of a job from `add` to `remove`. Thread-safe.
 
     Args:
-        link: the job's link to its broker.
+        connection: the job's link to its broker.
         router: finds the way for requests.
-        watch: says what became of processes that this client depends on, None while they are well.
+        health_check: says what became of processes that this client depends on, None while they are well.
     """
 
-    def __init__(self, link: Link, router: Router, watch: Callable[[], HetrainError | None]) -> None:
-        self._link = link
+    def __init__(
+        self, connection: JobConnection, router: Router, health_check: Callable[[], HetrainError | None]
+    ) -> None:
+        self._connection = connection
         self._router = router
-        self._watch = watch
-        self._caretaker = Caretaker(link, router, self._hear)
+        self._health_check = health_check
+        self._recovery = RecoveryLoop(connection, router, self._hear)
         self._requests: dict[str, Request] = {}
         self._end: HetrainError | None = None
         self._lock = threading.Lock()
@@ -55,12 +56,12 @@ class Collector:
 
     def start(self) -> None:
         """Declares the job alive and starts the thread. Raises `BrokerError`."""
-        self._caretaker.start()
+        self._recovery.start()
         self._thread.start()
 
     def keep(self, plan: Source) -> None:
         """Keeps the job's plan in the broker from now on."""
-        self._caretaker.keep(plan)
+        self._recovery.keep(plan)
 
     def add(self, requests: Iterable[Request]) -> None:
         """Looks after `requests` from now on. Raises what ended the collector, if something has."""
@@ -102,20 +103,20 @@ class Collector:
         return completion
 
     def wait_any(self, requests: Sequence[Request]) -> Request:
-        """Waits until one of `requests`, which share a bell, has an outcome."""
-        bell = requests[0].bell
+        """Waits until one of `requests`, which share an event, has an outcome."""
+        done_event = requests[0].done_event
         while True:
-            bell.clear()
+            done_event.clear()
             for request in requests:
                 if request.is_settled:
                     return request
-            if not bell.wait(_TICK_S) and not self._thread.is_alive():
+            if not done_event.wait(_TICK_S) and not self._thread.is_alive():
                 self.stop(BrokerError("the thread that hears from the workers has ended"))
 
     def ask_again(self, request: Request) -> None:
         """Has a request run again whose result was lost. Raises `BrokerError`."""
-        with self._link.errors():
-            self._link.client.delete(keys.finished(self._link.job, request.id))
+        with self._connection.errors():
+            self._connection.client.delete(keys.finished(self._connection.job, request.id))
         with self._lock:
             self._check()
             request.resends += 1
@@ -154,18 +155,18 @@ class Collector:
     def _serve(self) -> None:
         heard_at, next_round = monotonic(), 0.0
         while self._end is None:
-            if error := self._watch():
+            if error := self._health_check():
                 raise error
             try:
                 self._pop()
                 if monotonic() >= next_round:
                     next_round = monotonic() + _TICK_S
-                    self._caretaker.look_after(self._waiting())
+                    self._recovery.tick(self._waiting())
                 heard_at = monotonic()
             except BrokerUnreachable:
-                if monotonic() - heard_at > self._link.patience.outage_s:
+                if monotonic() - heard_at > self._connection.timeouts.outage_s:
                     raise
-                self._caretaker.note_progress()  # an outage is not the workers' fault
+                self._recovery.note_progress()  # an outage is not the workers' fault
                 sleep(_TICK_S / 2)
 
     def _waiting(self) -> list[Request]:
@@ -173,14 +174,14 @@ class Collector:
             return [request for request in self._requests.values() if not request.is_settled]
 
     def _pop(self) -> None:
-        client, name = self._link.client, keys.done_list(self._link.job)
-        with self._link.errors():
+        client, name = self._connection.client, keys.done_list(self._connection.job)
+        with self._connection.errors():
             popped = client.blpop([name], timeout=_TICK_S)
         messages = [popped[1]] if popped else []
         while messages and self._end is None:
             for message in messages:
                 self._hear(message)
-            with self._link.errors():
+            with self._connection.errors():
                 messages = client.lpop(name, _POP_COUNT) or []
 
     def _hear(self, message: bytes) -> None:
@@ -194,9 +195,9 @@ class Collector:
         if request is None:
             self._throw_away(completion)
             return
-        self._caretaker.note_progress()
+        self._recovery.note_progress()
         if completion.state == "started":
-            self._caretaker.note_start(request, completion.worker)
+            self._recovery.note_start(request, completion.worker)
         elif completion.state == "done":
             self._finish(request, completion)
         elif completion.failure is None:
@@ -209,16 +210,16 @@ class Collector:
     def _finish(self, request: Request, completion: Completion) -> None:
         outcome, task = self._checked(request, completion), request.task
         if outcome is completion and isinstance(task, EvaluateTask) and not request.is_settled:
-            self._router.rates.note(completion.worker, work_of(task), completion.seconds)
+            self._router.throughput.note(completion.worker, work_of(task), completion.seconds)
         request.settle(outcome)
 
     def _fail(self, request: Request, error: HetrainError, worker: str) -> None:
         if request.is_settled:
             return
         if isinstance(error, BlobMissing):
-            self._caretaker.mark_lost(request, error)  # its blobs can be uploaded again
+            self._recovery.mark_lost(request, error)  # its blobs can be uploaded again
         elif isinstance(error, WorkerRefused) and self._router.serves_elsewhere(request, worker):
-            self._caretaker.mark_refused(request, error)
+            self._recovery.mark_refused(request, error)
         else:
             request.settle(error)
 
@@ -231,9 +232,9 @@ class Collector:
         return WireError("a worker reported a result that is not this request's", where=request.summary())
 
     def _is_result(self, blob: Blob, request: str) -> bool:
-        return (blob.job, blob.kind, blob.token) == (self._link.job, "out", keys.output_token(request))
+        return (blob.job, blob.kind, blob.token) == (self._connection.job, "out", keys.output_token(request))
 
     def _throw_away(self, completion: Completion) -> None:
         """Removes the result of a request that nobody waits for any more."""
         if completion.output is not None and self._is_result(completion.output, completion.request):
-            self._link.store.delete([completion.output])
+            self._connection.store.delete([completion.output])

@@ -10,11 +10,11 @@ import redis
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.broker.connection import broker_errors
 from hetrain.transport.requests.sender import Sender
-from hetrain.transport.requests.state import Patience
+from hetrain.transport.requests.state import Timeouts
 
 
 @dataclass(frozen=True)
-class Link:
+class JobConnection:
     """A job's link to its broker. Thread-safe.
 
     Attributes:
@@ -22,14 +22,14 @@ class Link:
         job: the job's token.
         store: where its blobs lie.
         sender: sends its tasks.
-        patience: how long to wait for what.
+        timeouts: how long to wait for what.
     """
 
     url: str
     job: str
     store: BlobStore
     sender: Sender
-    patience: Patience
+    timeouts: Timeouts
 
     @property
     def client(self) -> redis.Redis:

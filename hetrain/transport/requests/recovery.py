@@ -12,8 +12,8 @@ from time import monotonic
 from hetrain.public.broker.connection import while_full
 from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, TaskFailed, WorkerRefused
 from hetrain.public.protocol import keys
-from hetrain.transport.requests.job_connection import Link
-from hetrain.transport.requests.state import Patience, Request, Source
+from hetrain.transport.requests.job_connection import JobConnection
+from hetrain.transport.requests.state import Request, Source, Timeouts
 from hetrain.transport.scheduling.router import Router
 
 _PLAN_REFRESH_S = 60.0
@@ -25,29 +25,29 @@ _OVERTAKEN_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-class Caretaker:
+class RecoveryLoop:
     """Keeps a job and its requests going. Used by one thread, except for `keep`.
 
     Args:
-        link: where lost blobs and tasks are sent again.
+        connection: where lost blobs and tasks are sent again.
         router: finds the way for them.
         hear: takes a `Completion` message that was found without the done-list.
     """
 
-    def __init__(self, link: Link, router: Router, hear: Callable[[bytes], None]) -> None:
-        self._link = link
+    def __init__(self, connection: JobConnection, router: Router, hear: Callable[[bytes], None]) -> None:
+        self._connection = connection
         self._router = router
         self._hear = hear
         self._plan: Source | None = None
         self._plan_refreshed_at = 0.0
         self._progress_at = monotonic()
         self._refused_at: float | None = None
-        self._fronts: dict[str, float] = {}
+        self._last_started_sent_at: dict[str, float] = {}
 
     def start(self) -> None:
         """Tells workers that this job's tasks are wanted, and looks who is there. Raises `BrokerError`."""
-        while_full(self._declare_alive, limit_s=self._link.patience.full_s)
-        self._router.watch.refresh()
+        while_full(self._declare_alive, limit_s=self._connection.timeouts.full_s)
+        self._router.registry.refresh()
 
     def keep(self, plan: Source) -> None:
         """Keeps the job's plan in the broker from now on."""
@@ -60,14 +60,16 @@ class Caretaker:
     def note_start(self, request: Request, worker: str) -> None:
         """Notes that `worker` has begun `request`: what its queue got before it has been taken as well."""
         if request.sends == 1:  # else it may be the first copy, from far before `sent_at` or another queue
-            self._fronts[request.queue] = max(self._fronts.get(request.queue, 0.0), request.sent_at or 0.0)
+            self._last_started_sent_at[request.queue] = max(
+                self._last_started_sent_at.get(request.queue, 0.0), request.sent_at or 0.0
+            )
         request.mark_started(worker)
 
-    def look_after(self, requests: list[Request]) -> None:
+    def tick(self, requests: list[Request]) -> None:
         """One round over all requests without outcome.
 
         Raises:
-            BrokerFull: for `Patience.full_s` seconds it has refused to store something, and no worker was
+            BrokerFull: for `Timeouts.full_s` seconds it has refused to store something, and no worker was
                 heard.
             BrokerError: the broker fails.
         """
@@ -89,13 +91,13 @@ class Caretaker:
             self._send_missing(sent)
         except BrokerFull as refusal:
             if requests:  # else nobody waits for the memory
-                self._bear(refusal)
+                self._wait_for_memory(refusal)
                 return
         self._refused_at = None
 
     def mark_lost(self, request: Request, error: HetrainError) -> None:
         """Has `request` sent again in the next round, or fails it with `error` after too many attempts."""
-        if request.resends >= self._link.patience.attempts:
+        if request.resends >= self._connection.timeouts.attempts:
             request.settle(error)
             return
         logger.warning("sending again: %s (%s)", request.summary(), error.what)
@@ -113,25 +115,27 @@ class Caretaker:
             request.settle(error)
             return
         request.is_lost = True
-        with self._link.errors():
+        with self._connection.errors():
             # Workers count how often a request was begun, to give up one that kills them.
-            self._link.client.unlink(keys.tries(self._link.job, request.id))
+            self._connection.client.unlink(keys.tries(self._connection.job, request.id))
 
     def _look_at_fleet(self, unstarted: list[Request]) -> None:
         """Has requests sent again that a worker may have had when it left, or that only others would take."""
-        bereft = self._router.watch.refresh()
+        queues_that_lost_a_worker = self._router.registry.refresh()
         for request in unstarted:
-            if request.queue in bereft or self._router.is_astray(request):
+            if request.queue in queues_that_lost_a_worker or self._router.is_misrouted(request):
                 request.is_lost = True
 
     def _is_alive(self) -> bool:
-        with self._link.errors():
+        with self._connection.errors():
             # EXPIRE works also while the broker is out of memory.
-            return bool(self._link.client.expire(keys.alive(self._link.job), keys.ALIVE_TTL_S))
+            return bool(self._connection.client.expire(keys.alive(self._connection.job), keys.ALIVE_TTL_S))
 
     def _declare_alive(self) -> None:
-        with self._link.errors():
-            self._link.client.set(keys.alive(self._link.job), keys.ALIVE_VALUE, ex=keys.ALIVE_TTL_S)
+        with self._connection.errors():
+            self._connection.client.set(
+                keys.alive(self._connection.job), keys.ALIVE_VALUE, ex=keys.ALIVE_TTL_S
+            )
 
     def _try_memory(self, sent: list[Request]) -> None:
         """Writes as much as a task or a report takes. Raises `BrokerFull` when there is no room for it."""
@@ -144,13 +148,13 @@ class Caretaker:
                     request.is_lost = True
             raise
 
-    def _bear(self, refusal: BrokerFull) -> None:
+    def _wait_for_memory(self, refusal: BrokerFull) -> None:
         """Waits for memory. Raises `refusal` once that has taken too long."""
         now = monotonic()
         self._progress_at = now  # it is not the workers' fault
         if self._refused_at is None:
             self._refused_at = now
-        elif now - self._refused_at > self._link.patience.full_s:
+        elif now - self._refused_at > self._connection.timeouts.full_s:
             raise refusal
 
     def _keep_plan(self) -> None:
@@ -160,7 +164,7 @@ class Caretaker:
 
     def _restore(self, source: Source) -> None:
         """Starts a blob's lifetime anew, and uploads it if it is gone."""
-        blob, store = source.blob, self._link.store
+        blob, store = source.blob, self._connection.store
         if not store.refresh(blob):
             store.put(blob.job, blob.kind, blob.token, source.parts, full_s=0)
 
@@ -168,9 +172,9 @@ class Caretaker:
         """Looks after requests that a worker has, or may have, begun."""
         if not begun:
             return
-        job = self._link.job
-        with self._link.errors():
-            pipe = self._link.client.pipeline(transaction=False)
+        job = self._connection.job
+        with self._connection.errors():
+            pipe = self._connection.client.pipeline(transaction=False)
             for request in begun:
                 pipe.exists(keys.lease(job, request.id))
                 pipe.get(keys.finished(job, request.id))
@@ -213,14 +217,14 @@ class Caretaker:
 
     def _look_at_waiting(self, request: Request, sent: list[Request]) -> None:
         """Fails or repeats a request that nobody has begun."""
-        now, sent_at, patience = monotonic(), request.sent_at or 0.0, self._link.patience
+        now, sent_at, timeouts = monotonic(), request.sent_at or 0.0, self._connection.timeouts
         if self._is_given_up(request):
-            request.settle(self._router.not_served(self._router.cover().missing, patience.no_worker_s))
+            request.settle(self._router.not_served(self._router.coverage().missing, timeouts.no_worker_s))
         elif now - max(request.asked_at or 0.0, self._progress_at) > self._longest_wait(request):
-            request.settle(self._router.no_worker(request.queue, patience.no_worker_s))
+            request.settle(self._router.no_worker(request.queue, timeouts.no_worker_s))
         elif (
-            now - sent_at > patience.deadline_s
-            or now - max(sent_at, self._progress_at) > _longest_silence(request, patience)
+            now - sent_at > timeouts.deadline_s
+            or now - max(sent_at, self._progress_at) > _longest_silence(request, timeouts)
             or self._is_overtaken(request)
         ):
             # A worker may have died before it could say that it had begun. A second copy does no harm.
@@ -231,12 +235,12 @@ class Caretaker:
 
         Such a worker is busy with other jobs.
         """
-        patience = self._link.patience
-        return request.run_limit_s if self._router.is_served(request) else patience.no_worker_s
+        timeouts = self._connection.timeouts
+        return request.run_limit_s if self._router.is_served(request) else timeouts.no_worker_s
 
     def _is_overtaken(self, request: Request) -> bool:
         """Whether its queue, first in, first out, has handed out what came well after it."""
-        taken = self._fronts.get(request.queue, 0.0)
+        taken = self._last_started_sent_at.get(request.queue, 0.0)
         return taken > (request.sent_at or 0.0) + _OVERTAKEN_S * request.sends
 
     def _is_given_up(self, request: Request) -> bool:
@@ -245,7 +249,7 @@ class Caretaker:
             request.unserved_at = None
             return False
         request.unserved_at = request.unserved_at or monotonic()
-        return monotonic() - request.unserved_at > self._link.patience.no_worker_s
+        return monotonic() - request.unserved_at > self._connection.timeouts.no_worker_s
 
     def _send_again(self, request: Request, sent: list[Request]) -> None:
         try:
@@ -255,15 +259,15 @@ class Caretaker:
                 self._restore(request.source)
             self._router.assign(request, sent)
             request.mark_sent()
-            self._link.sender.send(request, full_s=0)
+            self._connection.sender.send(request, full_s=0)
         except BrokerError:
             request.is_lost = True
             raise
 
 
-def _longest_silence(request: Request, patience: Patience) -> float:
+def _longest_silence(request: Request, timeouts: Timeouts) -> float:
     """Seconds without a sign of any worker until a request is sent again: twice as many after each time."""
-    return min(_SILENCE_S * 2.0 ** min(request.sends - 1, 10), patience.no_worker_s * _SHARE_UNTIL_RESENT)
+    return min(_SILENCE_S * 2.0 ** min(request.sends - 1, 10), timeouts.no_worker_s * _SHARE_UNTIL_RESENT)
 
 
 def _died(request: Request) -> TaskFailed:

@@ -18,11 +18,11 @@ from hetrain.public.protocol.messages import (
     PrepareTask,
     new_token,
 )
-from hetrain.transport.channel import Header, Rows
+from hetrain.transport.channel import Header, RowRange
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """How long a channel waits, in seconds, and how often it asks again.
 
     Attributes:
@@ -61,7 +61,7 @@ class Request:
         source: its input, None when it has none but the plan.
         run_limit_s: for how long a living worker may run it.
         queue: where it is sent.
-        bell: set at every outcome; the requests of one product share it.
+        done_event: set at every outcome; the requests of one product share it.
         asked_at: when it was sent first (monotonic clock), None before.
         sent_at: when it was sent last, None before.
         started_at: when a worker reported its start, None before.
@@ -77,7 +77,7 @@ class Request:
     source: Source | None
     run_limit_s: float
     queue: str = QUEUE
-    bell: threading.Event = field(default_factory=threading.Event)
+    done_event: threading.Event = field(default_factory=threading.Event)
     asked_at: float | None = None
     sent_at: float | None = None
     started_at: float | None = None
@@ -111,7 +111,7 @@ class Request:
         if not self.is_settled:
             self._outcome = outcome
             self._settled.set()
-            self.bell.set()
+            self.done_event.set()
 
     def outcome(self, wait_s: float) -> Completion | None:
         """The completion; None after `wait_s` seconds without one. Raises the error it was settled with."""
@@ -164,7 +164,7 @@ def evaluate_task(
     group: str,
     direction: Direction,
     header: Header,
-    rows: Rows,
+    rows: RowRange,
     operand: Blob,
 ) -> EvaluateTask:
     """The message for one range of rows, in the job that `prepared` opened."""

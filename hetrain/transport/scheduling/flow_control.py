@@ -84,7 +84,7 @@ class ByteBudget:
         return self._held == 0 or self._held + nbytes <= self._limit
 
 
-class Backpressure:
+class FlowControl:
     """Holds a budget's bytes for products on their way: of the operand, and as many as the result may have.
 
     A result is expected to be as large as the last one to the like of its request. A first one is taken for 5
@@ -95,7 +95,7 @@ class Backpressure:
         self.budget = budget
         self._seen: dict[tuple[object, ...], int] = {}
 
-    def hold(self, kind: tuple[object, ...], operand_bytes: int, rows: int) -> Hold:
+    def reserve(self, kind: tuple[object, ...], operand_bytes: int, rows: int) -> Reservation:
         """Waits for room for a product of `rows` rows. Raises as `ByteBudget.acquire`.
 
         Args:
@@ -106,10 +106,10 @@ class Backpressure:
         key = (*kind, operand_bytes, rows)
         nbytes = operand_bytes + self._seen.get(key, rows * _SLOTS * _BYTES_PER_VALUE)
         self.budget.acquire(nbytes)
-        return Hold(self.budget, nbytes, lambda result: self._seen.update({key: result}))
+        return Reservation(self.budget, nbytes, lambda result: self._seen.update({key: result}))
 
 
-class Hold:
+class Reservation:
     """Bytes held for one product."""
 
     def __init__(self, budget: ByteBudget, nbytes: int, learn: Callable[[int], None]) -> None:

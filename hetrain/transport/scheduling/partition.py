@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hetrain.transport.channel import Rows
+from hetrain.transport.channel import RowRange
 
 MIN_ROWS = 64
 MIN_PIECE_S = 0.005
@@ -23,7 +23,7 @@ Pace = tuple[int, float | None]
 """A worker's slots (tasks at once), and its measured work per second in each; None before it is measured."""
 
 
-def cut(n_rows: int, pieces: int, step: int = 1) -> list[Rows]:
+def partition(n_rows: int, pieces: int, step: int = 1) -> list[RowRange]:
     """Ranges of nearly equal length that partition ``0:n_rows``, in order; at most `pieces` of them.
 
     Args:

@@ -12,11 +12,11 @@ from hetrain.public.broker.connection import redacted
 from hetrain.public.errors import NoWorker
 from hetrain.public.protocol.messages import QUEUE, EvaluateTask
 from hetrain.public.protocol.plan import Plan
-from hetrain.public.protocol.registration import ShardRange, WorkerCard
+from hetrain.public.protocol.registration import ShardRange, WorkerRegistration
 from hetrain.transport.requests.state import Request
 from hetrain.transport.scheduling.partition import count_pieces
-from hetrain.transport.scheduling.registry import FleetWatch
-from hetrain.transport.scheduling.throughput import Rates
+from hetrain.transport.scheduling.registry import WorkerRegistry
+from hetrain.transport.scheduling.throughput import Throughput
 
 _LOAD_WEIGHT = 0.125
 _NAMES_IN_A_MESSAGE = 5
@@ -24,7 +24,7 @@ _NO_GROUPS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Cover:
+class Coverage:
     """How the fleet covers a plan.
 
     Attributes:
@@ -40,13 +40,13 @@ class Router:
     """Finds the way for a job's requests. Thread-safe, once it follows a plan.
 
     Args:
-        watch: sees the fleet.
+        registry: knows the workers.
         url: the broker's address, for messages.
     """
 
-    def __init__(self, watch: FleetWatch, url: str) -> None:
-        self.watch = watch
-        self.rates = Rates()
+    def __init__(self, registry: WorkerRegistry, url: str) -> None:
+        self.registry = registry
+        self.throughput = Throughput()
         self._url = url
         self._model = ""
         self._groups = _NO_GROUPS
@@ -58,18 +58,18 @@ class Router:
         self._model = plan.model
         self._groups = {group.name: index for index, group in enumerate(plan.groups)}
 
-    def cover(self) -> Cover:
+    def coverage(self) -> Coverage:
         """Which queues serve the plan. `QUEUE` alone where no card names the model."""
-        if not self.watch.fleet.knows(self._model):
-            return Cover((QUEUE,), ())
+        if not self.registry.workers.knows(self._model):
+            return Coverage((QUEUE,), ())
         queues: set[str] = set()
         missing = []
         for group, index in self._groups.items():
             serving = self._serving(group)
-            queues.update(card.queue for card in serving)
+            queues.update(registration.queue for registration in serving)
             if not serving:
                 missing.append(index)
-        return Cover(tuple(sorted(queues)), tuple(missing))
+        return Coverage(tuple(sorted(queues)), tuple(missing))
 
     def assign(self, request: Request, among: Iterable[Request]) -> None:
         """Chooses the queue of `request`: of those that serve it the one with the fewest requests per slot.
@@ -81,8 +81,8 @@ class Router:
             among: all of the job's requests.
         """
         slots: Counter[str] = Counter()
-        for card in self._serving_request(request):
-            slots[card.queue] += card.concurrency
+        for registration in self._serving_request(request):
+            slots[registration.queue] += registration.concurrency
         if not slots:
             return
         load = Counter(other.queue for other in among if other is not request and not other.is_settled)
@@ -90,28 +90,28 @@ class Router:
             slots, key=lambda queue: (queue in request.refused_on, (load[queue] + 1) / slots[queue], queue)
         )
 
-    def is_astray(self, request: Request) -> bool:
+    def is_misrouted(self, request: Request) -> bool:
         """Whether nobody takes `request` from its queue, while another queue's workers would."""
         serving = self._serving_request(request)
-        return bool(serving) and request.queue not in {card.queue for card in serving}
+        return bool(serving) and request.queue not in {registration.queue for registration in serving}
 
     def serves_elsewhere(self, request: Request, worker: str) -> bool:
         """Whether `worker`, which has refused `request`, does not announce to serve it while others do."""
         serving = self._takers(request)
-        return bool(serving) and worker not in {card.worker for card in serving}
+        return bool(serving) and worker not in {registration.worker for registration in serving}
 
     def is_served(self, request: Request) -> bool:
         """Whether a worker announces that it takes from the queue of `request` and serves it."""
-        return any(card.queue == request.queue for card in self._takers(request))
+        return any(registration.queue == request.queue for registration in self._takers(request))
 
-    def _takers(self, request: Request) -> tuple[WorkerCard, ...]:
+    def _takers(self, request: Request) -> tuple[WorkerRegistration, ...]:
         """Workers that serve `request`: of its group, or, to prepare the job, of its queue and model."""
         if isinstance(request.task, EvaluateTask):
             return tuple(self._serving_request(request))
         return tuple(
-            card
-            for card in self.watch.fleet.cards
-            if card.queue == request.queue and self._model in card.models
+            registration
+            for registration in self.registry.workers.registrations
+            if registration.queue == request.queue and self._model in registration.models
         )
 
     def is_unserved(self, request: Request) -> bool:
@@ -120,7 +120,7 @@ class Router:
         return (
             isinstance(task, EvaluateTask)
             and task.group in self._groups
-            and self.watch.fleet.knows(self._model)
+            and self.registry.workers.knows(self._model)
             and not self._serving(task.group)
         )
 
@@ -136,12 +136,17 @@ class Router:
             load = in_flight if self._load is None else self._load
             self._load = load + _LOAD_WEIGHT * (in_flight - load)
             load = max(self._load, 1.0)
-        paces = [(card.concurrency, self.rates.of(card.worker)) for card in self._serving(group)]
+        paces = [
+            (registration.concurrency, self.throughput.of(registration.worker))
+            for registration in self._serving(group)
+        ]
         return count_pieces(paces, load, work)
 
     def no_worker(self, queue: str, waited_s: float) -> NoWorker:
         """The error that nobody has taken a request from `queue`."""
-        models = sorted({model for card in self.watch.fleet.cards for model in card.models})
+        models = sorted(
+            {model for registration in self.registry.workers.registrations for model in registration.models}
+        )
         only = f"; the workers that are there serve only: {_listed(models)}" if models else ""
         only = "" if self._model in models else only
         shards = "" if queue == QUEUE else f" HETRAIN_SHARDS={queue.partition('.')[2].replace('of', '/')}"
@@ -167,9 +172,9 @@ class Router:
     def _shards_of(self, indices: Sequence[int]) -> list[str]:
         """`indices` as ranges of shards, in the count that most workers of the model announce."""
         counts = Counter(
-            ShardRange.parse(card.shards).count
-            for card in self.watch.fleet.cards
-            if card.shards is not None and self._model in card.models
+            ShardRange.parse(registration.shards).count
+            for registration in self.registry.workers.registrations
+            if registration.shards is not None and self._model in registration.models
         )
         if not counts:
             return []
@@ -182,14 +187,14 @@ class Router:
                 runs.append([shard, shard])
         return [str(ShardRange(first, last, count)) for first, last in runs]
 
-    def _serving_request(self, request: Request) -> tuple[WorkerCard, ...]:
+    def _serving_request(self, request: Request) -> tuple[WorkerRegistration, ...]:
         return self._serving(request.task.group) if isinstance(request.task, EvaluateTask) else ()
 
-    def _serving(self, group: str) -> tuple[WorkerCard, ...]:
+    def _serving(self, group: str) -> tuple[WorkerRegistration, ...]:
         index = self._groups.get(group)
         if index is None:
             return ()
-        return self.watch.fleet.serving(self._model, index, len(self._groups))
+        return self.registry.workers.serving(self._model, index, len(self._groups))
 
 
 def _listed(names: Sequence[str]) -> str:

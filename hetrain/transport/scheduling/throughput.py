@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from hetrain.public.protocol.messages import EvaluateTask
-from hetrain.public.protocol.registration import MAX_CARDS
+from hetrain.public.protocol.registration import MAX_WORKERS
 
 _WEIGHT = 0.2
 _SHORTEST_S, _LONGEST_S = 1e-6, 1e6
@@ -16,7 +16,7 @@ def work_of(task: EvaluateTask) -> int:
     return (task.stop - task.start) * task.input.nbytes
 
 
-class Rates:
+class Throughput:
     """Work per second of each worker, as moving averages. Thread-safe."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Rates:
             return
         rate = work / seconds
         with self._lock:
-            if worker not in self._rates and len(self._rates) >= MAX_CARDS:
+            if worker not in self._rates and len(self._rates) >= MAX_WORKERS:
                 self._rates.clear()  # names come from outside
             before = self._rates.get(worker, rate)
             self._rates[worker] = before + _WEIGHT * (rate - before)

@@ -31,7 +31,7 @@ from hetrain.public.lattice.parameters import (
 )
 from hetrain.public.protocol.messages import Direction, Header
 from hetrain.public.protocol.plan import Group
-from hetrain.public.workspace import lasting, scratch
+from hetrain.public.workspace import unaligned_empty, workspace
 from hetrain.secret.activation_quantization import limited, token_scales
 from hetrain.secret.engines.rlwe.hints import Hint, HintStore
 from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, kernels
@@ -61,7 +61,7 @@ class RlweOpening:
         Raises:
             WireError: a result's length is not that of its rows, or its a' is found to be wrong.
         """
-        y = lasting((len(self.scales), sum(stop - start for start, stop in rows)), torch.float32)
+        y = unaligned_empty((len(self.scales), sum(stop - start for start, stop in rows)), torch.float32)
         column = 0
         for part, (start, stop) in zip(parts, rows, strict=True):
             self._decrypt(part, start, stop - start, y, column)
@@ -99,8 +99,8 @@ class RlweOpening:
 
     def _kept(self, start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.hint is not None
-        high = scratch("high", (rows, self.parameters.dimension), torch.int16)
-        low = scratch("low", (rows, self.parameters.dimension), torch.uint8)
+        high = workspace("high", (rows, self.parameters.dimension), torch.int16)
+        low = workspace("low", (rows, self.parameters.dimension), torch.uint8)
         self.hint.read(start, high, low)
         return high, low
 
@@ -193,11 +193,11 @@ def encrypt(
     k, degree = x.shape[1], parameters.ring_degree
     inverse = scales.reciprocal()
     mask_stream, noise_stream = MaskStream(seed), SecretStream("hetrain.noise")
-    out = lasting((k, degree), torch.int32)
+    out = unaligned_empty((k, degree), torch.int32)
     for start in range(0, k, BLOCK_ROWS):
         block = out[start : start + BLOCK_ROWS]
-        masks = scratch("masks", (len(block), parameters.dimension), torch.int32)
-        keystream = scratch("keystream", (6 * block.numel(),), torch.uint8)
+        masks = workspace("masks", (len(block), parameters.dimension), torch.int32)
+        keystream = workspace("keystream", (6 * block.numel(),), torch.uint8)
         mask_stream.fill(masks)
         noise_stream.fill(keystream)
         kernels().encrypt(block, masks, keystream, x, inverse, x_max, start, parameters.eta, secret)
