@@ -13,7 +13,7 @@ venv: $(READY)
 compiler:
 	@(command -v cc && command -v ld) >/dev/null || (apt-get update -qq && apt-get install -y -qq gcc libc6-dev)
 
-# tests/test_flower.py reads Flower's pages in it. Without apt-get or root that part is skipped, but never in CI.
+# tests/integration/test_flower.py reads Flower's pages in it. Without apt-get or root that part is skipped, but never in CI.
 chromium:
 	@command -v chromium >/dev/null \
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
@@ -41,11 +41,11 @@ test: lint chromium
 
 # The picture of docs/monitoring.md.
 screenshot: venv chromium
-	HETRAIN_SCREENSHOT=docs/flower.png $(BIN)/python -m pytest tests/test_flower.py
+	HETRAIN_SCREENSHOT=docs/flower.png $(BIN)/python -m pytest tests/integration/test_flower.py
 
 # Needs a CUDA device: the worker's kernels and engine, compared exactly with plain integers on it.
 gpu-check: venv
-	HETRAIN_DEVICE=cuda $(BIN)/python -m pytest tests/test_kernels.py tests/test_encryption.py
+	HETRAIN_DEVICE=cuda $(BIN)/python -m pytest tests/unit/test_kernels.py tests/unit/test_encryption.py
 
 # About an hour on two idle cores: gemm 4 minutes, client 1, growth 3, engines 8, step 10, convergence 15,
 # the Llama-3.2-1B shape 6, scaling 12. Keeps a random model of that shape in the cache, 2.5 GB, and takes 4 GB more of

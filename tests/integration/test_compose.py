@@ -21,7 +21,7 @@ from hetrain.public.errors import BrokerError, BrokerUnreachable
 from tasks.supervisor.server import private_directory
 from tasks.supervisor.worker_process import stop, tie_to_parent
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 IMAGES = ("worker", "client")
 # Fields of the Compose Specification in which the variables may stand; its parser knows no variables.

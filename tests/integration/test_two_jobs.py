@@ -18,7 +18,7 @@ from hetrain.train.updater import Tensors
 from tests.harness.forkserver import fleet_of
 from tests.harness.processes import hetrain, serving
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 COMMON = ("--quiet", "--sync", "--max-length", 48, "--micro-batch-tokens", 48, "--lora-dropout", 0.1)
 COMMON += ("--learning-rate", 1e-2, "--lora-r", 4, "--no-hints")
 

@@ -20,7 +20,7 @@ from hetrain.data.packing import IGNORE_INDEX, MicroBatch, count_micro_batches, 
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.public.errors import DatasetError, ModelError, UsageError
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 )

@@ -36,7 +36,7 @@ from tests.harness.split_model import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 LLAMA = "model.layers"
 NEOX_MLP = "gpt_neox.layers.0.mlp"
 

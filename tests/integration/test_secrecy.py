@@ -35,7 +35,7 @@ from tasks.supervisor.server import private_directory, start_server, stop
 
 CANARY = "the canary sings at four o'clock behind the blue door"
 WINDOW = 16
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 class Wiretap:

@@ -32,7 +32,7 @@ from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
 from tasks.supervisor.server import start_worker, stop, tie_to_parent
 from tests.harness.processes import hetrain, serving
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Root has no sandbox; the rest keeps it from looking for its maker's hosts.
 QUIET = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")

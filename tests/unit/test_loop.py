@@ -24,7 +24,7 @@ from hetrain.train.staleness import Entry, StalenessGate
 from hetrain.train.updater import Updater
 from hetrain.transport.channel import Channel, Reply, RowRange
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 SENDS = 15  # of one micro-batch of `tiny_llama`: eight groups forward, seven backward
 
 

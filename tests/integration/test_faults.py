@@ -34,7 +34,7 @@ from hetrain.train.updater import Tensors, Updater
 from tests.harness.forkserver import Fleet, fleet_of
 from tests.harness.processes import serving
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 SEED = int(os.environ.get("HETRAIN_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
 KILLS = 50
 WORKERS = 3

@@ -23,7 +23,7 @@ from tasks.supervisor.server import start_worker, stop
 from tests.harness.engine import Bench
 from tests.harness.processes import hetrain, serving
 
-ROWS = Path(__file__).parent / "data" / "tiny.jsonl"
+ROWS = Path(__file__).resolve().parents[1] / "data" / "tiny.jsonl"
 
 
 @pytest.fixture(scope="module")

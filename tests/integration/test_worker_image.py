@@ -25,7 +25,7 @@ from hetrain.public.model.packaged import ALIASES
 from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import stop, tie_to_parent
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "worker.Dockerfile"
 OWN = {"hetrain", "tasks", "worker_gpu"}
 

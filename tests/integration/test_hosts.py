@@ -32,7 +32,7 @@ from hetrain.public.errors import BrokerError
 from tasks.supervisor.worker_process import stop, tie_to_parent
 from tests.harness.processes import HETRAIN, serving
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROXY = (sys.executable, str(ROOT / "tests" / "harness" / "tls_proxy.py"))
 GUESTS = ("client", "worker-1", "worker-2")
 UPDATES = 16

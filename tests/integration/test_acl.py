@@ -24,7 +24,7 @@ from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import spawn_worker, stop
 from tests.harness.processes import HETRAIN
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("alice", "bob")
 
 

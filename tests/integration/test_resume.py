@@ -30,7 +30,7 @@ from hetrain.train.signals import stop_on_signals
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.processes import serving
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 IN_STEP = FlightSettings(in_flight=2, sync=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from hetrain.public.broker.connection import parse_broker_url
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.processes import HETRAIN, hetrain, serving
 
-HANDBOOK = Path(__file__).resolve().parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 SMALL = ("--micro-batch-tokens", "256", "--max-length", "64")
 
 
