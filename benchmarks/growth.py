@@ -32,8 +32,9 @@ from hetrain.nn.split import split_model
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.files import resolve
+from hetrain.public.protocol.product import ProductKey
 from hetrain.secret.engine import JobOptions, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
+from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
@@ -121,7 +122,7 @@ def _config(layers: int) -> LlamaConfig:
 
 def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tuple[Replica, Snapshot]:
     """A client with an adapter, and a worker's service behind its channel."""
-    sketches: dict[Key, Sketch] = {}
+    sketches: dict[ProductKey, Sketch] = {}
     split = split_model(
         resolve(str(directory)), witness=lambda group, q: sketches.update(sketches_of(group, q))
     )

@@ -10,6 +10,7 @@ import torch
 from hetrain.public.errors import WireError, WorkerRefused
 from hetrain.public.protocol.messages import EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Group, Plan, parse_plan
+from hetrain.public.protocol.product import Product
 from hetrain.public.protocol.registration import ShardRange
 from worker_gpu.copies import own_stream
 from worker_gpu.device import Compute, choose_compute, choose_device
@@ -98,7 +99,7 @@ class Service:
 def _group(plan: Plan, task: EvaluateTask) -> tuple[int, Group]:
     for index, group in enumerate(plan.groups):
         if group.name == task.group:
-            if task.start < task.stop <= group.result_rows(task.direction):
+            if task.start < task.stop <= Product(group, task.direction).n:
                 return index, group
             raise WireError(f"rows {task.start}:{task.stop} are out of range", where=task.group)
     raise WireError("the plan has no such group", where=task.group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -17,10 +18,10 @@ from torch import nn
 from hetrain.public.errors import UnsupportedArchitecture
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
-from hetrain.public.protocol.messages import Direction
 from hetrain.public.protocol.plan import Group
-from hetrain.secret.engine import Sealer
-from hetrain.transport.channel import Channel
+from hetrain.public.protocol.product import Product
+from hetrain.secret.engine import Sealed, Sealer
+from hetrain.transport.channel import Channel, Reply
 
 
 @dataclass
@@ -40,6 +41,13 @@ class ProductStats:
         for field in fields(self):
             setattr(self, field.name, field.default)
 
+    def add(self, reply: Reply) -> None:
+        """Counts one reply's bytes, seconds of computing, and devices."""
+        self.server_s += reply.server_s
+        self.bytes_up += reply.bytes_up
+        self.bytes_down += reply.bytes_down
+        self.devices = tuple(sorted({*self.devices, *reply.devices}))
+
 
 @dataclass(frozen=True)
 class RemoteMatmul:
@@ -49,38 +57,48 @@ class RemoteMatmul:
     sealer: Sealer
     stats: ProductStats
 
-    def multiply(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
-        """X·Qᵀ (forward) or X·Q (backward) for the group's int8 matrix Q.
+    def multiply(self, product: Product, x: torch.Tensor) -> torch.Tensor:
+        """Y = X·Wᵀ. Block i+1 is sealed while block i is away.
 
         Args:
-            group: which matrix.
-            direction: which way.
-            x: [T, K]; more than 2048 tokens travel as several ciphertexts.
+            product: the matrix and its direction.
+            x: [T, K]; every 2048 tokens travel as one ciphertext.
 
         Returns:
             float32 [T, n] on the CPU.
         """
-        products = [self._block(group, direction, block) for block in x.split(SLOTS)]
-        return products[0] if len(products) == 1 else torch.cat(products)
+        blocks = x.split(SLOTS)
+        if len(blocks) == 1:
+            return self._open(*self._exchange(self._seal(product, x), product))
+        results = []
+        with ThreadPoolExecutor(1, thread_name_prefix="remote-matmul") as thread:
+            away = None
+            for block in blocks:
+                sealed = self._seal(product, block)
+                if away is not None:
+                    results.append(self._open(*away.result()))
+                away = thread.submit(self._exchange, sealed, product)
+            assert away is not None
+            results.append(self._open(*away.result()))
+        return torch.cat(results)
 
-    def _block(self, group: Group, direction: Direction, x: torch.Tensor) -> torch.Tensor:
+    def _seal(self, product: Product, x: torch.Tensor) -> Sealed:
         begin = time.perf_counter()
-        sealed = self.sealer.seal(x, group, direction)
-        sealed_at = time.perf_counter()
-        nbytes = sum(part.nbytes for part in sealed.payload)
-        rows = self.channel.partition(group.name, group.result_rows(direction), nbytes, sealed.row_step)
-        reply = self.channel.send(group.name, direction, sealed.header, sealed.payload, rows).result()
-        replied_at = time.perf_counter()
-        y = sealed.opening.open(reply.parts, rows)
-        stats = self.stats
-        stats.encrypt_s += sealed_at - begin
-        stats.wait_s += replied_at - sealed_at
-        stats.decrypt_s += time.perf_counter() - replied_at
-        stats.server_s += reply.server_s
-        stats.bytes_up += reply.bytes_up
-        stats.bytes_down += reply.bytes_down
-        if reply.device not in stats.devices:
-            stats.devices = tuple(sorted((*stats.devices, reply.device)))
+        sealed = self.sealer.seal(x, product)
+        self.stats.encrypt_s += time.perf_counter() - begin
+        return sealed
+
+    def _exchange(self, sealed: Sealed, product: Product) -> tuple[Sealed, Reply]:
+        begin = time.perf_counter()
+        reply = self.channel.multiply(product, sealed.operand, sealed.opening.check)
+        self.stats.wait_s += time.perf_counter() - begin
+        return sealed, reply
+
+    def _open(self, sealed: Sealed, reply: Reply) -> torch.Tensor:
+        begin = time.perf_counter()
+        y = sealed.opening.open(reply.parts)
+        self.stats.decrypt_s += time.perf_counter() - begin
+        self.stats.add(reply)
         return y
 
 
@@ -91,7 +109,7 @@ class _GroupProduct(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, remote: RemoteGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         ctx.remote, ctx.shape = remote, x.shape
         flat = x.reshape(-1, x.shape[-1]) * remote.scales.inputs
-        y = remote.outsourcer.multiply(remote.group, "forward", flat).to(x.device)
+        y = remote.matmul.multiply(Product(remote.group, "forward"), flat).to(x.device)
         y *= remote.scales.outputs
         return tuple(part.view(*x.shape[:-1], -1) for part in y.split(remote.widths, dim=1))
 
@@ -102,7 +120,7 @@ class _GroupProduct(torch.autograd.Function):
         remote = ctx.remote
         g = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in gradients], dim=1)
         g *= remote.scales.outputs
-        dx = remote.outsourcer.multiply(remote.group, "backward", g).to(g.device)
+        dx = remote.matmul.multiply(Product(remote.group, "backward"), g).to(g.device)
         dx *= remote.scales.inputs
         return dx.view(ctx.shape), None
 
@@ -110,10 +128,10 @@ class _GroupProduct(torch.autograd.Function):
 class RemoteGroup:
     """The linears of one group in one replica: the first to be called evaluates for all."""
 
-    def __init__(self, group: Group, scales: Scales, outsourcer: RemoteMatmul) -> None:
+    def __init__(self, group: Group, scales: Scales, matmul: RemoteMatmul) -> None:
         self.group = group
         self.scales = scales
-        self.outsourcer = outsourcer
+        self.matmul = matmul
         self.widths = [member.out_features for member in group.members]
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
@@ -129,8 +147,8 @@ class RemoteGroup:
         return y
 
 
-class Product(Protocol):
-    """What a `RemoteLinear` asks for its products."""
+class LinearGroup(Protocol):
+    """What a `RemoteLinear` asks for its output."""
 
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """What linear `index` makes of x, without bias."""
@@ -148,7 +166,7 @@ class RemoteLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.zeros(1, 1).expand(out_features, in_features), requires_grad=False)
         self.register_parameter("bias", bias)
-        self.group: Product | None = None
+        self.group: LinearGroup | None = None
         self.index = 0
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteLinear:

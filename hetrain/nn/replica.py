@@ -76,7 +76,7 @@ def _share_frozen_copy(model: PeftModel) -> PeftModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def _bind(split: SplitModel, causal: torch.nn.Module, outsourcer: RemoteMatmul, device: torch.device) -> None:
+def _bind(split: SplitModel, causal: torch.nn.Module, matmul: RemoteMatmul, device: torch.device) -> None:
     """Gives every `RemoteLinear` its group. peft may have wrapped it, but keeps it as ``base_layer``."""
     remotes = {
         name.removesuffix(".base_layer"): module
@@ -84,6 +84,6 @@ def _bind(split: SplitModel, causal: torch.nn.Module, outsourcer: RemoteMatmul, 
         if isinstance(module, RemoteLinear)
     }
     for group in split.plan.groups:
-        bound = RemoteGroup(group, split.scales[group.name].to(device), outsourcer)
+        bound = RemoteGroup(group, split.scales[group.name].to(device), matmul)
         for index, member in enumerate(group.members):
             remotes[member.module].group, remotes[member.module].index = bound, index

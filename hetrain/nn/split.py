@@ -56,7 +56,7 @@ OnMatrix = Callable[[Group, torch.Tensor], None]
 
 
 def split_model(
-    checkpoint: ModelFiles, outsource: Iterable[str] = ("*",), witness: OnMatrix | None = None
+    checkpoint: ModelFiles, outsource: Iterable[str] = ("*",), on_matrix: OnMatrix | None = None
 ) -> SplitModel:
     """Loads the client's part of `checkpoint` and plans the rest.
 
@@ -66,7 +66,7 @@ def split_model(
         checkpoint: the whole model.
         outsource: globs (`fnmatch.fnmatchcase`) on full module names, as in ``model.layers.*.mlp.down_proj``.
             Linears of the decoder's blocks that match any are outsourced; the others are loaded as they are.
-        witness: sees every matrix once.
+        on_matrix: sees every matrix once.
 
     Raises:
         UsageError: a pattern matches no linear of the blocks.
@@ -87,7 +87,7 @@ def split_model(
     causal.eval()
     groups, scales = [], {}
     for names in shared_inputs(causal, remotes):
-        group, scale = _plan_group([members[name] for name in names], checkpoint, witness)
+        group, scale = _plan_group([members[name] for name in names], checkpoint, on_matrix)
         groups.append(group)
         scales[group.name] = scale
     causal.requires_grad_(False)
@@ -201,13 +201,13 @@ def _member(name: str, linear: nn.Linear | Conv1D, tensor: str) -> Member:
 
 
 def _plan_group(
-    members: list[Member], checkpoint: ModelFiles, witness: OnMatrix | None
+    members: list[Member], checkpoint: ModelFiles, on_matrix: OnMatrix | None
 ) -> tuple[Group, Scales]:
     try:
         matrix = stack_group(tuple(members), checkpoint.read)
     except WireError as error:
         raise ModelError(error.what, where=error.where) from error
     group = group_of(tuple(members), matrix.values)
-    if witness is not None:
-        witness(group, matrix.values)
+    if on_matrix is not None:
+        on_matrix(group, matrix.values)
     return group, matrix.scales

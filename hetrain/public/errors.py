@@ -14,7 +14,8 @@
     ├── WorkerError                  8   the workers failed
     │   ├── NoWorker                     nobody serves the queue
     │   ├── WorkerRefused                a worker will not serve this job: other weights, unknown model
-    │   └── TaskFailed                   a task failed on the worker
+    │   ├── TaskFailed                   a task failed on the worker
+    │   └── ResultRejected               a worker's result failed a check; ``where`` names the worker
     ├── NotFinite                    9   training has produced a NaN or an infinity
     └── Interrupted                  130 the user asked to stop
 
@@ -117,6 +118,10 @@ class WorkerRefused(WorkerError):
 
 class TaskFailed(WorkerError):
     """A task failed on the worker."""
+
+
+class ResultRejected(WorkerError):
+    """A worker's result failed a check of the client's; ``where`` names the worker."""
 
 
 class NotFinite(HetrainError):

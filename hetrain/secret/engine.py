@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 
 from hetrain.public.errors import UsageError
-from hetrain.public.protocol.messages import Direction, Header
-from hetrain.public.protocol.plan import Group, Plan
+from hetrain.public.protocol.messages import Header
+from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.secret.engines.clear import ClearSealer
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import HintStore
@@ -27,28 +28,31 @@ MIN_BITS, MAX_BITS = 2, 25
 class Opening(Protocol):
     """Opens the results of one sealed operand. Holds its secret and never leaves memory."""
 
-    def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Y = X·Wᵀ: float32 [T, n], from one result per row range of W.
+    def check(self, part: Part) -> None:
+        """Looks at one part before it is used; see `hetrain.transport.channel.Accept`.
 
         Raises:
-            WireError: a result does not have the shape that was asked for.
+            WireError: its length is not that of its rows.
+            ResultRejected: it is wrong; the error names the worker.
+        """
+        ...
+
+    def open(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Y = X·Wᵀ: float32 [T, n], from checked parts that partition the rows of W, in order.
+
+        Raises:
+            WireError: a part does not have the shape that was asked for.
         """
         ...
 
 
 class Sealed(Protocol):
-    """One operand, ready to travel."""
+    """One operand, ready to travel, and what opens its results."""
 
     @property
-    def header(self) -> Header: ...
-    @property
-    def payload(self) -> list[memoryview]: ...
+    def operand(self) -> Operand: ...
     @property
     def opening(self) -> Opening: ...
-    @property
-    def row_step(self) -> int:
-        """Rows of the result that workers evaluate together: where a product is best cut."""
-        ...
 
 
 class Sealer(Protocol):
@@ -59,13 +63,12 @@ class Sealer(Protocol):
         """Public: what a worker must know and agree to before the first product."""
         ...
 
-    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> Sealed:
+    def seal(self, x: torch.Tensor, product: Product) -> Sealed:
         """Quantises and hides one operand.
 
         Args:
             x: activations or gradients, floating point [T, K], T ≤ 2048.
-            group: whose int8 matrix it will meet.
-            direction: whether that matrix or its transpose.
+            product: what it will be multiplied by.
 
         Raises:
             ParameterError: x does not fit.

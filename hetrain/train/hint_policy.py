@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from hetrain.public.errors import UsageError
 from hetrain.public.model.files import cache_directory
 from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import ProductKey
 from hetrain.secret.engine import ClientEngine
-from hetrain.secret.engines.rlwe.hints import HintStore, Key, hint_bytes
+from hetrain.secret.engines.rlwe.hints import HintStore, hint_bytes
 from hetrain.secret.verification import Sketch
 
 _MICRO_BATCHES_THAT_PAY = 4
@@ -37,7 +38,7 @@ def wants_hints(engine: ClientEngine, asked: bool | None, micro_batches: int) ->
     return asked
 
 
-def open_hints(plan: Plan, sketches: Mapping[Key, Sketch], *, required: bool) -> HintStore | None:
+def open_hints(plan: Plan, sketches: Mapping[ProductKey, Sketch], *, required: bool) -> HintStore | None:
     """The job's store; None when the disk has no room for it and it is not `required`.
 
     Raises:

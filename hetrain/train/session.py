@@ -20,8 +20,9 @@ from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
+from hetrain.public.protocol.product import ProductKey
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
+from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.train.hint_policy import open_hints, wants_hints
 from hetrain.train.settings import OutsourcingSettings
@@ -143,7 +144,7 @@ def _split(
     if not wants_hints(engine, outsourcing.hints, micro_batches):
         return split_model(base.files, outsourcing.patterns), None
     # Held by their hints alone from here on, each until it has done its check.
-    sketches: dict[Key, Sketch] = {}
+    sketches: dict[ProductKey, Sketch] = {}
     split = split_model(
         base.files,
         outsourcing.patterns,

@@ -21,16 +21,17 @@ from hetrain.public.errors import (
     UsageError,
 )
 from hetrain.public.protocol import keys
-from hetrain.public.protocol.messages import Blob, Completion, Direction, Header, PrepareTask, new_token
+from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, Header, PrepareTask, new_token
 from hetrain.public.protocol.plan import parse_plan
+from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.public.protocol.tenants import new_job
-from hetrain.transport.channel import NO_HEADER, Reply, RowRange
+from hetrain.transport.channel import NO_HEADER, Accept, Reply, accept_any
 from hetrain.transport.requests.cleanup import JobKeys
 from hetrain.transport.requests.collector import Collector
 from hetrain.transport.requests.job_connection import JobConnection
 from hetrain.transport.requests.sender import Sender
 from hetrain.transport.requests.state import Request, Source, Timeouts, evaluate_task, prepare_task
-from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, Reservation, share_of
+from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from hetrain.transport.scheduling.partition import partition
 from hetrain.transport.scheduling.registry import WorkerRegistry
 from hetrain.transport.scheduling.router import Router
@@ -108,65 +109,64 @@ class CeleryChannel:
         self._prepared = task
         return completion
 
-    def partition(self, group: str, n_rows: int, nbytes: int, step: int) -> list[RowRange]:
-        """See `Channel.partition`."""
-        in_flight = 1 + self._collector.count_products()
-        return partition(n_rows, self._router.pieces(group, n_rows * nbytes, in_flight), step)
-
-    def send(
-        self,
-        group: str,
-        direction: Direction,
-        header: Header,
-        payload: Sequence[memoryview],
-        rows: Sequence[RowRange],
-    ) -> CeleryPending:
-        """See `Channel.send`. Waits while as much is on its way as may be."""
+    def multiply(self, product: Product, operand: Operand, accept: Accept = accept_any) -> Reply:
+        """See `Channel.multiply`. Waits while as much is on its way as may be."""
         self._collector.check()
-        n_rows = sum(stop - start for start, stop in rows)
-        reservation = self._flow_control.reserve(
-            (group, direction), sum(part.nbytes for part in payload), n_rows
-        )
+        reservation = self._flow_control.reserve(product.key, operand.nbytes, product.n)
+        nbytes: int | None = None
         try:
-            pending = self._ship(group, direction, header, payload, rows)
-        except BaseException:
-            reservation.release()
-            raise
-        pending.reservation = reservation
-        return pending
+            blob, requests = self._ship(product, operand)
+            try:
+                parts = self._collect(requests, accept)
+                nbytes = sum(part.data.nbytes for part in parts)
+            finally:
+                self._forget(requests, [blob])
+        finally:
+            reservation.release(nbytes)
+        return Reply(tuple(sorted(parts, key=lambda part: part.rows)), blob.nbytes)
 
-    def _ship(
-        self,
-        group: str,
-        direction: Direction,
-        header: Header,
-        payload: Sequence[memoryview],
-        rows: Sequence[RowRange],
-    ) -> CeleryPending:
-        """Uploads and sends, whatever is on its way."""
+    def _ship(self, product: Product, operand: Operand) -> tuple[Blob, list[Request]]:
+        """Uploads the operand and sends one request for each range of rows."""
         self._collector.check()
         prepared = self._prepared
         if prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
+        pieces = self._router.pieces(
+            product.group.name, product.n * operand.nbytes, 1 + self._collector.count_products()
+        )
         token = new_token()
-        blob = self._patiently(lambda: self._connection.store.put(self.job, "in", token, payload))
-        source = Source(blob, payload)
+        blob = self._patiently(lambda: self._connection.store.put(self.job, "in", token, operand.payload))
+        source = Source(blob, operand.payload)
         done_event = threading.Event()
         requests = [
             Request(
-                evaluate_task(prepared, new_token(), group, direction, header, part, blob),
+                evaluate_task(prepared, new_token(), product, operand.header, rows, blob),
                 source,
                 self._connection.timeouts.run_s,
                 done_event=done_event,
             )
-            for part in rows
+            for rows in partition(product.n, pieces, operand.row_step)
         ]
         try:
             self._submit(requests)
         except BaseException:
             self._forget(requests, [blob])
             raise
-        return CeleryPending(self, requests, blob)
+        return blob, requests
+
+    def _collect(self, requests: Sequence[Request], accept: Accept) -> list[Part]:
+        """The requests' results in the order in which they arrive, each accepted."""
+        parts, left = [], list(requests)
+        while left:
+            request = self._collector.wait_any(left)
+            left.remove(request)
+            completion, data = self._fetch(request)
+            assert isinstance(request.task, EvaluateTask)
+            rows = request.task.start, request.task.stop
+            part = Part(rows, data, completion.worker, completion.device, completion.seconds)
+            accept(part)
+            parts.append(part)
+        return parts
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -260,37 +260,3 @@ class CeleryChannel:
     def _download(self, completion: Completion) -> memoryview:
         assert completion.output is not None  # the collector has checked
         return self._connection.store.get(completion.output, limit=self._max_reply_bytes)
-
-
-class CeleryPending:
-    """See `Pending`."""
-
-    def __init__(self, channel: CeleryChannel, requests: Sequence[Request], operand: Blob) -> None:
-        self._channel = channel
-        self._requests = requests
-        self._operand = operand
-        self.reservation: Reservation | None = None
-
-    def result(self) -> Reply:
-        """See `Pending.result`."""
-        found: dict[str, tuple[Completion, memoryview]] = {}
-        try:
-            left = list(self._requests)
-            while left:
-                request = self._channel._collector.wait_any(left)
-                left.remove(request)
-                found[request.id] = self._channel._fetch(request)
-        finally:
-            self._channel._forget(self._requests, [self._operand])
-            if self.reservation is not None:
-                complete = len(found) == len(self._requests)
-                self.reservation.release(sum(data.nbytes for _, data in found.values()) if complete else None)
-        completions = [found[request.id][0] for request in self._requests]
-        parts = [found[request.id][1] for request in self._requests]
-        return Reply(
-            parts=parts,
-            bytes_up=self._operand.nbytes,
-            bytes_down=sum(part.nbytes for part in parts),
-            server_s=sum(completion.seconds for completion in completions),
-            device=", ".join(sorted({completion.device for completion in completions})),
-        )

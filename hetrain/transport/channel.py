@@ -1,50 +1,51 @@
-"""What the rest of the client sees of the workers: a channel that takes requests and gives replies."""
+"""What the rest of the client sees of the workers: a channel that multiplies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from hetrain.public.protocol.messages import Completion, Direction, Header
+from hetrain.public.protocol.messages import Completion, Header
+from hetrain.public.protocol.product import Operand, Part, Product
 
 NO_HEADER: Header = MappingProxyType({})
-RowRange = tuple[int, int]
+
+Accept = Callable[[Part], None]
+"""Checks one part of a result; raises `ResultRejected` to have it computed by another worker."""
+
+
+def accept_any(part: Part) -> None:
+    """Checks nothing."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to one `Channel.send`.
+    """The result of one product.
 
     Attributes:
-        parts: the result's bytes, one part per row range, in the order asked for.
-        bytes_up: bytes of the payload, which is uploaded once for all row ranges.
-        bytes_down: bytes of all parts.
-        server_s: seconds of computing, added over the row ranges.
-        device: the devices that computed.
+        parts: ranges that partition the rows of W, in order.
+        bytes_up: bytes of the operand, which is uploaded once for all ranges.
     """
 
-    parts: list[memoryview]
+    parts: tuple[Part, ...]
     bytes_up: int
-    bytes_down: int
-    server_s: float
-    device: str
 
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.data.nbytes for part in self.parts)
 
-class Pending(Protocol):
-    """A request on its way."""
+    @property
+    def server_s(self) -> float:
+        """Seconds of computing, added over the parts."""
+        return sum(part.seconds for part in self.parts)
 
-    def result(self) -> Reply:
-        """Waits for the workers, downloads and removes the result. May be called once.
-
-        Raises:
-            WorkerError: no worker answers, one refuses, or the task fails; as the worker reports it.
-            BrokerError: the broker failed for longer than the channel is patient.
-            WireError: a result is not what was asked for.
-            Interrupted: the channel was closed meanwhile.
-        """
-        ...
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that computed, sorted."""
+        return tuple(sorted({part.device for part in self.parts}))
 
 
 class Channel(Protocol):
@@ -53,7 +54,7 @@ class Channel(Protocol):
     def prepare(
         self, model: str, engine: str, plan: bytes, plan_digest: str, setup: Header = NO_HEADER
     ) -> Completion:
-        """Publishes the job's plan and waits until a worker has loaded what it names.
+        """Publishes the job's plan and waits until workers have loaded what it names.
 
         Args:
             model: the model's name, as workers know it.
@@ -62,41 +63,24 @@ class Channel(Protocol):
             plan_digest: SHA-256 of `plan`, in hexadecimal.
             setup: the engine's public part of the message.
 
-        Raises: as `Pending.result`, above all `WorkerRefused` and `NoWorker`.
+        Raises: as `multiply`, above all `WorkerRefused` and `NoWorker`.
         """
         ...
 
-    def partition(self, group: str, n_rows: int, nbytes: int, step: int) -> list[RowRange]:
-        """Ranges that partition the ``0:n_rows`` rows of a product: what to ask `send` for.
+    def multiply(self, product: Product, operand: Operand, accept: Accept = accept_any) -> Reply:
+        """Uploads `operand` and waits for its product with W, which several workers may share.
 
         Args:
-            group: the group's name in the plan.
-            n_rows: rows of the product.
-            nbytes: bytes of the operand.
-            step: rows that the engine evaluates together.
-        """
-        ...
-
-    def send(
-        self,
-        group: str,
-        direction: Direction,
-        header: Header,
-        payload: Sequence[memoryview],
-        rows: Sequence[RowRange],
-    ) -> Pending:
-        """Uploads `payload` once and asks for its product with every range of rows.
-
-        Args:
-            group: the group's name in the plan.
-            direction: which of the group's two products.
-            header: the engine's public part of the message.
-            payload: the operand, as parts that travel one after the other. They must not change until the
-                reply is there, since a lost request is sent again from them.
-            rows: ``(start, stop)`` of every task; each may go to another worker.
+            product: which one.
+            operand: X, sealed.
+            accept: checks every part as it arrives, in the calling thread.
 
         Raises:
-            BrokerError: the broker is full or unreachable.
+            WorkerError: no worker answers, one refuses, or the task fails; as the worker reports it.
+            ResultRejected: `accept` refused a part, and no other worker could compute it.
+            BrokerError: the broker is full or unreachable for longer than the channel waits.
+            WireError: a result is not what was asked for.
+            Interrupted: the channel was closed meanwhile.
         """
         ...
 

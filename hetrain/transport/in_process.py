@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter
 
-from hetrain.public.errors import HetrainError, Interrupted, UsageError
+from hetrain.public.errors import Interrupted, UsageError
 from hetrain.public.protocol.messages import (
     Blob,
     Completion,
-    Direction,
     EvaluateTask,
     Header,
     PrepareTask,
     new_token,
     parse,
 )
-from hetrain.transport.channel import NO_HEADER, Reply, RowRange
+from hetrain.public.protocol.product import Operand, Part, Product
+from hetrain.transport.channel import NO_HEADER, Accept, Reply, accept_any
 from hetrain.transport.requests.state import evaluate_task, prepare_task
 
 Handler = Callable[[EvaluateTask, memoryview], list[memoryview]]
@@ -24,7 +24,7 @@ Preparer = Callable[[PrepareTask, bytes], None]
 
 
 class InProcessChannel:
-    """Runs every request at once, in the thread that sends it, through the same messages as the queue's.
+    """Computes every product at once, in the calling thread, through the same messages as over a queue.
 
     Args:
         handler: evaluates a task on its payload.
@@ -44,7 +44,7 @@ class InProcessChannel:
         """See `Channel.prepare`."""
         blob = Blob(job=self._job, kind="plan", token=plan_digest, nbytes=len(plan))
         task = prepare_task(model, engine, blob, setup)
-        task = parse(PrepareTask, task.to_json(), where="local channel")
+        task = parse(PrepareTask, task.to_json(), where="in-process channel")
         begun = perf_counter()
         if self._preparer is not None:
             self._preparer(task, plan)
@@ -53,59 +53,22 @@ class InProcessChannel:
             request=task.request, state="done", worker="local", device="local", seconds=perf_counter() - begun
         )
 
-    def partition(self, group: str, n_rows: int, nbytes: int, step: int) -> list[RowRange]:
-        """All rows at once; see `Channel.partition`."""
-        return [(0, n_rows)]
-
-    def send(
-        self,
-        group: str,
-        direction: Direction,
-        header: Header,
-        payload: Sequence[memoryview],
-        rows: Sequence[RowRange],
-    ) -> InProcessPending:
-        """See `Channel.send`."""
+    def multiply(self, product: Product, operand: Operand, accept: Accept = accept_any) -> Reply:
+        """See `Channel.multiply`. The result has one part."""
         if self._closed:
             raise Interrupted("the channel is closed")
         if self._prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
-        operand = memoryview(bytearray().join(payload))
-        blob = Blob(job=self._job, kind="in", token=new_token(), nbytes=operand.nbytes)
+        payload = memoryview(bytearray().join(operand.payload))
+        blob = Blob(job=self._job, kind="in", token=new_token(), nbytes=payload.nbytes)
+        task = evaluate_task(self._prepared, new_token(), product, operand.header, (0, product.n), blob)
+        task = parse(EvaluateTask, task.to_json(), where="in-process channel")
         begun = perf_counter()
-        parts: list[memoryview] = []
-        try:
-            for start, stop in rows:
-                task = evaluate_task(
-                    self._prepared, new_token(), group, direction, header, (start, stop), blob
-                )
-                task = parse(EvaluateTask, task.to_json(), where="local channel")
-                parts.append(memoryview(bytearray().join(self._handler(task, operand))))
-        except HetrainError as error:
-            return InProcessPending(error)
-        return InProcessPending(
-            Reply(
-                parts=parts,
-                bytes_up=operand.nbytes,
-                bytes_down=sum(part.nbytes for part in parts),
-                server_s=perf_counter() - begun,
-                device="local",
-            )
-        )
+        data = memoryview(bytearray().join(self._handler(task, payload)))
+        part = Part((0, product.n), data, worker="local", device="local", seconds=perf_counter() - begun)
+        accept(part)
+        return Reply((part,), payload.nbytes)
 
     def close(self) -> None:
         """See `Channel.close`."""
         self._closed = True
-
-
-class InProcessPending:
-    """A request that has already been run."""
-
-    def __init__(self, outcome: Reply | HetrainError) -> None:
-        self._outcome = outcome
-
-    def result(self) -> Reply:
-        """See `Pending.result`."""
-        if isinstance(self._outcome, HetrainError):
-            raise self._outcome
-        return self._outcome

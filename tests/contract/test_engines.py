@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from hetrain.public.errors import HetrainError, NotFinite, ParameterError, WireError
 from hetrain.public.protocol.messages import Direction
 from hetrain.secret.engine import ENGINES
-from tests.harness.engine import PROMISES, Bench
+from tests.harness.engine import PROMISES, Bench, open_checked
 from worker_gpu.engines import ENGINES as WORKER_ENGINES
 
 SHAPES = {"one": (1, 1), "wide": (3, 70), "tall": (45, 2), "square": (16, 16), "ragged": (37, 29)}
@@ -86,21 +87,21 @@ def test_another_jobs_keys_open_nothing(bench: Bench) -> None:
     """Numbers far off everywhere, or a refusal. Without encryption everyone's opening fits."""
     x = torch.randn(33, width(bench, "ragged", "forward"))
     mine = bench.seal("ragged", "forward", x)
-    other = bench.new_sealer().seal(x, bench.group("ragged"), "forward")
-    answer, rows = bench.answer("ragged", "forward", mine), [(0, 37)]
-    right = mine.opening.open(answer, rows)
+    other = bench.new_sealer().seal(x, bench.product("ragged", "forward"))
+    answer = bench.answer("ragged", "forward", mine)
+    right = open_checked(mine, answer)
     if not ENGINES[bench.name].hides:
-        assert torch.equal(other.opening.open(answer, rows), right)
+        assert torch.equal(open_checked(other, answer), right)
         return
     with suppress(WireError):
-        far = (other.opening.open(answer, rows) - right).abs() > 0.01 * right.abs().max()
+        far = (open_checked(other, answer) - right).abs() > 0.01 * right.abs().max()
         assert float(far.float().mean()) > 0.8
 
 
 @pytest.mark.parametrize("change", ["empty", "cut", "shorter", "longer", "doubled"])
 def test_operands_of_another_length_are_refused(bench: Bench, change: str) -> None:
     sealed = bench.seal("ragged", "forward", torch.randn(5, 29))
-    payload = b"".join(sealed.payload)
+    payload = b"".join(sealed.operand.payload)
     with pytest.raises(WireError) as error:
         bench.answer("ragged", "forward", sealed, payload=resized(payload, change))
     assert str(len(resized(payload, change))) in str(error.value)
@@ -110,8 +111,11 @@ def test_operands_of_another_length_are_refused(bench: Bench, change: str) -> No
 def test_results_of_another_length_are_refused(bench: Bench, change: str) -> None:
     sealed = bench.seal("ragged", "forward", torch.randn(5, 29))
     (part,) = bench.answer("ragged", "forward", sealed)
+    resized_part = replace(part, data=memoryview(bytearray(resized(bytes(part.data), change))))
     with pytest.raises(WireError, match="37 rows"):
-        sealed.opening.open([memoryview(bytearray(resized(bytes(part), change)))], [(0, 37)])
+        sealed.opening.check(resized_part)
+    with pytest.raises(WireError, match="37 rows"):
+        sealed.opening.open([resized_part])
 
 
 def resized(data: bytes, change: str) -> bytes:
@@ -130,15 +134,15 @@ def test_corrupted_blobs_change_results_or_are_refused(bench: Bench) -> None:
     generator = random.Random(5)
     x = torch.randn(3, 16)
     sealed = bench.seal("square", "forward", x)
-    payload = b"".join(sealed.payload)
+    payload = b"".join(sealed.operand.payload)
     (part,) = bench.answer("square", "forward", sealed)
     for position in {0, 1, 8, 17, 40, *(generator.randrange(len(payload)) for _ in range(8))}:
         with suppress(WireError):
             (answer,) = bench.answer("square", "forward", sealed, payload=flipped(payload, position))
-            assert sealed.opening.open([answer], [(0, 16)]).shape == (3, 16)
-    for position in {0, 1, 8, 17, 40, *(generator.randrange(part.nbytes) for _ in range(8))}:
+            assert open_checked(sealed, [answer]).shape == (3, 16)
+    for position in {0, 1, 8, 17, 40, *(generator.randrange(part.data.nbytes) for _ in range(8))}:
         with suppress(WireError):
-            y = sealed.opening.open([memoryview(flipped(bytes(part), position))], [(0, 16)])
+            y = open_checked(sealed, [replace(part, data=memoryview(flipped(bytes(part.data), position)))])
             assert y.shape == (3, 16)
 
 
@@ -150,12 +154,12 @@ def flipped(data: bytes, position: int) -> bytearray:
 
 def test_headers_are_checked(bench: Bench) -> None:
     sealed = bench.seal("square", "forward", torch.randn(3, 16))
-    for key, value in sealed.header.items():
+    for key, value in sealed.operand.header.items():
         for wrong in ("", "nothing of the kind", -1, 1 << 40):
             with pytest.raises(HetrainError) as error:
-                bench.answer("square", "forward", sealed, header={**sealed.header, key: wrong})
+                bench.answer("square", "forward", sealed, header={**sealed.operand.header, key: wrong})
             assert type(error.value).__name__ in ("WireError", "WorkerRefused"), (key, value, wrong)
-        missing = {k: v for k, v in sealed.header.items() if k != key}
+        missing = {k: v for k, v in sealed.operand.header.items() if k != key}
         with pytest.raises(HetrainError):
             bench.answer("square", "forward", sealed, header=missing)
 
@@ -170,7 +174,7 @@ def test_many_threads_at_once(bench: Bench) -> None:
 
 def test_what_leaves_is_fresh_every_time(bench: Bench) -> None:
     x = torch.randn(5, 16)
-    payloads = {b"".join(bench.seal("square", "forward", x).payload) for _ in range(3)}
+    payloads = {b"".join(bench.seal("square", "forward", x).operand.payload) for _ in range(3)}
     assert len(payloads) == (3 if ENGINES[bench.name].hides else 1)
 
 
@@ -187,8 +191,8 @@ def test_operands_that_cannot_be_sealed_are_refused(bench: Bench) -> None:
 
 def test_fewer_bits_are_coarser_but_as_exact(bench: Bench) -> None:
     x = torch.randn(5, 16)
-    sealed = bench.new_sealer(bits=4).seal(x, bench.group("square"), "forward")
-    y = sealed.opening.open(bench.answer("square", "forward", sealed), [(0, 16)])
+    sealed = bench.new_sealer(bits=4).seal(x, bench.product("square", "forward"))
+    y = open_checked(sealed, bench.answer("square", "forward", sealed))
     scales = x.abs().amax(dim=1, keepdim=True) / 7
     coarse = (x / scales).round().clamp(-7, 7) * scales
     expected = coarse @ bench.matrix("square", "forward").to(torch.float32).t()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,13 +14,23 @@ from safetensors.torch import save_file
 from hetrain.public.lattice.parameters import largest_operand, parameters_for, switching_error_bound
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import max_l1
-from hetrain.public.protocol.messages import Direction, EvaluateTask
+from hetrain.public.protocol.messages import (
+    Blob,
+    Direction,
+    EvaluateTask,
+    Header,
+    PrepareTask,
+    new_token,
+    parse,
+)
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
+from hetrain.public.protocol.product import Part, Product, ProductKey, RowRange
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, Key, sketches_of
+from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.transport.in_process import InProcessChannel
+from hetrain.transport.requests.state import evaluate_task
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
@@ -61,6 +71,13 @@ PROMISES: Mapping[str, Promise] = MappingProxyType(
 )
 
 
+def open_checked(sealed: Sealed, parts: Sequence[Part]) -> torch.Tensor:
+    """What `sealed` opens `parts` to, after checking each."""
+    for part in parts:
+        sealed.opening.check(part)
+    return sealed.opening.open(parts)
+
+
 class Bench:
     """A checkpoint of the given matrices, its plan, a worker that serves it, and a job of one engine."""
 
@@ -85,12 +102,14 @@ class Bench:
         self.service = Service(COMPUTE, WeightStore(COMPUTE.device, {checkpoint.label: str(folder)}))
         self._hints_in = folder if hints else None
         self.sealer = self.new_sealer()
-        self.channel = InProcessChannel(
-            self.evaluate, lambda task, plan: self.service.prepare(task, lambda: plan)
-        )
+        self.channel = InProcessChannel(self.evaluate, self._prepare)
         self.channel.prepare(
             self.plan.model, engine, self.plan.to_bytes(), self.plan.digest, self.sealer.setup
         )
+
+    def _prepare(self, task: PrepareTask, plan: bytes) -> None:
+        self.prepared = task
+        self.service.prepare(task, lambda: plan)
 
     def new_sealer(self, bits: int | None = None) -> Sealer:
         """Another job's client half, with keys of its own."""
@@ -100,7 +119,7 @@ class Bench:
         """A store of hints, empty; None where this bench has none."""
         if self._hints_in is None:
             return None
-        sketches: dict[Key, Sketch] = {}
+        sketches: dict[ProductKey, Sketch] = {}
         for group in self.plan.groups:
             sketches |= sketches_of(group, self.matrices[group.name])
         return HintStore(self.plan, sketches, self._hints_in)
@@ -113,32 +132,41 @@ class Bench:
         """The group called `name`."""
         return next(group for group in self.plan.groups if group.name == name)
 
+    def product(self, name: str, direction: Direction) -> Product:
+        """One of the products with the group called `name`."""
+        return Product(self.group(name), direction)
+
     def seal(self, name: str, direction: Direction, x: torch.Tensor) -> Sealed:
-        """One operand, hidden."""
-        return self.sealer.seal(x, self.group(name), direction)
+        """One operand, sealed."""
+        return self.sealer.seal(x, self.product(name, direction))
 
     def answer(
         self,
         name: str,
         direction: Direction,
         sealed: Sealed,
-        rows: list[tuple[int, int]] | None = None,
+        rows: Sequence[RowRange] | None = None,
         payload: bytes | None = None,
-        header: Mapping[str, str | int] | None = None,
-    ) -> list[memoryview]:
+        header: Header | None = None,
+    ) -> list[Part]:
         """The worker's results for `sealed`, or for another payload or header in its place."""
-        rows = rows or [(0, self.group(name).result_rows(direction))]
-        parts = sealed.payload if payload is None else [memoryview(bytearray(payload))]
-        chosen = sealed.header if header is None else header
-        return self.channel.send(name, direction, chosen, parts, rows).result().parts
+        product = self.product(name, direction)
+        data = memoryview(bytearray().join(sealed.operand.payload) if payload is None else bytearray(payload))
+        blob = Blob(job=self.prepared.job, kind="in", token=new_token(), nbytes=data.nbytes)
+        chosen = sealed.operand.header if header is None else header
+        parts = []
+        for piece in rows or [(0, product.n)]:
+            task = evaluate_task(self.prepared, new_token(), product, chosen, piece, blob)
+            task = parse(EvaluateTask, task.to_json(), where="harness")
+            parts.append(Part(piece, memoryview(bytearray().join(self.evaluate(task, data))), "worker"))
+        return parts
 
     def multiply(
-        self, name: str, direction: Direction, x: torch.Tensor, rows: list[tuple[int, int]] | None = None
+        self, name: str, direction: Direction, x: torch.Tensor, rows: Sequence[RowRange] | None = None
     ) -> torch.Tensor:
-        """The whole way: sealed, evaluated, opened."""
+        """The whole way: sealed, evaluated, checked, opened."""
         sealed = self.seal(name, direction, x)
-        rows = rows or [(0, self.group(name).result_rows(direction))]
-        return sealed.opening.open(self.answer(name, direction, sealed, rows), rows)
+        return open_checked(sealed, self.answer(name, direction, sealed, rows))
 
     def matrix(self, name: str, direction: Direction) -> torch.Tensor:
         """W, int8 [n, K], of this direction."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,7 @@ def test_a_task_for_another_circuit_is_refused(bench: Bench) -> None:
     sealed = bench.seal("w", "forward", torch.randn(3, 16))
     other = compile_circuit(tile(16, 5, 127)).digest
     with pytest.raises(WorkerRefused, match="compiles"):
-        bench.answer("w", "forward", sealed, header={**sealed.header, "circuit": other})
+        bench.answer("w", "forward", sealed, header={**sealed.operand.header, "circuit": other})
 
 
 def test_a_product_that_cannot_be_compiled_is_named() -> None:
@@ -189,6 +190,6 @@ def test_larger_values_than_any_product_are_refused(bench: Bench) -> None:
     """What a worker that adds up wrongly would most often be noticed by."""
     sealed = bench.seal("w", "forward", torch.randn(3, 16))
     (part,) = bench.answer("w", "forward", sealed)
-    noise = bytearray(os.urandom(part.nbytes))
+    noise = bytearray(os.urandom(part.data.nbytes))
     with pytest.raises(WireError, match="larger than any product"):
-        sealed.opening.open([memoryview(noise)], [(0, 12)])
+        sealed.opening.open([replace(part, data=memoryview(noise))])

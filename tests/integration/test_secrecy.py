@@ -22,8 +22,7 @@ from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.lattice.parameters import largest_operand, parameters_for
 from hetrain.public.model.files import resolve
-from hetrain.public.protocol.messages import Direction
-from hetrain.public.protocol.plan import Group
+from hetrain.public.protocol.product import Product
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.train.session import open_base
@@ -83,7 +82,7 @@ class Wiretap:
                     end.shutdown(socket.SHUT_RDWR)
 
 
-class OnMatrix:
+class RecordingSealer:
     """A sealer that remembers every operand it seals and every product it opens."""
 
     def __init__(self, sealer: Sealer) -> None:
@@ -91,30 +90,23 @@ class OnMatrix:
         self.setup = sealer.setup
         self.secrets: list[torch.Tensor] = []
 
-    def seal(self, x: torch.Tensor, group: Group, direction: Direction):  # type: ignore[no-untyped-def]
-        sealed = self._sealer.seal(x, group, direction)
-        x_max = largest_operand(parameters_for(x.shape[0]), group.max_l1(direction))
+    def seal(self, x: torch.Tensor, product: Product):  # type: ignore[no-untyped-def]
+        sealed = self._sealer.seal(x, product)
+        x_max = largest_operand(parameters_for(x.shape[0]), product.max_l1)
         operand = quantize_operand(x, x_max)
         self.secrets += [x.detach().float(), operand.values, operand.scales]
         opening, secrets = sealed.opening, self.secrets
 
         class Recording:
-            def open(self, parts, rows):  # type: ignore[no-untyped-def]
-                y = opening.open(parts, rows)
+            check = staticmethod(opening.check)
+
+            def open(self, parts):  # type: ignore[no-untyped-def]
+                y = opening.open(parts)
                 secrets.append(y)
                 secrets.append((y / operand.scales[:, None]).round().to(torch.int32).t())
                 return y
 
-        return type(
-            "Sealed",
-            (),
-            {
-                "header": sealed.header,
-                "payload": sealed.payload,
-                "opening": Recording(),
-                "row_step": sealed.row_step,
-            },
-        )()
+        return type("Sealed", (), {"operand": sealed.operand, "opening": Recording()})()
 
     def windows(self) -> Iterator[bytes]:
         """Byte windows of all that must stay secret: by rows and by columns, as float32, half and int32."""
@@ -155,7 +147,7 @@ def tapped_broker(model: Path, log: Path) -> Iterator[tuple[str, Wiretap]]:
         yield url, tap
 
 
-def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, OnMatrix]:
+def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, RecordingSealer]:
     """One forward and backward over canary rows: all that was heard and logged, and what was secret."""
     base = open_base(str(model))
     data = scratch / "rows.jsonl"
@@ -168,26 +160,26 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, OnM
         try:
             split = split_model(resolve(str(model)))
             plan = split.plan
-            witness = OnMatrix(client_engine(engine).open(plan, JobOptions()))
+            recorder = RecordingSealer(client_engine(engine).open(plan, JobOptions()))
             channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
             adapted = add_adapter(split, LoraSettings(r=2, alpha=4), 0)
-            replica = Replica(split, adapted, channel, witness)
+            replica = Replica(split, adapted, channel, recorder)
             updater = Updater(adapter_parameters(adapted), OptimizerSettings(), 1)
             result = run_step(replica, batch, updater.snapshot(), 0)
             assert result.summed_loss > 0
             ids = batch.tokens
-            witness.secrets += [ids, ids.to(torch.int32)]
+            recorder.secrets += [ids, ids.to(torch.int32)]
         finally:
             channel.close()
         heard = tap.heard()
-    return heard + log.read_bytes(), witness
+    return heard + log.read_bytes(), recorder
 
 
 @pytest.mark.parametrize(("engine", "readable"), [("rlwe", False), ("clear", True)])
 def test_what_leaves_the_client(tiny_llama: Path, tmp_path: Path, engine: str, readable: bool) -> None:
     """With `rlwe` nothing is found; with `clear` the very same search finds plenty, so it can find."""
-    heard, witness = run_canary_step(tiny_llama, engine, tmp_path)
-    windows = list(witness.windows())
+    heard, recorder = run_canary_step(tiny_llama, engine, tmp_path)
+    windows = list(recorder.windows())
     assert len(windows) > 500
     assert b"hetrain.evaluate" in heard, "the wiretap heard nothing"
     found = sum(window in heard for window in windows)

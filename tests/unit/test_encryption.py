@@ -23,6 +23,7 @@ from hetrain.public.lattice.parameters import (
 )
 from hetrain.public.model.quantization import max_l1
 from hetrain.public.protocol.messages import Blob, EvaluateTask
+from hetrain.public.protocol.product import Part
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engines import clear
 from hetrain.secret.engines.rlwe import seal as rlwe
@@ -138,12 +139,12 @@ def test_quantisation_uses_the_whole_range_and_rounds_to_nearest() -> None:
 
 def evaluate(matrix: torch.Tensor, sealed: RlweSealed | clear.ClearSealed, name: str = "rlwe") -> memoryview:
     """What the worker's half answers, as one blob."""
-    blob = Blob(job=TOKEN, kind="in", token=TOKEN, nbytes=sum(part.nbytes for part in sealed.payload))
+    blob = Blob(job=TOKEN, kind="in", token=TOKEN, nbytes=sum(part.nbytes for part in sealed.operand.payload))
     task = EvaluateTask(
         request=TOKEN, job=TOKEN, model="m", engine=name, plan=blob, plan_digest=TOKEN, group="g",
-        direction="forward", start=0, stop=len(matrix), header=sealed.header, input=blob,
+        direction="forward", start=0, stop=len(matrix), header=sealed.operand.header, input=blob,
     )  # fmt: skip
-    payload = memoryview(bytearray(b"".join(sealed.payload)))
+    payload = memoryview(bytearray(b"".join(sealed.operand.payload)))
     half = open_engine(name, COMPUTE)
     return memoryview(bytearray(b"".join(half.evaluate(matrix.to(COMPUTE.device), task, payload))))
 
@@ -157,7 +158,7 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> Decryption:
     monkeypatch.setattr(rlwe, "kernels", TorchKernels)
 
     def decrypt(opening: RlweOpening, part: memoryview, n: int) -> torch.Tensor:
-        b, planes = opening._take_apart(part, n)
+        b, planes = opening._take_apart(Part((0, n), part))
         assert planes is not None
         product = opening.secret.dot(join_planes(*planes)).reshape(n, -1)
         return ((b.to(torch.int32) << 16) - product)[:, : len(opening.scales)].to(torch.int64)
@@ -191,7 +192,7 @@ def test_decrypted_products_are_within_the_budget(tokens: int, n: int, k: int, i
     error = integers(sealed.opening, part, n) - exact_product(matrix, operand.values)
     assert bool((error.abs() <= noise_bound(matrix, parameters)[:, None]).all())
 
-    y = sealed.opening.open([part], [(0, n)])
+    y = sealed.opening.open([Part((0, n), part)])
     assert (y.dtype, y.shape) == (torch.float32, (tokens, n))
     rounding = 0.5 * matrix.to(torch.float64).abs().sum(1)
     tolerance = (noise_bound(matrix, parameters) + rounding + 2**31 * 1e-6) * operand.scales[:, None].double()
@@ -219,8 +220,8 @@ def test_results_of_row_ranges_join(tokens: int) -> None:
     matrix, x = random_matrix(40, 24), torch.randn(tokens, 24)
     sealed = seal(x, max_l1(matrix)[0])
     rows = [(0, 13), (13, 14), (14, 40)]
-    whole = sealed.opening.open([evaluate(matrix, sealed)], [(0, 40)])
-    shards = sealed.opening.open([evaluate(matrix[a:b], sealed) for a, b in rows], rows)
+    whole = sealed.opening.open([Part((0, 40), evaluate(matrix, sealed))])
+    shards = sealed.opening.open([Part((a, b), evaluate(matrix[a:b], sealed)) for a, b in rows])
     assert torch.equal(whole, shards)
 
 
@@ -229,7 +230,7 @@ def test_clear_computes_the_same_without_noise() -> None:
     bound = max_l1(matrix)[0]
     operand = quantize_operand(x, largest_operand(parameters_for(20), bound))
     sealed = clear.seal(x, bound)
-    y = sealed.opening.open([evaluate(matrix, sealed, "clear")], [(0, 9)])
+    y = sealed.opening.open([Part((0, 9), evaluate(matrix, sealed, "clear"))])
     expected = exact_product(matrix, operand.values).t().to(torch.float32) * operand.scales[:, None]
     assert torch.equal(y, expected)
 
@@ -253,7 +254,7 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool, intege
     assert float((error / predicted).std()) == pytest.approx(1, rel=0.05)
     assert abs(float((error / predicted).mean())) < 8 / math.sqrt(error.numel())
 
-    b = torch.frombuffer(bytearray(sealed.payload[0]), dtype=torch.int32).view(k, -1)
+    b = torch.frombuffer(bytearray(sealed.operand.payload[0]), dtype=torch.int32).view(k, -1)
     unrounded = reference(matrix, b)[:, :tokens].to(torch.int64)
     step = 1 << (32 - SWITCHED_B_BITS)
     rounding = (unrounded + step // 2) // step * step - unrounded
@@ -266,7 +267,7 @@ def test_noise_of_switching_alone_has_the_predicted_size(integers: Decryption) -
     matrix = torch.eye(32, dtype=torch.int8)
     sealed = seal(torch.zeros(2048, 32), 1)
     error = integers(sealed.opening, evaluate(matrix, sealed), 32).double()
-    b = torch.frombuffer(bytearray(sealed.payload[0]), dtype=torch.int32).view(32, -1).to(torch.int64)
+    b = torch.frombuffer(bytearray(sealed.operand.payload[0]), dtype=torch.int32).view(32, -1).to(torch.int64)
     rest = error - ((b + 2**15) // 2**16 * 2**16 - b)
     predicted = (predicted_noise_std(torch.ones(1), REAL[-1]).square() - 2**32 / 12).sqrt()
     assert float(rest.std()) == pytest.approx(float(predicted), rel=0.05)
@@ -292,15 +293,17 @@ def test_a_wrong_secret_opens_nothing(integers: Decryption) -> None:
 def test_ciphertexts_look_uniform_and_share_nothing() -> None:
     x = torch.randn(512, 64)
     one, other = seal(x, 5000), seal(x, 5000)
-    first, second = (torch.frombuffer(bytearray(s.payload[0]), dtype=torch.int32) for s in (one, other))
-    assert one.header["mask_seed"] != other.header["mask_seed"]
-    assert one.header["parameters"] == other.header["parameters"] == "rlwe-512x4"
+    first, second = (
+        torch.frombuffer(bytearray(s.operand.payload[0]), dtype=torch.int32) for s in (one, other)
+    )
+    assert one.operand.header["mask_seed"] != other.operand.header["mask_seed"]
+    assert one.operand.header["parameters"] == other.operand.header["parameters"] == "rlwe-512x4"
     # Two independent uniform words agree once in 2^32.
     assert int((first == second).sum()) <= 2
     for words in (first, second, first - second):
         assert abs(excess_of_high_bytes(words)) < 8
     # With the masks taken away nothing changes: they are another key's than the secret's.
-    masks = expand_mask(PublicSeed.from_hex(one.header["mask_seed"]), 64, 2048)
+    masks = expand_mask(PublicSeed.from_hex(one.operand.header["mask_seed"]), 64, 2048)
     for i in range(4):
         assert abs(excess_of_high_bytes(first.view(64, 512) - masks[:, 512 * i : 512 * (i + 1)])) < 8
 
@@ -308,9 +311,13 @@ def test_ciphertexts_look_uniform_and_share_nothing() -> None:
 def test_headers_say_nothing_of_the_values() -> None:
     """Same size, other values: the same header but for the seed, and a payload of the same length."""
     small, large = seal(torch.full((5, 8), 1e-6), 900), seal(torch.full((3, 8), 1e6), 900)
-    assert small.header.keys() == large.header.keys() == {"parameters", "mask_seed"}
-    assert small.header["parameters"] == large.header["parameters"]
-    assert [p.nbytes for p in small.payload] == [p.nbytes for p in large.payload] == [4 * 8 * 256]
+    assert small.operand.header.keys() == large.operand.header.keys() == {"parameters", "mask_seed"}
+    assert small.operand.header["parameters"] == large.operand.header["parameters"]
+    assert (
+        [p.nbytes for p in small.operand.payload]
+        == [p.nbytes for p in large.operand.payload]
+        == [4 * 8 * 256]
+    )
 
 
 def test_representations_show_no_secret() -> None:
@@ -340,9 +347,11 @@ def test_results_of_another_length_are_refused(name: str, change: int) -> None:
     part = evaluate(matrix, sealed, name).tobytes()
     wrong = part[:change] if change < 0 else part + bytes(change)
     with pytest.raises(WireError, match="4 rows"):
-        sealed.opening.open([memoryview(wrong)], [(0, 4)])
+        sealed.opening.open([Part((0, 4), memoryview(wrong))])
+    with pytest.raises(WireError, match="4 rows"):
+        sealed.opening.check(Part((0, 4), memoryview(wrong)))
     with pytest.raises(WireError):
-        sealed.opening.open([memoryview(b"")], [(0, 4)])
+        sealed.opening.open([Part((0, 4), memoryview(b""))])
 
 
 @pytest.mark.parametrize("engine_seal", [seal, clear.seal])
@@ -365,7 +374,7 @@ def test_any_floating_type_is_sealed(dtype: torch.dtype) -> None:
     matrix = torch.eye(8, dtype=torch.int8) * 127
     x = torch.randn(12, 16).to(dtype)[:, ::2].requires_grad_()
     sealed = seal(x, 127)
-    y = sealed.opening.open([evaluate(matrix, sealed)], [(0, 8)])
+    y = sealed.opening.open([Part((0, 8), evaluate(matrix, sealed))])
     expected = 127 * x.detach().double()
     assert torch.allclose(y.double(), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
@@ -376,6 +385,6 @@ def test_tokens_of_zeros_and_denormals_come_back_small() -> None:
     x[2] = 1e30
     matrix = torch.ones(5, 8, dtype=torch.int8)
     sealed = seal(x, 8)
-    y = sealed.opening.open([evaluate(matrix, sealed)], [(0, 5)])
+    y = sealed.opening.open([Part((0, 5), evaluate(matrix, sealed))])
     assert float(y[:2].abs().max()) < 1e-28
     assert torch.allclose(y[2], torch.tensor(8e30), rtol=1e-2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hetrain.nn.remote import ProductStats, RemoteMatmul
-from hetrain.public.errors import UsageError, WireError
+from hetrain.public.errors import ResultRejected, UsageError
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe import seal as rlwe
@@ -17,7 +18,7 @@ from hetrain.secret.engines.rlwe.hints import ROW_BYTES, hint_bytes
 from hetrain.secret.engines.rlwe.kernels import TorchKernels
 from hetrain.secret.verification import Sketch
 from hetrain.train.hint_policy import open_hints, wants_hints
-from tests.harness.engine import Bench
+from tests.harness.engine import Bench, open_checked
 from worker_gpu.kernels import reference
 
 SHAPE = (37, 29)
@@ -34,26 +35,26 @@ def test_from_the_second_product_on_only_b_travels(bench: Bench) -> None:
     x = torch.randn(300, 29)
     first = bench.seal("one", "forward", x)
     full = bench.answer("one", "forward", first)
-    assert "mask_seed" in first.header
-    assert full[0].nbytes == 37 * (2 * 512 + 3 * SLOTS)
-    expected = first.opening.open(full, [(0, 37)])
+    assert "mask_seed" in first.operand.header
+    assert full[0].data.nbytes == 37 * (2 * 512 + 3 * SLOTS)
+    expected = open_checked(first, full)
     second = bench.seal("one", "forward", x)
-    assert second.header == {"parameters": "rlwe-512x4", "result": "b"}
+    assert second.operand.header == {"parameters": "rlwe-512x4", "result": "b"}
     short = bench.answer("one", "forward", second)
-    assert short[0].nbytes == 37 * 2 * 512
-    y = second.opening.open(short, [(0, 37)])
+    assert short[0].data.nbytes == 37 * 2 * 512
+    y = open_checked(second, short)
     assert not bench.excess("one", "forward", x, expected).any()
     assert not bench.excess("one", "forward", x, y).any()
     # What is sealed for another direction or matrix knows nothing of it yet.
     for name, direction, k in (("one", "backward", 37), ("other", "forward", 29)):
-        assert "mask_seed" in bench.seal(name, direction, torch.randn(3, k)).header  # type: ignore[arg-type]
+        assert "mask_seed" in bench.seal(name, direction, torch.randn(3, k)).operand.header  # type: ignore[arg-type]
 
 
 def test_rings_of_every_degree_share_a_hint(bench: Bench) -> None:
     bench.multiply("one", "backward", torch.randn(9, 37))
     for tokens in (1, 256, 257, 1000, 2048):
         x = torch.randn(tokens, 37)
-        assert bench.seal("one", "backward", x).header["result"] == "b"
+        assert bench.seal("one", "backward", x).operand.header["result"] == "b"
         assert not bench.excess("one", "backward", x, bench.multiply("one", "backward", x)).any()
 
 
@@ -61,12 +62,12 @@ def test_ranges_of_rows_complete_a_hint_in_any_order(bench: Bench) -> None:
     x = torch.randn(20, 29)
     for rows in ([(0, 13)], [(20, 37)], [(0, 13), (13, 20)]):
         sealed = bench.seal("one", "forward", x)
-        assert "mask_seed" in sealed.header
-        sealed.opening.open(bench.answer("one", "forward", sealed, rows), rows)
+        assert "mask_seed" in sealed.operand.header
+        open_checked(sealed, bench.answer("one", "forward", sealed, rows))
     rows = [(30, 37), (0, 30)]
     sealed = bench.seal("one", "forward", x)
-    assert sealed.header["result"] == "b"
-    y = sealed.opening.open(bench.answer("one", "forward", sealed, rows), rows)
+    assert sealed.operand.header["result"] == "b"
+    y = open_checked(sealed, bench.answer("one", "forward", sealed, rows))
     back = torch.cat([y[:, 7:], y[:, :7]], dim=1)
     assert not bench.excess("one", "forward", x, back).any()
 
@@ -107,7 +108,7 @@ def test_no_way_leads_to_a_second_message_under_a_secret(bench: Bench) -> None:
 def test_masks_of_different_products_and_jobs_differ(bench: Bench) -> None:
     stores = [bench.new_hints(), bench.new_hints()]
     seeds = {
-        store.hint(bench.group(name), direction).seed.value  # type: ignore[union-attr]
+        store.hint(bench.product(name, direction)).seed.value  # type: ignore[union-attr]
         for store in stores
         for name in ("one", "other")
         for direction in ("forward", "backward")
@@ -118,13 +119,15 @@ def test_masks_of_different_products_and_jobs_differ(bench: Bench) -> None:
 @pytest.mark.parametrize(("place", "flip"), [("first", 0x01), ("last", 0x80)])
 def test_a_wrong_hint_is_found_before_it_is_used(bench: Bench, place: str, flip: int) -> None:
     sealed = bench.seal("one", "forward", torch.randn(5, 29))
-    data = bytearray(bench.answer("one", "forward", sealed)[0])
+    (part,) = bench.answer("one", "forward", sealed)
+    data = bytearray(part.data)
     b_bytes, high_bytes = 37 * 2 * 256, 37 * 2 * SLOTS
     data[b_bytes + 1 if place == "first" else b_bytes + high_bytes - 1] ^= flip
-    with pytest.raises(WireError, match="public mask is wrong") as error:
-        sealed.opening.open([memoryview(data)], [(0, 37)])
+    with pytest.raises(ResultRejected, match=r"public mask .* is wrong") as error:
+        sealed.opening.check(replace(part, data=memoryview(data)))
     assert "do not trust" in error.value.hint
-    assert "mask_seed" in bench.seal("one", "forward", torch.randn(5, 29)).header
+    assert error.value.where == part.worker == "worker"
+    assert "mask_seed" in bench.seal("one", "forward", torch.randn(5, 29)).operand.header
 
 
 def test_a_full_disk_costs_speed_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +137,7 @@ def test_a_full_disk_costs_speed_only(bench: Bench, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("os.pwrite", full)
     for _ in range(2):
         x = torch.randn(5, 29)
-        assert "mask_seed" in bench.seal("one", "forward", x).header
+        assert "mask_seed" in bench.seal("one", "forward", x).operand.header
         assert not bench.excess("one", "forward", x, bench.multiply("one", "forward", x)).any()
 
 
@@ -165,9 +168,9 @@ def test_sketches_are_secret_and_fresh() -> None:
 
 def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(bench: Bench) -> None:
     """5000 tokens are three ciphertexts."""
-    outsourcer = RemoteMatmul(bench.channel, bench.sealer, ProductStats())
+    matmul = RemoteMatmul(bench.channel, bench.sealer, ProductStats())
     x = torch.randn(5000, 29)
-    y = outsourcer.multiply(bench.group("one"), "forward", x)
+    y = matmul.multiply(bench.product("one", "forward"), x)
     for start in range(0, 5000, SLOTS):
         part = slice(start, start + SLOTS)
         assert not bench.excess("one", "forward", x[part], y[part]).any()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,14 +14,14 @@ from hypothesis import strategies as st
 from hetrain.data.packing import epochs
 from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
-from hetrain.public.protocol.messages import Direction, Header
+from hetrain.public.protocol.product import Operand, Product
 from hetrain.train.data_position import Position
 from hetrain.train.loop import AppliedUpdate, train
 from hetrain.train.session import open_base, open_session
 from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
 from hetrain.train.staleness import Entry, StalenessGate
 from hetrain.train.updater import Updater
-from hetrain.transport.channel import Channel, Reply, RowRange
+from hetrain.transport.channel import Accept, Channel, Reply
 
 HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 SENDS = 15  # of one micro-batch of `tiny_llama`: eight groups forward, seven backward
@@ -92,34 +91,18 @@ class Slowed:
     def __getattr__(self, name: str) -> object:
         return getattr(self._channel, name)
 
-    def send(
-        self,
-        group: str,
-        direction: Direction,
-        header: Header,
-        payload: Sequence[memoryview],
-        rows: Sequence[RowRange],
-    ) -> Slowed.Pending:
+    def multiply(self, product: Product, operand: Operand, accept: Accept) -> Reply:
         me = threading.get_ident()
         with self._lock:
             self._slow = self._slow or me
         if me == self._slow:
             assert self._free.wait(60)
-        return Slowed.Pending(self, self._channel.send(group, direction, header, payload, rows))
-
-    class Pending:
-        """Counts its result."""
-
-        def __init__(self, slowed: Slowed, pending: object) -> None:
-            self._slowed, self._pending = slowed, pending
-
-        def result(self) -> Reply:
-            reply: Reply = self._pending.result()  # type: ignore[attr-defined]
-            with self._slowed._lock:
-                self._slowed._left -= 1
-                if self._slowed._left == 0:
-                    self._slowed._free.set()
-            return reply
+        reply = self._channel.multiply(product, operand, accept)
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._free.set()
+        return reply
 
 
 @pytest.mark.usefixtures("one_thread")

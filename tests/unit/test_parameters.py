@@ -27,6 +27,7 @@ from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import input_scales, matrix_digest, max_l1, quantize
 from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, stack_group
+from hetrain.public.protocol.product import Product
 from worker_gpu.device import Compute
 from worker_gpu.kernels import float64_limbs
 from worker_gpu.service import Service
@@ -248,9 +249,10 @@ def test_a_plan_survives_the_wire(plan: Plan) -> None:
     assert parse_plan(plan.to_bytes(), plan.digest) == plan
     assert parse_plan(memoryview(plan.to_bytes()), plan.digest).digest == plan.digest
     group = plan.groups[0]
-    assert (group.out_features, group.operand_rows("forward"), group.operand_rows("backward")) == (16, 8, 16)
-    assert (group.result_rows("forward"), group.result_rows("backward")) == (16, 8)
-    assert group.max_l1("forward") == group.forward_l1 != group.backward_l1 == group.max_l1("backward")
+    forward, backward = Product(group, "forward"), Product(group, "backward")
+    assert (group.out_features, forward.k, backward.k) == (16, 8, 16)
+    assert (forward.n, backward.n) == (16, 8)
+    assert forward.max_l1 == group.forward_l1 != group.backward_l1 == backward.max_l1
 
 
 def digest(data: bytes) -> str:
@@ -302,7 +304,7 @@ def test_a_worker_multiplies_in_both_directions(worker: Service, plan: Plan, che
         q = stack_group(group.members, read).values.to(torch.int32)
         directions: tuple[tuple[Direction, torch.Tensor], ...] = (("forward", q), ("backward", q.t()))
         for direction, matrix in directions:
-            operand = torch.randint(-1000, 1000, (group.operand_rows(direction), 5), dtype=torch.int32)
+            operand = torch.randint(-1000, 1000, (Product(group, direction).k, 5), dtype=torch.int32)
             for start, stop in ((0, len(matrix)), (1, 4), (len(matrix) - 1, len(matrix))):
                 parts = evaluate(
                     worker, plan, operand.numpy().tobytes(), engine="clear", header={}, group=group.name,

@@ -28,8 +28,9 @@ from hetrain.public.concrete.circuits import (
 from hetrain.public.concrete.package import PACKAGE, load_fhe, package_version, switch
 from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerRefused
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.public.protocol.messages import DIRECTIONS, EvaluateTask, Header
+from hetrain.public.protocol.messages import EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import products_of
 from worker_gpu.device import Compute
 
 if TYPE_CHECKING:
@@ -71,10 +72,9 @@ class ConcreteEngine:
         x_max = setup.get("x_max")
         if not isinstance(x_max, int) or not 1 <= x_max <= _X_MAX_LIMIT:
             raise WireError(f"the job's largest operand is {x_max!r}", where="setup")
-        for group in plan.groups:
-            for direction in DIRECTIONS:
-                spec = tile(group.operand_rows(direction), group.result_rows(direction), x_max)
-                _compare(self._circuit(spec), setup.get(spec.name), group.name)
+        for product in products_of(plan):
+            spec = tile(product.k, product.n, x_max)
+            _compare(self._circuit(spec), setup.get(spec.name), product.group.name)
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """See `worker_gpu.engines.Engine.evaluate`.

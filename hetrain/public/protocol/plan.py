@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import WireError
 from hetrain.public.model.quantization import QuantizedMatrix, matrix_digest, max_l1, quantize
-from hetrain.public.protocol.messages import Direction, Name, Token, parse
+from hetrain.public.protocol.messages import Name, Token, parse
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 
@@ -50,18 +50,6 @@ class Group(_Part):
     @property
     def out_features(self) -> int:
         return sum(member.out_features for member in self.members)
-
-    def operand_rows(self, direction: Direction) -> int:
-        """K: polynomials of a ciphertext that travels up (features in forward, channels in backward)."""
-        return self.in_features if direction == "forward" else self.out_features
-
-    def result_rows(self, direction: Direction) -> int:
-        """Rows of a result that travels down."""
-        return self.out_features if direction == "forward" else self.in_features
-
-    def max_l1(self, direction: Direction) -> int:
-        """max_j ‖W_j‖₁ of the matrix that this direction multiplies by."""
-        return self.forward_l1 if direction == "forward" else self.backward_l1
 
 
 def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:

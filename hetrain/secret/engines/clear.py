@@ -13,8 +13,8 @@ import torch
 
 from hetrain.public.errors import WireError
 from hetrain.public.lattice.parameters import largest_operand, parameters_for
-from hetrain.public.protocol.messages import Direction, Header
-from hetrain.public.protocol.plan import Group
+from hetrain.public.protocol.messages import Header
+from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.secret.activation_quantization import dequantize_result, limited, quantize_operand
 
 
@@ -24,26 +24,29 @@ class ClearOpening:
 
     scales: torch.Tensor
 
-    def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def check(self, part: Part) -> None:
+        """See `hetrain.secret.engine.Opening.check`."""
+        self._values(part)
+
+    def open(self, parts: Sequence[Part]) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
-        tokens = self.scales.shape[0]
-        values = []
-        for part, (start, stop) in zip(parts, rows, strict=True):
-            expected = 4 * (stop - start) * tokens
-            if part.nbytes != expected:
-                raise WireError(f"a result of {stop - start} rows has {part.nbytes} bytes, not {expected}")
-            values.append(torch.frombuffer(part, dtype=torch.int32).view(stop - start, tokens))
-        return dequantize_result(torch.cat(values), self.scales)
+        return dequantize_result(torch.cat([self._values(part) for part in parts]), self.scales)
+
+    def _values(self, part: Part) -> torch.Tensor:
+        tokens = len(self.scales)
+        if part.data.nbytes != 4 * part.n * tokens:
+            raise WireError(
+                f"a result of {part.n} rows has {part.data.nbytes} bytes, not {4 * part.n * tokens}"
+            )
+        return torch.frombuffer(part.data, dtype=torch.int32).view(part.n, tokens)
 
 
 @dataclass(frozen=True)
 class ClearSealed:
-    """The quantised operand itself, int32 [K, T]."""
+    """The quantized operand itself, int32 [K, T]."""
 
-    header: Header
-    payload: list[memoryview]
+    operand: Operand
     opening: ClearOpening
-    row_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,14 @@ class ClearSealer:
         """Workers need to know nothing in advance."""
         return {}
 
-    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> ClearSealed:
+    def seal(self, x: torch.Tensor, product: Product) -> ClearSealed:
         """Quantises one operand; see `hetrain.secret.engine.Sealer.seal`."""
-        return seal(x, group.max_l1(direction), self.bits)
+        return seal(x, product.max_l1, self.bits)
 
 
 def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> ClearSealed:
     """Quantises X as `rlwe.seal` does, at the same precision."""
     parameters = parameters_for(x.shape[0])
-    operand = quantize_operand(x, limited(largest_operand(parameters, max_l1), bits))
-    return ClearSealed(
-        header={},
-        payload=[operand.values.numpy().data.cast("B")],
-        opening=ClearOpening(operand.scales),
-    )
+    quantized = quantize_operand(x, limited(largest_operand(parameters, max_l1), bits))
+    payload = [quantized.values.numpy().data.cast("B")]
+    return ClearSealed(Operand({}, payload), ClearOpening(quantized.scales))

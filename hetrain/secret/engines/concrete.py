@@ -19,8 +19,9 @@ from hetrain.public.concrete.circuits import Circuit, compile_circuit, tile
 from hetrain.public.concrete.package import PACKAGE, package_version, unswitch
 from hetrain.public.errors import UsageError, WireError
 from hetrain.public.lattice.parameters import require_tokens
-from hetrain.public.protocol.messages import DIRECTIONS, Direction, Header
-from hetrain.public.protocol.plan import Group, Plan
+from hetrain.public.protocol.messages import Header
+from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import Operand, Part, Product, products_of
 from hetrain.secret.activation_quantization import dequantize_result, quantize_operand
 
 DEFAULT_BITS, MAX_BITS = 8, 12
@@ -35,27 +36,25 @@ class ConcreteOpening:
     scales: torch.Tensor
     bound: int
 
-    def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
-        values = [self.decrypt(part, stop - start) for part, (start, stop) in zip(parts, rows, strict=True)]
-        joined = torch.from_numpy(np.ascontiguousarray(np.concatenate(values, axis=1).T))
-        return dequantize_result(joined, self.scales)
+    def check(self, part: Part) -> None:
+        """See `hetrain.secret.engine.Opening.check`."""
+        self._tile_bytes(part)
 
-    def decrypt(self, part: memoryview, n: int) -> NDArray[np.int64]:
+    def open(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
+        values = np.concatenate([self.decrypt(part) for part in parts], axis=1)
+        return dequantize_result(torch.from_numpy(np.ascontiguousarray(values.T)), self.scales)
+
+    def decrypt(self, part: Part) -> NDArray[np.int64]:
         """The exact products, int64 [T, n].
 
         Raises:
-            WireError: the result's length is not that of `n` rows, or a value is too large to be a product.
+            WireError: the result's length is not that of its rows, or a value is too large to be a product.
         """
-        tokens, rows = len(self.scales), self.circuit.spec.rows
-        tiles = -(-tokens // rows)
-        expected = tiles * rows * n * self.circuit.value_bytes()
-        if part.nbytes != expected:
-            raise WireError(f"a result of {n} rows has {part.nbytes} bytes, not {expected}")
-        step = expected // tiles
-        values: NDArray[np.int64] = np.concatenate(
-            [self._decrypt_tile(part[step * i : step * (i + 1)], n) for i in range(tiles)]
-        )[:tokens]
+        step = self._tile_bytes(part)
+        tiles = [part.data[i : i + step] for i in range(0, part.data.nbytes, step)]
+        values: NDArray[np.int64] = np.concatenate([self._decrypt_tile(tile, part.n) for tile in tiles])
+        values = values[: len(self.scales)]
         if int(np.abs(values).max(initial=0)) > self.bound:
             raise WireError(
                 "a result is larger than any product can be",
@@ -63,6 +62,15 @@ class ConcreteOpening:
                 hint="a worker computed wrongly, or a blob was damaged",
             )
         return values
+
+    def _tile_bytes(self, part: Part) -> int:
+        """Bytes of one tile's results. Raises `WireError` unless there are as many as tiles."""
+        rows = self.circuit.spec.rows
+        step = rows * part.n * self.circuit.value_bytes()
+        expected = -(-len(self.scales) // rows) * step
+        if part.data.nbytes != expected:
+            raise WireError(f"a result of {part.n} rows has {part.data.nbytes} bytes, not {expected}")
+        return step
 
     def _decrypt_tile(self, part: memoryview, n: int) -> NDArray[np.int64]:
         spec, circuit = self.circuit.spec, self.circuit
@@ -84,14 +92,8 @@ class ConcreteOpening:
 class ConcreteSealed:
     """The words of encrypted tiles, one after the other; the header names the circuit."""
 
-    header: Header
-    payload: list[memoryview]
+    operand: Operand
     opening: ConcreteOpening
-
-    @property
-    def row_step(self) -> int:
-        """Columns of a tile: a piece of one costs as much as the whole."""
-        return self.opening.circuit.spec.columns
 
 
 class ConcreteSealer:
@@ -114,10 +116,7 @@ class ConcreteSealer:
             )
         self._x_max = (1 << (bits - 1)) - 1
         self._circuits = {
-            circuit.spec: circuit
-            for group in plan.groups
-            for direction in DIRECTIONS
-            for circuit in [self._compile(group, direction)]
+            circuit.spec: circuit for product in products_of(plan) for circuit in [self._compile(product)]
         }
         self._keys = _draw_keys(self._circuits)
 
@@ -127,11 +126,11 @@ class ConcreteSealer:
         digests = {spec.name: circuit.digest for spec, circuit in self._circuits.items()}
         return {PACKAGE: package_version(), "x_max": self._x_max, **digests}
 
-    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> ConcreteSealed:
+    def seal(self, x: torch.Tensor, product: Product) -> ConcreteSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(x.shape[0])
         operand = quantize_operand(x, self._x_max)
-        circuit = self._compile(group, direction)
+        circuit = self._compile(product)
         keys, spec = self._keys[circuit.spec], circuit.spec
         values = operand.values.t().to(torch.int64).numpy()
         padded = np.zeros((-(-len(values) // spec.rows) * spec.rows, spec.k), np.int64)
@@ -140,19 +139,20 @@ class ConcreteSealer:
             memoryview(circuit.operands.words(keys.encrypt(padded[start : start + spec.rows], None)[0]))
             for start in range(0, len(padded), spec.rows)
         ]
-        opening = ConcreteOpening(
-            circuit, keys, operand.scales, bound=self._x_max * max(group.max_l1(direction), 1)
-        )
         header: Header = {
             "circuit": circuit.digest,
             "rows": spec.rows,
             "columns": spec.columns,
             "x_max": spec.x_max,
         }
-        return ConcreteSealed(header, payload, opening)
+        # Cut at tile borders: a part of a tile costs as much as the whole.
+        return ConcreteSealed(
+            Operand(header, payload, row_step=spec.columns),
+            ConcreteOpening(circuit, keys, operand.scales, bound=self._x_max * max(product.max_l1, 1)),
+        )
 
-    def _compile(self, group: Group, direction: Direction) -> Circuit:
-        return compile_circuit(tile(group.operand_rows(direction), group.result_rows(direction), self._x_max))
+    def _compile(self, product: Product) -> Circuit:
+        return compile_circuit(tile(product.k, product.n, self._x_max))
 
 
 def _draw_keys(circuits: Mapping[Any, Circuit]) -> dict[Any, Any]:

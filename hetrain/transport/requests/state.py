@@ -13,12 +13,12 @@ from hetrain.public.protocol.messages import (
     QUEUE,
     Blob,
     Completion,
-    Direction,
     EvaluateTask,
+    Header,
     PrepareTask,
     new_token,
 )
-from hetrain.transport.channel import Header, RowRange
+from hetrain.public.protocol.product import Product, RowRange
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ def prepare_task(model: str, engine: str, plan: Blob, setup: Header) -> PrepareT
 def evaluate_task(
     prepared: PrepareTask,
     request: str,
-    group: str,
-    direction: Direction,
+    product: Product,
     header: Header,
     rows: RowRange,
     operand: Blob,
@@ -175,8 +174,8 @@ def evaluate_task(
         engine=prepared.engine,
         plan=prepared.plan,
         plan_digest=prepared.plan_digest,
-        group=group,
-        direction=direction,
+        group=product.group.name,
+        direction=product.direction,
         start=rows[0],
         stop=rows[1],
         header=dict(header),

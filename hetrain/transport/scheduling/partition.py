@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hetrain.transport.channel import RowRange
+from hetrain.public.protocol.product import RowRange
 
 MIN_ROWS = 64
 MIN_PIECE_S = 0.005

@@ -22,11 +22,11 @@ from typing import IO
 
 import torch
 
-from hetrain.public.errors import WireError
+from hetrain.public.errors import ResultRejected, WireError
 from hetrain.public.lattice.masks import PublicSeed, expand_mask
 from hetrain.public.lattice.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
-from hetrain.public.protocol.messages import DIRECTIONS, Direction
 from hetrain.public.protocol.plan import Group, Plan
+from hetrain.public.protocol.product import Part, Product, ProductKey, RowRange, products_of
 from hetrain.secret.engines.rlwe.kernels import join_planes
 from hetrain.secret.verification import Sketch
 
@@ -35,12 +35,10 @@ ROW_BYTES = _HIGH_BYTES + _LOW_BYTES
 _A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
 _CHECK_ROWS_AT_ONCE = 1024
 
-Key = tuple[str, Direction]
-
 _log = logging.getLogger(__name__)
 
 
-def sketches_of(group: Group, matrix: torch.Tensor) -> dict[Key, Sketch]:
+def sketches_of(group: Group, matrix: torch.Tensor) -> dict[ProductKey, Sketch]:
     """What it takes to check both products with the group's int8 matrix [out_features, in_features]."""
     return {
         (group.name, "forward"): Sketch.of(matrix),
@@ -50,7 +48,7 @@ def sketches_of(group: Group, matrix: torch.Tensor) -> dict[Key, Sketch]:
 
 def hint_bytes(plan: Plan) -> int:
     """Bytes on disk that all hints of a plan take."""
-    return ROW_BYTES * sum(group.result_rows(direction) for group in plan.groups for direction in DIRECTIONS)
+    return ROW_BYTES * sum(product.n for product in products_of(plan))
 
 
 @dataclass
@@ -72,7 +70,8 @@ class Hint:
     sketch: Sketch | None
     file: IO[bytes]
     offset: int
-    _claimed: set[tuple[int, int]] = field(default_factory=set)
+    _claimed: set[RowRange] = field(default_factory=set)
+    _workers: set[str] = field(default_factory=set)
     _written: int = 0
     _ready: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -82,27 +81,28 @@ class Hint:
         """Whether the product is complete and has passed its check."""
         return self._ready
 
-    def offer(self, high: torch.Tensor, low: torch.Tensor, start: int) -> None:
-        """Takes rows from `start` on of the product as a worker sent it; keeps only what is new.
+    def offer(self, high: torch.Tensor, low: torch.Tensor, part: Part) -> None:
+        """Takes rows of the product as a worker sent them with `part`; keeps only what is new.
 
         Args:
             high: bits 16 to 31, int16 [rows, 2048].
             low: bits 8 to 15, uint8 [rows, 2048].
+            part: which rows, and whose result.
 
         Raises:
-            WireError: the rows complete the product, and it is wrong.
+            ResultRejected: the rows complete the product, and it is wrong. What was kept is dropped.
         """
-        stop = start + len(high)
         with self._lock:
-            fresh = [] if self._ready else _uncovered((start, stop), self._claimed)
+            fresh = [] if self._ready else _uncovered(part.rows, self._claimed)
             self._claimed.update(fresh)
+            self._workers.add(part.worker)
         if not fresh:
             return
         try:
             for first, last in fresh:
-                part = slice(first - start, last - start)
-                self._write(high[part], self.offset + first * _HIGH_BYTES)
-                self._write(low[part], self.offset + self.rows * _HIGH_BYTES + first * _LOW_BYTES)
+                rows = slice(first - part.rows[0], last - part.rows[0])
+                self._write(high[rows], self.offset + first * _HIGH_BYTES)
+                self._write(low[rows], self.offset + self.rows * _HIGH_BYTES + first * _LOW_BYTES)
         except OSError as error:
             _log.warning("a hint cannot be kept, workers go on computing it: %s", error)
             return
@@ -133,9 +133,16 @@ class Hint:
             return
         mask = expand_mask(self.seed, self.operand_rows, SLOTS)
         if not self.sketch.accepts(self._product(), mask, rounding=1 << (_A_SHIFT - 1)):
-            raise WireError(
-                "a worker's product with the public mask is wrong",
-                hint="do not trust that worker: its weights or its arithmetic are not what they should be",
+            with self._lock:
+                workers, self._workers = sorted(self._workers), set()
+                self._claimed.clear()
+                self._written = 0
+            raise ResultRejected(
+                "the product with the public mask that this worker computed is wrong"
+                if len(workers) == 1
+                else "the product with the public mask that these workers computed together is wrong",
+                where=", ".join(workers),
+                hint="do not trust it: its weights or its arithmetic are not what they should be",
             )
         self.sketch = None
 
@@ -163,34 +170,32 @@ class HintStore:
         directory: where the file goes; it needs `hint_bytes(plan)` bytes.
     """
 
-    def __init__(self, plan: Plan, sketches: Mapping[Key, Sketch], directory: Path) -> None:
+    def __init__(self, plan: Plan, sketches: Mapping[ProductKey, Sketch], directory: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close()
         root = PublicSeed.fresh()
-        self._hints: dict[Key, Hint] = {}
+        self._hints: dict[ProductKey, Hint] = {}
         offset = 0
-        for group in plan.groups:
-            for direction in DIRECTIONS:
-                rows = group.result_rows(direction)
-                self._hints[group.name, direction] = Hint(
-                    seed=_derive(root, group.name, direction),
-                    operand_rows=group.operand_rows(direction),
-                    rows=rows,
-                    sketch=sketches[group.name, direction],
-                    file=self._file,
-                    offset=offset,
-                )
-                offset += rows * ROW_BYTES
+        for product in products_of(plan):
+            self._hints[product.key] = Hint(
+                seed=_derive(root, product),
+                operand_rows=product.k,
+                rows=product.n,
+                sketch=sketches[product.key],
+                file=self._file,
+                offset=offset,
+            )
+            offset += product.n * ROW_BYTES
 
-    def hint(self, group: Group, direction: Direction) -> Hint:
+    def hint(self, product: Product) -> Hint:
         """The hint of one product."""
-        return self._hints[group.name, direction]
+        return self._hints[product.key]
 
     def close(self) -> None:
         """Gives the disk space back."""
         self._file.close()
 
 
-def _uncovered(rows: tuple[int, int], covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _uncovered(rows: RowRange, covered: Iterable[RowRange]) -> list[RowRange]:
     """The ranges that are left of `rows` without those `covered`."""
     left = [rows]
     for start, stop in covered:
@@ -199,9 +204,9 @@ def _uncovered(rows: tuple[int, int], covered: Iterable[tuple[int, int]]) -> lis
     return left
 
 
-def _derive(root: PublicSeed, group: str, direction: Direction) -> PublicSeed:
+def _derive(root: PublicSeed, product: Product) -> PublicSeed:
     """A mask seed of its own for every product. Public, as the root is."""
-    text = f"{direction}\0{group}".encode()
+    text = f"{product.direction}\0{product.group.name}".encode()
     return PublicSeed(
         hashlib.blake2b(text, key=root.value, digest_size=32, person=b"hetrain.hint.v1").digest()
     )

@@ -29,8 +29,8 @@ from hetrain.public.lattice.parameters import (
     largest_operand,
     parameters_for,
 )
-from hetrain.public.protocol.messages import Direction, Header
-from hetrain.public.protocol.plan import Group
+from hetrain.public.protocol.messages import Header
+from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.public.workspace import unaligned_empty, workspace
 from hetrain.secret.activation_quantization import limited, token_scales
 from hetrain.secret.engines.rlwe.hints import Hint, HintStore
@@ -55,46 +55,49 @@ class RlweOpening:
     hint: Hint | None = None
     hinted: bool = False
 
-    def open(self, parts: Sequence[memoryview], rows: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Y = X·Wᵀ, float32 [T, n], columns in the order of `rows`; see `hetrain.secret.engine.Opening`.
+    def check(self, part: Part) -> None:
+        """Offers a' to the hint, where it comes along; see `hetrain.secret.engine.Opening.check`."""
+        _, planes = self._take_apart(part)
+        if planes is not None and self.hint is not None:
+            self.hint.offer(*planes, part)
+
+    def open(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`.
 
         Raises:
-            WireError: a result's length is not that of its rows, or its a' is found to be wrong.
+            WireError: a result's length is not that of its rows.
         """
-        y = unaligned_empty((len(self.scales), sum(stop - start for start, stop in rows)), torch.float32)
+        y = unaligned_empty((len(self.scales), sum(part.n for part in parts)), torch.float32)
         column = 0
-        for part, (start, stop) in zip(parts, rows, strict=True):
-            self._decrypt(part, start, stop - start, y, column)
-            column += stop - start
+        for part in parts:
+            self._decrypt(part, y, column)
+            column += part.n
         return y
 
-    def _decrypt(self, part: memoryview, start: int, n: int, out: torch.Tensor, column: int) -> None:
-        """scale·(b'·2^16 − (a'·2^8)·s) for n rows of the product from `start` on, as columns of `out`."""
-        b, planes = self._take_apart(part, n)
-        if planes is not None and self.hint is not None:
-            self.hint.offer(*planes, start)
-        for first in range(0, n, BLOCK_ROWS):
-            rows = slice(first, min(first + BLOCK_ROWS, n))
+    def _decrypt(self, part: Part, out: torch.Tensor, column: int) -> None:
+        """scale·(b'·2^16 − (a'·2^8)·s) for the rows of `part`, as columns of `out`."""
+        b, planes = self._take_apart(part)
+        for first in range(0, part.n, BLOCK_ROWS):
+            rows = slice(first, min(first + BLOCK_ROWS, part.n))
             if planes is None:
-                high, low = self._kept(start + first, rows.stop - first)
+                high, low = self._kept(part.rows[0] + first, rows.stop - first)
             else:
                 high, low = planes[0][rows], planes[1][rows]
             kernels().decrypt(out, column + first, b[rows], high, low, self.scales, self.secret)
 
-    def _take_apart(
-        self, part: memoryview, n: int
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    def _take_apart(self, part: Part) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """b' as int16 [n, N], and the planes of a', int16 and uint8 [n, d·N], where they come along."""
+        n, data = part.n, part.data
         degree, dimension = self.parameters.ring_degree, self.parameters.dimension
         b_bytes, high_bytes = 2 * n * degree, 2 * n * dimension
         expected = b_bytes if self.hinted else b_bytes + high_bytes + n * dimension
-        if part.nbytes != expected:
-            raise WireError(f"a result of {n} rows has {part.nbytes} bytes, not {expected}")
-        b = torch.frombuffer(part[:b_bytes], dtype=torch.int16).view(n, degree)
+        if data.nbytes != expected:
+            raise WireError(f"a result of {n} rows has {data.nbytes} bytes, not {expected}")
+        b = torch.frombuffer(data[:b_bytes], dtype=torch.int16).view(n, degree)
         if self.hinted:
             return b, None
-        high = torch.frombuffer(part[b_bytes : b_bytes + high_bytes], dtype=torch.int16).view(n, dimension)
-        low = torch.frombuffer(part[b_bytes + high_bytes :], dtype=torch.uint8).view(n, dimension)
+        high = torch.frombuffer(data[b_bytes : b_bytes + high_bytes], dtype=torch.int16).view(n, dimension)
+        low = torch.frombuffer(data[b_bytes + high_bytes :], dtype=torch.uint8).view(n, dimension)
         return b, (high, low)
 
     def _kept(self, start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,10 +112,8 @@ class RlweOpening:
 class RlweSealed:
     """A ciphertext matrix: b as int32 [K, N], the mask's seed in the header."""
 
-    header: Header
-    payload: list[memoryview]
+    operand: Operand
     opening: RlweOpening
-    row_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ class RlweSealer:
         """Workers need to know nothing in advance."""
         return {}
 
-    def seal(self, x: torch.Tensor, group: Group, direction: Direction) -> RlweSealed:
+    def seal(self, x: torch.Tensor, product: Product) -> RlweSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
-        hint = None if self.hints is None else self.hints.hint(group, direction)
-        return seal(x, group.max_l1(direction), self.bits, hint)
+        hint = None if self.hints is None else self.hints.hint(product)
+        return seal(x, product.max_l1, self.bits, hint)
 
 
 def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | None = None) -> RlweSealed:
@@ -161,9 +162,8 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | Non
     b = encrypt(x, scales, x_max, seed, secret, parameters)
     wanted = {"result": "b"} if hinted else {"mask_seed": seed.hex()}
     return RlweSealed(
-        header={"parameters": parameters.name, **wanted},
-        payload=[b.numpy().data.cast("B")],
-        opening=RlweOpening(parameters, secret, scales, hint, hinted),
+        Operand({"parameters": parameters.name, **wanted}, [b.numpy().data.cast("B")]),
+        RlweOpening(parameters, secret, scales, hint, hinted),
     )
 
 
