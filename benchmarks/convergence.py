@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +24,7 @@ from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
+from hetrain.public.system import available_cores
 from hetrain.train.session import BaseModelFiles, open_base, open_session
 from hetrain.train.settings import OptimizerSettings, OutsourcingSettings
 from hetrain.train.step import run_step, share_cores
@@ -83,7 +83,7 @@ def engine_curve(
 ) -> Curve:
     """With one engine, over an embedded broker and worker. Hints serve from the second step on."""
     # One thread: client and worker take turns on this machine, and small operations gain nothing from two.
-    share_cores(os.cpu_count() or 1)
+    share_cores(available_cores())
     with open_session(base, OutsourcingSettings(engine, hints=hints), None, "cpu") as session:
         model = add_adapter(session.split, LoraSettings(), SEED)
         parameters = adapter_parameters(model)

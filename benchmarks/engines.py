@@ -40,6 +40,7 @@ from benchmarks.output import add_json_option, write
 from benchmarks.workloads import PROBLEMS, Problem
 from hetrain.public.concrete.package import PACKAGE
 from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.system import available_cores
 from hetrain.secret.activation_quantization import quantize_operand
 from worker_gpu.device import Compute, choose_compute, choose_device
 
@@ -241,7 +242,7 @@ def main() -> None:
     figures = {
         **measured,
         "worker": compute.description,
-        "threads": {"torch": torch.get_num_threads(), "concrete": len(os.sched_getaffinity(0))},
+        "threads": {"torch": torch.get_num_threads(), "concrete": available_cores()},
         "packages": {package: installed(package) for package in (PACKAGE, PEER)},
         "environment": before,
         "load_after": os.getloadavg(),  # beyond what this run keeps busy itself, others were at work

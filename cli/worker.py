@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,6 +67,7 @@ def worker(
     """
     from hetrain.public.broker.connection import parse_broker_url
     from hetrain.public.protocol.registration import ShardRange
+    from hetrain.public.system import child_environment
 
     given = {
         "HETRAIN_MODELS": models,
@@ -77,14 +77,13 @@ def worker(
         "HETRAIN_WEIGHTS_BYTES": weights_bytes,
     }
     # Through the environment: arguments, with the broker's password in them, would be there for all to see.
-    environment = os.environ | {name: str(value) for name, value in given.items() if value is not None}
+    environment = child_environment() | {
+        name: str(value) for name, value in given.items() if value is not None
+    }
     if url := environment.get("HETRAIN_BROKER_URL"):
         parse_broker_url(url)
     if text := environment.get("HETRAIN_SHARDS"):
         ShardRange.parse(text)
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment["PYTHONSAFEPATH"] = "1"
     command = [sys.executable, "-m", "tasks.supervisor.multi_gpu"]
     if workers is not None:
         command += ["--workers", str(workers)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from hetrain.public.broker.server_info import BrokerReport, ask_broker
 from hetrain.public.errors import HetrainError, NoWorker, WireError
 from hetrain.public.protocol.messages import QUEUE, WorkerReport
 from hetrain.public.protocol.plan import Group, Member, Plan
+from hetrain.public.system import available_cores
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
 from hetrain.secret.engines.rlwe.kernels import kernels
 
@@ -151,7 +151,7 @@ def _client() -> ClientReport:
     versions = {"hetrain": hetrain.__version__, "python": platform.python_version()}
     return ClientReport(
         versions=versions | {package: _version(package) for package in _PACKAGES},
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         kernels=kernels().name,
         engines=tuple(_half(engine) for engine in ENGINES.values()),
     )

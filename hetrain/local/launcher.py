@@ -15,8 +15,8 @@ from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
 
-import hetrain
 from hetrain.public.errors import HetrainError, WorkerError
+from hetrain.public.system import child_environment
 
 _START_S = 60.0
 _STOP_S = 15.0
@@ -84,11 +84,7 @@ def start_embedded(
 
 
 def _environment() -> dict[str, str]:
-    root = str(Path(hetrain.__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # A file tasks.py in the working directory must not be taken for ours.
-    inherited = {name: value for name, value in os.environ.items() if name != "HETRAIN_BROKER_URL"}
-    return inherited | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return {name: value for name, value in child_environment().items() if name != "HETRAIN_BROKER_URL"}
 
 
 def _first_line(process: subprocess.Popen[bytes], log_file: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
 from hetrain.public.protocol.product import ProductKey
+from hetrain.public.system import available_cores
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.secret.verification import Sketch
@@ -115,7 +115,7 @@ def open_session(
             if log_file is None:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
                 log_file = Path(scratch) / "worker.log"
-            concurrency = min(in_flight, os.cpu_count() or 1)
+            concurrency = min(in_flight, available_cores())
             embedded = stack.enter_context(
                 start_embedded(base.name_or_path, log_file, concurrency=concurrency)
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from hetrain.data.packing import MicroBatch
 from hetrain.nn.remote import ProductStats
 from hetrain.nn.replica import Replica
+from hetrain.public.system import available_cores
 from hetrain.train.updater import Snapshot, Tensors
 
 
@@ -42,7 +42,7 @@ def share_cores(in_flight: int) -> None:
     Micro-batches that each use all cores wait for one another at the end of every small operation. With two
     in flight on two cores, one thread each made an update 16 % faster than two each.
     """
-    torch.set_num_threads(max((os.cpu_count() or 1) // in_flight, 1))
+    torch.set_num_threads(max(available_cores() // in_flight, 1))
 
 
 def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int) -> StepResult:

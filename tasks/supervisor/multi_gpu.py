@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from time import sleep
 
 from hetrain.public.errors import HetrainError, WorkerError
+from hetrain.public.system import child_environment
 from tasks.app import EX_CONFIG
 from tasks.supervisor.worker_process import (
     KeptWorker,
-    own_environment,
     spawn_worker,
     stop,
     threads_per_worker,
@@ -70,7 +70,7 @@ def visible_gpus() -> list[str]:
     command = [sys.executable, "-c", _COUNT_GPUS]
     try:
         answer = subprocess.run(
-            command, stdout=subprocess.PIPE, check=True, env=own_environment(), start_new_session=True
+            command, stdout=subprocess.PIPE, check=True, env=child_environment(), start_new_session=True
         ).stdout
         count = int(answer)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:

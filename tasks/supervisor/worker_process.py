@@ -9,12 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
 from hetrain.public.errors import WorkerError
 from hetrain.public.protocol.messages import QUEUE
+from hetrain.public.system import available_cores, child_environment
 from tasks.app import EX_CONFIG
 
 _GRACE_S = 3.0
@@ -40,17 +40,9 @@ def tie_to_parent() -> Callable[[], None] | None:
     return tie
 
 
-def own_environment() -> dict[str, str]:
-    """This process's, in which Python finds this code and takes no file of the working directory for it."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-
-
 def threads_per_worker(workers: int) -> int:
     """CPU threads for each of several workers on this machine; 0, torch's own choice, for a single one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers) if workers > 1 else 0
+    return max(1, available_cores() // workers) if workers > 1 else 0
 
 
 def spawn_worker(
@@ -64,7 +56,7 @@ def spawn_worker(
         log: its output.
         ready: a file descriptor it writes to and closes when it is ready to take tasks.
     """
-    environment = own_environment() | settings
+    environment = child_environment() | settings
     if ready is not None:
         environment["HETRAIN_READY_FD"] = str(ready)
     command = ["worker", "-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO"]

@@ -8,7 +8,6 @@ nobody has to guess.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,6 +30,7 @@ from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.protocol.messages import EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import products_of
+from hetrain.public.system import available_cores
 from worker_gpu.device import Compute
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ConcreteEngine:
                 f"this worker cannot serve the concrete engine: {error.what}", hint=error.hint
             ) from error
         self._use_gpu, place = _choose_place()
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "concrete")
+        self._pool = ThreadPoolExecutor(available_cores(), "concrete")
         self.description = f"concrete {package_version()} · {place}"
         logger.info("%s", self.description)
 
