@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _MB = 1e6
 _STATES = {
-    "ready": "{name}: {about}",
-    "refused": "{name}: refuses, {about}",
+    "ready": "{name}: {description}",
+    "refused": "{name}: refuses, {description}",
     "opening": "{name}: still opening, ask again",
 }
 
@@ -100,11 +100,12 @@ def _worker(worker: WorkerReport) -> list[str]:
     tasks = "1 task" if worker.concurrency == 1 else f"{worker.concurrency} tasks"
     shards = f"shards {worker.shards} of " if worker.shards else ""
     engines = [
-        _STATES[engine.state].format(name=engine.name, about=engine.about) for engine in worker.engines
+        _STATES[engine.state].format(name=engine.name, description=engine.description)
+        for engine in worker.engines
     ]
     return [
         f"{worker.worker} on {worker.hostname}, hetrain {worker.hetrain}, {tasks} at once",
-        f"computes on {worker.device or 'what its forked processes choose'}",
+        f"computes on {worker.device}",
         f"serves {shards}{', '.join(worker.models) or 'no model'}",
         *engines,
     ]

@@ -22,7 +22,7 @@ def evaluate(
     engine: options.Engine = options.EngineName.rlwe,
     activation_bits: options.ActivationBits = None,
     hints: options.Hints = None,
-    outsource: options.Outsource = ("*",),
+    outsource: options.Outsource = ("*",),  # type: ignore[assignment]
     max_length: options.MaxLength = 1024,
     micro_batch_tokens: options.MicroBatchTokens = 2048,
     in_flight: options.InFlight = 2,

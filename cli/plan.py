@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
-    outsource: options.Outsource = ("*",),
+    outsource: options.Outsource = ("*",),  # type: ignore[assignment]
     as_json: options.AsJson = False,
 ) -> None:
     """Show which matrices would leave for the workers, and what each token would cost on the wire."""

@@ -23,7 +23,7 @@ def submit(
     engine: options.Engine = options.EngineName.rlwe,
     activation_bits: options.ActivationBits = None,
     hints: options.Hints = None,
-    outsource: options.Outsource = ("*",),
+    outsource: options.Outsource = ("*",),  # type: ignore[assignment]
     max_steps: Annotated[
         int,
         typer.Option(

@@ -1,10 +1,10 @@
-"""`hetrain worker`: the workers of one machine. Becomes their supervisor, which is no part of the client."""
+"""`hetrain worker`: becomes the supervisor of one machine's workers, which is no part of the client."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ Shards = Annotated[
     typer.Option(
         "--shards",
         metavar="FIRST-LAST/COUNT",
-        help="Serve this part of every model alone, such as 0-7/32, from a queue of its own.",
+        help="Serve only this part of every model, such as 0-7/32, from a queue of its own.",
         show_default="whole models",
     ),
 ]
@@ -47,7 +47,7 @@ WeightsBytes = Annotated[
     typer.Option(
         "--weights-bytes",
         metavar="SIZE",
-        help="Weights that each holds at once, such as 20GB; the least recently used make room.",
+        help="Weights that each holds at once, such as 20GB; the least recently used are dropped for others.",
         show_default="3/4 of a GPU's memory, no limit on a CPU",
     ),
 ]
@@ -65,25 +65,20 @@ def worker(
 
     Ctrl-C (or SIGTERM) once finishes running tasks, twice ends now.
     """
-    from hetrain.public.broker.connection import parse_broker_url
-    from hetrain.public.protocol.registration import ShardRange
+    from hetrain.public.settings import WorkerSettings, variable
     from hetrain.public.system import child_environment
 
-    given = {
-        "HETRAIN_MODELS": models,
-        "HETRAIN_BROKER_URL": broker_url,
-        "HETRAIN_WORKER_CONCURRENCY": concurrency,
-        "HETRAIN_SHARDS": shards,
-        "HETRAIN_WEIGHTS_BYTES": weights_bytes,
+    options: dict[str, Any] = {
+        "models": models,
+        "broker_url": broker_url,
+        "worker_concurrency": concurrency,
+        "shards": shards,
+        "weights_bytes": weights_bytes,
     }
-    # Through the environment: arguments, with the broker's password in them, would be there for all to see.
-    environment = child_environment() | {
-        name: str(value) for name, value in given.items() if value is not None
-    }
-    if url := environment.get("HETRAIN_BROKER_URL"):
-        parse_broker_url(url)
-    if text := environment.get("HETRAIN_SHARDS"):
-        ShardRange.parse(text)
+    given = {field: value for field, value in options.items() if value is not None}
+    WorkerSettings(**given)  # before the workers would find out
+    # By the environment: every user of the machine can read arguments, and the URL holds a password.
+    environment = child_environment() | {variable(field): str(value) for field, value in given.items()}
     command = [sys.executable, "-m", "tasks.supervisor.multi_gpu"]
     if workers is not None:
         command += ["--workers", str(workers)]

@@ -55,6 +55,6 @@ WORKDIR /data
 ENV PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # A job has no port to ask. While one runs, this says whether the broker still answers it.
 HEALTHCHECK --interval=60s --timeout=15s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os; from hetrain.public.broker.connection import ping; u = os.environ.get('HETRAIN_BROKER_URL'); u and ping(u)"]
+    CMD ["python", "-c", "from hetrain.public.broker.connection import ping; from hetrain.public.settings import ClientSettings; u = ClientSettings().broker_url; u and ping(u)"]
 ENTRYPOINT ["hetrain"]
 CMD ["--help"]

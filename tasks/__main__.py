@@ -1,4 +1,4 @@
-"""``python -m tasks worker -Q gpu``: as ``celery -A tasks``, but never imports from the working directory."""
+"""``python -m tasks worker -Q gpu``: ``celery -A tasks`` without imports from the working directory."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""A worker's consumer beside a full broker: it outlives it, slowly and with few words.
+"""A worker's consumer that keeps running while the broker is out of memory.
 
-Kombu keeps its books in the broker, so a broker without memory breaks the consumer's connection again and
-again. A message that was taken just then may be lost; its client sends it again.
+Kombu keeps records in the broker, so a broker without memory breaks the consumer's connection repeatedly. A
+message that was taken at that moment may be lost; its client sends it again.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from celery.worker import consumer
 from redis.exceptions import OutOfMemoryError
 
 _PAUSE_S = 1.0
-_QUIET_S = 10.0
-_HOUSEKEEPERS = ("kombu.asynchronous.hub", "kombu.transport.redis")
+_LOG_INTERVAL_S = 10.0
+_NOISY_LOGGERS = ("kombu.asynchronous.hub", "kombu.transport.redis")
 
 
 class Consumer(consumer.Consumer):
-    """Celery's consumer, which would else connect to a full broker many times a second."""
+    """Celery's consumer with a pause after a failure; it would else reconnect many times a second."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        brief = _Brief()
-        for name in _HOUSEKEEPERS:
-            logging.getLogger(name).addFilter(brief)
+        limit = _LimitOutOfMemoryLogs()
+        for name in _NOISY_LOGGERS:
+            logging.getLogger(name).addFilter(limit)
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
         super().on_connection_error_before_connected(exc)
@@ -41,19 +41,19 @@ def _pause(error: BaseException) -> None:
         sleep(_PAUSE_S)
 
 
-class _Brief(logging.Filter):
-    """Makes one line now and then of the tracebacks that a full broker brings about every second."""
+class _LimitOutOfMemoryLogs(logging.Filter):
+    """Replaces the tracebacks of a full broker, about one a second, by one line each interval."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._quiet_until = 0.0
+        self._silent_until = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if not isinstance(error, OutOfMemoryError):
             return True
-        if monotonic() < self._quiet_until:
+        if monotonic() < self._silent_until:
             return False
-        self._quiet_until = monotonic() + _QUIET_S
+        self._silent_until = monotonic() + _LOG_INTERVAL_S
         record.msg, record.args, record.exc_info = "the broker is out of memory (%s)", (error,), None
         return True

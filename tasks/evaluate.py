@@ -1,7 +1,7 @@
-"""The two tasks of a worker: get ready for a job, and multiply.
+"""The two tasks of a worker: prepare a job, and evaluate a product.
 
 A task's only argument is a message of `hetrain.public.protocol.messages`. Message and blobs are hostile until
-checked. What comes of a request is pushed to its job's done-list; Celery's own result backend is not used.
+checked. The outcome of a request is pushed to its job's done-list; Celery's own result backend is not used.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hetrain.public.protocol.messages import (
 from tasks.app import app
 from tasks.run import TaskOutput, run
 
-_PLAN_LIMIT = 64 << 20
+_MAX_PLAN_BYTES = 64 << 20
 _REQUEST = "tasks.display:SummarizedRequest"
 
 
 @app.task(name=TASK_PREPARE, bind=True, throws=(HetrainError,), Request=_REQUEST)
 def prepare(self: Task[Any, Any], message: str) -> str:
     """Loads a job's plan and matrices. Argument: a `PrepareTask` as JSON. Returns a line for Flower."""
-    return run(PrepareTask, message, _prepare, _worker(self))
+    return run(PrepareTask, message, _prepare, _worker_name(self))
 
 
 @app.task(name=TASK_EVALUATE, bind=True, throws=(HetrainError,), Request=_REQUEST)
@@ -41,35 +41,35 @@ def evaluate(self: Task[Any, Any], message: str) -> str:
 
     Returns a line for Flower.
     """
-    return run(EvaluateTask, message, _evaluate, _worker(self))
+    return run(EvaluateTask, message, _evaluate, _worker_name(self))
 
 
-def _worker(task: Task[Any, Any]) -> str:
+def _worker_name(task: Task[Any, Any]) -> str:
     return str(task.request.hostname)[:200]
 
 
 def _prepare(task: PrepareTask, store: BlobStore) -> TaskOutput:
     from worker_gpu.service import service
 
-    begun = perf_counter()
+    started_at = perf_counter()
     service().prepare(task, _plan_loader(task, store))
-    return None, perf_counter() - begun
+    return None, perf_counter() - started_at
 
 
 def _evaluate(task: EvaluateTask, store: BlobStore) -> TaskOutput:
     from worker_gpu.service import service
 
     payload = _load(store, task.input, task.job, "in", MAX_BLOB_BYTES)
-    begun = perf_counter()
+    started_at = perf_counter()
     parts = service().evaluate(task, _plan_loader(task, store), payload)
-    return parts, perf_counter() - begun
+    return parts, perf_counter() - started_at
 
 
 def _plan_loader(task: PrepareTask | EvaluateTask, store: BlobStore) -> Callable[[], bytes]:
-    return lambda: bytes(_load(store, task.plan, task.job, "plan", _PLAN_LIMIT))
+    return lambda: bytes(_load(store, task.plan, task.job, "plan", _MAX_PLAN_BYTES))
 
 
 def _load(store: BlobStore, blob: Blob, job: str, kind: str, limit: int) -> memoryview:
     if blob.job != job or blob.kind != kind:
-        raise WireError(f"the task's {kind} blob belongs to something else", where=blob.key)
+        raise WireError(f"the task's {kind} blob belongs to another job or has another kind", where=blob.key)
     return store.get(blob, limit=limit)

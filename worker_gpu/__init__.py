@@ -1,1 +1,1 @@
-"""The evaluating half: public weights in int8, ciphertexts in, ciphertexts out. Holds no secret."""
+"""The worker half of the engines: evaluates ciphertexts with public int8 weights. Holds no secret."""

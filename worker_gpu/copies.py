@@ -1,7 +1,7 @@
 """Copies between host and device, such that those of one task overlap the products of another.
 
-Each thread that runs tasks (HETRAIN_WORKER_CONCURRENCY) has a stream of its own on a GPU, and what crosses
-over lies in pinned memory, which torch keeps for the next time. On a CPU nothing is copied.
+Each thread that runs tasks (HETRAIN_WORKER_CONCURRENCY) has a CUDA stream of its own. Copies go through
+pinned memory, which torch keeps for later copies. On a CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _local = threading.local()
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Queues what a block computes on this thread's stream of `device`; without streams changes nothing."""
+    """Queues the computations of a block on this thread's stream of `device`; has no effect on a CPU."""
     if device.type != "cuda":
         yield
         return
     streams: dict[torch.device, torch.cuda.Stream] = _local.__dict__.setdefault("streams", {})
     if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(streams[device]):
         yield
 
@@ -42,7 +42,7 @@ def download(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
     hosts = [_to_host(tensor.contiguous()) for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-    return [memoryview(host.numpy()).cast("B") for host in hosts]
+    return [host.numpy().data.cast("B") for host in hosts]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
 import torch
 
 from hetrain.public.errors import UsageError, WorkerError
+from hetrain.public.settings import WorkerSettings, variable
 from worker_gpu.kernels import KERNELS, Kernel, reference
 
 _SEED = 20260101
@@ -33,19 +33,19 @@ class Compute:
 
 
 def choose_device() -> torch.device:
-    """``$HETRAIN_DEVICE`` if set, else CUDA where torch sees it, else the CPU.
+    """The device of the settings, else CUDA where torch finds it, else the CPU.
 
     Raises:
-        UsageError: the variable names no device of this machine.
+        UsageError: the setting names no device of this machine.
     """
-    name = os.environ.get("HETRAIN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = WorkerSettings().device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             f"device {name!r} cannot be used: {error}",
-            where="HETRAIN_DEVICE",
+            where=variable("device"),
             hint="unset the variable to let the worker choose",
         ) from error
     return device
@@ -64,9 +64,9 @@ def choose_compute(device: torch.device) -> Compute:
             where=str(device),
             hint="report the device and the torch version",
         )
-    # In turn, so that whatever else runs meanwhile slows all of them.
-    laps = [{name: _seconds(KERNELS[name], device) for name in exact} for _ in range(_ROUNDS)]
-    name = min(exact, key=lambda candidate: min(lap[candidate] for lap in laps))
+    # In turn, so that other load slows all of them alike.
+    rounds = [{name: _seconds(KERNELS[name], device) for name in exact} for _ in range(_ROUNDS)]
+    name = min(exact, key=lambda candidate: min(times[candidate] for times in rounds))
     return Compute(device, name, KERNELS[name])
 
 
@@ -76,7 +76,7 @@ def is_exact(kernel: Kernel, device: torch.device) -> bool:
     for n, k, m in _PROBES:
         weights = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
         random = torch.randint(-(2**31), 2**31, (k, m), dtype=torch.int64, generator=generator)
-        # Neighbouring extremes of one sign are what saturating 16-bit accumulators get wrong.
+        # Saturating 16-bit accumulators fail on adjacent extremes of one sign.
         extremes = torch.full((k, m), -(2**31) + 0x7F7F7F, dtype=torch.int32)
         for w in (weights, torch.full_like(weights, -128), torch.full_like(weights, 127)):
             for x in (random.to(torch.int32), extremes, ~extremes):

@@ -1,4 +1,4 @@
-"""Values that are dear to make, kept within a limit."""
+"""A cache of values that are costly to make, with a limit on their total cost."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from weakref import WeakValueDictionary
 V = TypeVar("V")
 
 
-def _one(_: object) -> int:
+def _unit_cost(_: object) -> int:
     return 1
 
 
-class Cache(Generic[V]):
-    """Values by name; when they cost more than `limit` together, the least recently used goes first.
+class LruCache(Generic[V]):
+    """Values by name. When their total cost exceeds `limit`, the least recently used are dropped.
 
-    Who holds a value may go on using it when it has gone. Thread-safe: a value is made by one thread while
-    others that want the same wait, and nobody else does.
+    A dropped value stays valid for its users. Thread-safe: a value is made by one thread, for which only threads
+    that ask for the same value wait.
 
     Args:
-        limit: what all values may cost together; None for no limit.
-        cost: what a value costs; by default each counts as one.
+        limit: the total cost of all values; None for no limit.
+        cost: the cost of a value; 1 by default.
     """
 
-    def __init__(self, limit: int | None = None, cost: Callable[[V], int] = _one) -> None:
+    def __init__(self, limit: int | None = None, cost: Callable[[V], int] = _unit_cost) -> None:
         self._limit = limit
         self._cost = cost
         self._values: OrderedDict[str, V] = OrderedDict()
         self._total = 0
         self._lock = threading.Lock()
-        # A lock lives as long as somebody makes that value or waits for it.
-        self._makers: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        # A lock lives while a thread makes that value or waits for it.
+        self._key_locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     @property
     def total(self) -> int:
-        """What the values cost together."""
+        """The total cost of the values."""
         return self._total
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def has_room(self, cost: int) -> bool:
-        """Whether something that costs so much would fit in without another one going."""
+    def fits(self, cost: int) -> bool:
+        """Whether a value of this cost can be added without dropping another one."""
         return self._limit is None or self._total + cost <= self._limit
 
     def get(self, name: str, make: Callable[[], V]) -> V:
-        """The value called `name`, made now if it is not there. Raises what `make` raises."""
-        with self._maker(name):
+        """The value called `name`, made now if it is absent. Raises what `make` raises."""
+        with self._key_lock(name):
             value = self._find(name)
             if value is None:
                 value = make()
-                self._keep(name, value)
+                self._add(name, value)
             return value
 
-    def _maker(self, name: str) -> threading.Lock:
+    def _key_lock(self, name: str) -> threading.Lock:
         with self._lock:
-            return self._makers.setdefault(name, threading.Lock())
+            return self._key_locks.setdefault(name, threading.Lock())
 
     def _find(self, name: str) -> V | None:
         with self._lock:
@@ -66,7 +66,7 @@ class Cache(Generic[V]):
                 self._values.move_to_end(name)
             return self._values.get(name)
 
-    def _keep(self, name: str, value: V) -> None:
+    def _add(self, name: str, value: V) -> None:
         cost = self._cost(value)
         if self._limit is not None and cost > self._limit:
             return

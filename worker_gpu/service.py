@@ -1,4 +1,4 @@
-"""Everything one worker process holds, behind two calls: prepare a job, evaluate a task."""
+"""The state of one worker process, behind two calls: prepare a job, evaluate a task."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from hetrain.public.protocol.messages import EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Group, Plan, parse_plan
 from hetrain.public.protocol.product import Product
 from hetrain.public.protocol.registration import ShardRange
+from hetrain.public.settings import WorkerSettings
 from worker_gpu.copies import own_stream
 from worker_gpu.device import Compute, choose_compute, choose_device
 from worker_gpu.engines import Engine, open_engine
-from worker_gpu.lru import Cache
-from worker_gpu.weights.shards import own_part, refuse_others, served_shards
+from worker_gpu.lru import LruCache
+from worker_gpu.weights.shards import own_part, require_own_group
 from worker_gpu.weights.store import WeightStore, weights_limit
 
 PlanLoader = Callable[[], bytes | bytearray | memoryview]
@@ -26,7 +27,7 @@ _MAX_PLANS = 64
 class Service:
     """Device, kernel, weights and the plans of recent jobs. Results depend on the arguments alone.
 
-    Thread-safe: what one task has to open or load first keeps no other waiting that does not need it.
+    Thread-safe: a task waits for another one's opening or loading only if it needs the same engine or matrix.
 
     Args:
         compute: device and kernel.
@@ -38,8 +39,8 @@ class Service:
         self._compute = compute
         self._weights = weights
         self._shards = shards
-        self._engines: Cache[Engine] = Cache()
-        self._plans: Cache[Plan] = Cache(_MAX_PLANS)
+        self._engines: LruCache[Engine] = LruCache()
+        self._plans: LruCache[Plan] = LruCache(_MAX_PLANS)
 
     @property
     def description(self) -> str:
@@ -47,7 +48,7 @@ class Service:
         return self._compute.description
 
     def describe(self, name: str) -> str:
-        """What the engine called `name` computes on; the device where there is no such engine."""
+        """The description of the engine called `name`; that of the device where there is no such engine."""
         try:
             return self.engine(name).description
         except WorkerRefused:
@@ -58,16 +59,16 @@ class Service:
         return self._engines.get(name, lambda: open_engine(name, self._compute))
 
     def prepare(self, task: PrepareTask, load_plan: PlanLoader) -> None:
-        """Loads and checks all that a job needs of this worker.
+        """Loads and checks a job's plan and matrices, and the engine's setup.
 
         Raises:
             WorkerRefused: unknown engine or model, other weights than the client's, or a setup that this
-                worker cannot agree to.
+                worker's engine rejects.
             WireError: the plan is malformed.
         """
-        half = self.engine(task.engine)
+        engine = self.engine(task.engine)
         own = own_part(self._plan(task, load_plan), self._shards)
-        half.prepare(own, task.setup)
+        engine.prepare(own, task.setup)
         self._weights.load_all(own)
 
     def evaluate(self, task: EvaluateTask, load_plan: PlanLoader, payload: memoryview) -> list[memoryview]:
@@ -80,14 +81,14 @@ class Service:
             WorkerRefused: as `prepare`, or the group lies in other shards.
             WireError: the task does not fit the plan, or the operand does not fit the task.
         """
-        half = self.engine(task.engine)
+        engine = self.engine(task.engine)
         plan = self._plan(task, load_plan)
         index, group = _group(plan, task)
-        refuse_others(plan, index, self._shards)
+        require_own_group(plan, index, self._shards)
         matrix = self._weights.matrix(plan.model, group)
         rows = matrix if task.direction == "forward" else matrix.t()
         with torch.inference_mode(), own_stream(self._compute.device):
-            return half.evaluate(rows[task.start : task.stop], task, payload)
+            return engine.evaluate(rows[task.start : task.stop], task, payload)
 
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:
         plan = self._plans.get(task.plan_digest, lambda: parse_plan(load_plan(), task.plan_digest))
@@ -107,11 +108,11 @@ def _group(plan: Plan, task: EvaluateTask) -> tuple[int, Group]:
 
 @functools.cache
 def service() -> Service:
-    """The process's service: device and kernel are chosen on the first call.
+    """The process's service; the first call chooses device and kernel.
 
     Raises:
-        HetrainError: its configuration makes no sense here.
+        HetrainError: the settings do not work on this machine.
     """
-    device, shards = choose_device(), served_shards()
+    device, shards = choose_device(), WorkerSettings().shards
     weights = WeightStore(device, limit=weights_limit(device))
     return Service(choose_compute(device), weights, shards)

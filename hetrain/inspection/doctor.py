@@ -226,11 +226,6 @@ def _of_workers(found: ProbeResult) -> Iterator[str]:
             )
         if not _listens(worker):
             yield f"worker {worker.worker} does not take from queue {QUEUE!r}; start it with -Q {QUEUE}"
-        if not worker.device:
-            yield (
-                f"worker {worker.worker} cannot say what its forked processes compute on; see its log, or "
-                "start it with the default pool (threads)"
-            )
 
 
 def _listens(worker: WorkerReport) -> bool:

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from hetrain.public.broker import connection as broker
 from hetrain.public.broker.server_info import printable
 from hetrain.public.errors import HetrainError, WireError
-from hetrain.public.protocol.messages import CONTROL_ABOUT, WorkerReport, parse
+from hetrain.public.protocol.messages import CONTROL_REPORT, WorkerReport, parse
 
 _QUIET_S = 2.0
 _POLL_S = 1.0
@@ -140,7 +140,7 @@ def _ask(url: str, answers: _Answers, expected: int | None) -> None:
 def _broadcast(app: Celery, connection: Connection, answers: _Answers, expected: int | None) -> None:
     try:
         app.control.broadcast(
-            CONTROL_ABOUT,
+            CONTROL_REPORT,
             reply=True,
             timeout=_QUIET_S if expected is None else _POLL_S,
             limit=expected,

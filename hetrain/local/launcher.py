@@ -1,4 +1,4 @@
-"""A broker and workers of one's own on this machine, for as long as a block runs."""
+"""An embedded broker and workers on this machine, which run for the length of a block."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Embedded:
 
     Attributes:
         url: the broker's address, with its password.
-        log_file: where broker and workers write.
+        log_file: the output of broker and workers.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], log_file: Path, url: str) -> None:
@@ -40,7 +40,7 @@ class Embedded:
         self._lock = threading.Lock()
 
     def failure(self) -> HetrainError | None:
-        """Why broker and workers are gone, None while they are there. Thread-safe."""
+        """Why broker and workers have ended, None while they run. Thread-safe."""
         with self._lock:
             if self._failure is None and self._process.poll() is not None:
                 self._failure = _failure(self._process, self.log_file)
@@ -51,13 +51,13 @@ class Embedded:
 def start_embedded(
     model: str, log_file: Path, *, workers: int = 1, concurrency: int = 1, maxmemory: int | None = None
 ) -> Iterator[Embedded]:
-    """Starts a broker and workers that serve `model`, and takes them down when the block ends.
+    """Starts a broker and workers that serve `model`, and ends them when the block ends.
 
-    They also end when this process does, however it ends. Workers may still be loading when the block begins.
+    They also end when this process ends in any way. Workers may still be loading when the block begins.
 
     Args:
         model: name or path of a model, as in HETRAIN_MODELS.
-        log_file: where they write; kept afterwards.
+        log_file: their output; kept afterwards.
         workers: number of worker processes.
         concurrency: tasks that each of them runs at once; they share the cores.
         maxmemory: bytes the broker may hold; None takes the supervisor's default.
@@ -75,9 +75,7 @@ def start_embedded(
         )
     url = ""
     try:
-        url = _first_line(process, log_file).get("url", "")
-        if not url:
-            raise _failure(process, log_file)
+        url = _await_url(process, log_file)
         yield Embedded(process, log_file, url)
     finally:
         _end(process, url)
@@ -87,7 +85,8 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in child_environment().items() if name != "HETRAIN_BROKER_URL"}
 
 
-def _first_line(process: subprocess.Popen[bytes], log_file: Path) -> dict[str, str]:
+def _await_url(process: subprocess.Popen[bytes], log_file: Path) -> str:
+    """The ``url`` in the supervisor's first line. Raises `WorkerError` for an ``error``, or no line."""
     assert process.stdout is not None
     descriptor, line, end = process.stdout.fileno(), b"", monotonic() + _START_S
     while b"\n" not in line:
@@ -99,16 +98,16 @@ def _first_line(process: subprocess.Popen[bytes], log_file: Path) -> dict[str, s
     message: dict[str, str] = json.loads(line.partition(b"\n")[0])
     if "error" in message:
         raise WorkerError(message["error"], where=str(log_file))
-    return message
+    return message["url"]
 
 
 def _failure(process: subprocess.Popen[bytes], log_file: Path) -> HetrainError:
-    told = ""
+    reason = ""
     if process.poll() is not None and process.stdout is not None and not process.stdout.closed:
-        with_error = [line for line in process.stdout.read().splitlines() if b'"error"' in line]
-        told = f": {json.loads(with_error[-1])['error']}" if with_error else ""
+        errors = [line for line in process.stdout.read().splitlines() if b'"error"' in line]
+        reason = f": {json.loads(errors[-1])['error']}" if errors else ""
     return WorkerError(
-        f"the embedded broker and workers are gone{told}", where=str(log_file), hint=_tail(log_file)
+        f"the embedded broker and workers have ended{reason}", where=str(log_file), hint=_tail(log_file)
     )
 
 

@@ -2,7 +2,7 @@
 
 Usage: ``python -m tasks.supervisor.embedded --model NAME``.
 
-Prints one JSON line, ``{"url": ...}``, once the server answers, and takes everything down when its standard
+Prints one JSON line, ``{"url": ...}``, once the server answers, and ends server and workers when its standard
 input ends (its parent closed it, or died) or on SIGTERM. When it gives up it prints ``{"error": ...}`` and
 exits with 1.
 Nothing but the log is written to disk; the socket lies in a directory that only this user can enter.
@@ -24,7 +24,7 @@ from typing import IO
 
 from hetrain.public.errors import BrokerUnreachable, HetrainError
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker
-from tasks.supervisor.worker_process import KeptWorker, stop, threads_per_worker
+from tasks.supervisor.worker_process import SupervisedWorker, stop, threads_per_worker
 
 _POLL_S = 0.2
 
@@ -41,27 +41,27 @@ def supervise(
             index, url, model, log, threads=threads, concurrency=concurrency, ready=ready
         )
 
-    kept = [KeptWorker(starter(index + 1)) for index in range(workers)]
+    supervised = [SupervisedWorker(starter(index + 1)) for index in range(workers)]
     try:
-        _say({"url": url})
-        while not _input_ended(_POLL_S):
+        _print_message({"url": url})
+        while not _stdin_ended(_POLL_S):
             if server.poll() is not None:
                 raise BrokerUnreachable(
                     f"the embedded broker died (exit status {server.returncode})", hint="see its log"
                 )
-            for worker in kept:
-                worker.tend()
+            for worker in supervised:
+                worker.ensure_running()
     finally:
-        stop([worker.process for worker in kept if worker.process is not None])
+        stop([worker.process for worker in supervised if worker.process is not None])
         stop([server])
 
 
-def _input_ended(wait_s: float) -> bool:
+def _stdin_ended(wait_s: float) -> bool:
     readable, _, _ = select.select([0], [], [], wait_s)
     return bool(readable) and not os.read(0, 4096)
 
 
-def _say(message: dict[str, str]) -> None:
+def _print_message(message: dict[str, str]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
@@ -85,7 +85,7 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.workers, options.concurrency, options.maxmemory) < 1:
         parser.error("--workers, --concurrency and --maxmemory must be positive")
-    # Ctrl-C reaches the whole foreground group; the client decides when to stop.
+    # Ctrl-C reaches the whole foreground group, but the client decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     directory = private_directory()
@@ -93,7 +93,7 @@ def main() -> int:
         with open(options.log_file or directory / "log", "ab") as log:
             supervise(options.model, options.workers, options.concurrency, options.maxmemory, directory, log)
     except HetrainError as error:
-        _say({"error": str(error)})
+        _print_message({"error": str(error)})
         return 1
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The processes of an embedded installation: a Valkey server and Celery workers, tied to their parent."""
+"""The processes of an embedded installation, which end with their parent: a Valkey server, Celery workers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import IO
 
 from hetrain.public.broker.connection import ping
 from hetrain.public.errors import BrokerError, BrokerUnreachable
+from hetrain.public.settings import WorkerSettings
 from tasks.supervisor.worker_process import spawn_worker, stop, tie_to_parent
 
 DEFAULT_MAXMEMORY = 2 << 30
@@ -40,7 +41,7 @@ def start_server(
         directory: where its socket lies; see `private_directory`.
         log: its output.
         maxmemory: bytes of data it may hold.
-        password: what clients must say; a random one by default.
+        password: the clients' password; a random one by default.
 
     Returns:
         The process and its URL, password included.
@@ -114,14 +115,14 @@ def start_worker(
         model: name or path of the model that it serves.
         log: its output.
         threads: CPU threads each of its tasks may use; 0 leaves the choice to torch.
-        concurrency: tasks that it runs at once, unless the environment says otherwise.
+        concurrency: tasks that it runs at once, unless the environment sets another number.
         ready: see `spawn_worker`.
     """
     settings = {
         "HETRAIN_BROKER_URL": url,
         "HETRAIN_MODELS": json.dumps([model]),
-        "HETRAIN_SHARDS": "",  # it is all there is
-        "HETRAIN_WORKER_CONCURRENCY": os.environ.get("HETRAIN_WORKER_CONCURRENCY", str(concurrency)),
+        "HETRAIN_SHARDS": "",  # no other worker serves the rest
+        "HETRAIN_WORKER_CONCURRENCY": str(WorkerSettings().worker_concurrency or concurrency),
     }
     if threads:
         settings["OMP_NUM_THREADS"] = str(threads)

@@ -1,4 +1,4 @@
-"""Worker processes and their supervisor: started, tied to it, started again when they die, stopped."""
+"""Worker processes: started, bound to the life of their supervisor, restarted when they die, stopped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from typing import IO, Any
 from hetrain.public.errors import WorkerError
 from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.system import available_cores, child_environment
-from tasks.app import EX_CONFIG
 
 _GRACE_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _MAX_RESTARTS = 10
 _MAX_FAILED_STARTS = 3
-_SOUND_LIFE_S = 60.0
+_EARLY_DEATH_S = 60.0
 _FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 10.0
 
@@ -34,21 +33,21 @@ def tie_to_parent() -> Callable[[], None] | None:
 
     def tie() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the tie held
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     return tie
 
 
 def threads_per_worker(workers: int) -> int:
-    """CPU threads for each of several workers on this machine; 0, torch's own choice, for a single one."""
+    """CPU threads for each of several workers on this machine; 0, which is torch's choice, for one."""
     return max(1, available_cores() // workers) if workers > 1 else 0
 
 
 def spawn_worker(
     name: str, settings: Mapping[str, str], log: IO[Any], *, ready: int | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a Celery worker in its own session. Call it from the main thread: it ends with that one.
+    """Starts a Celery worker in its own session. Call it from the main thread: the worker ends with it.
 
     Args:
         name: its name before the ``@``.
@@ -56,7 +55,7 @@ def spawn_worker(
         log: its output.
         ready: a file descriptor it writes to and closes when it is ready to take tasks.
     """
-    environment = child_environment() | settings
+    environment = child_environment() | dict(settings)
     if ready is not None:
         environment["HETRAIN_READY_FD"] = str(ready)
     command = ["worker", "-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO"]
@@ -73,16 +72,16 @@ def spawn_worker(
 
 
 @dataclass
-class KeptWorker:
-    """A worker that is started again when it dies, within limits.
+class SupervisedWorker:
+    """A worker that is restarted when it dies, within limits.
 
     Attributes:
         start: starts it, with the file descriptor that it writes to when it is ready.
-        persistent: whether nothing but a configuration that cannot work is a reason to give up.
-        deaths: how often in a row it died young.
+        persistent: give up only when its configuration cannot work.
+        deaths: how often in a row it died early.
         failed_starts: how often in a row it died before it was ready.
         status: what it last exited with, None before that.
-        process: it, while it lives.
+        process: its process, while that runs.
     """
 
     start: Callable[[int], subprocess.Popen[bytes]]
@@ -92,23 +91,23 @@ class KeptWorker:
     status: int | None = None
     process: subprocess.Popen[bytes] | None = None
     _not_before: float = field(default=0.0, repr=False)
-    _begun: float = field(default=0.0, repr=False)
+    _started_at: float = field(default=0.0, repr=False)
     _ready: int = field(default=-1, repr=False)
 
-    def tend(self) -> None:
-        """Starts the worker if it is not running. Raises `WorkerError` when that makes no sense any more."""
+    def ensure_running(self) -> None:
+        """Starts the worker unless it runs. Raises `WorkerError` when another start would not help."""
         if self.process is not None and self.process.poll() is not None:
-            self._note_death(self.process.returncode)
+            self._record_exit(self.process.returncode)
         if self.process is None and monotonic() >= self._not_before:
-            self._ready, theirs = os.pipe()
+            self._ready, child_end = os.pipe()
             os.set_blocking(self._ready, False)
-            self._begun = monotonic()
+            self._started_at = monotonic()
             try:
-                self.process = self.start(theirs)
+                self.process = self.start(child_end)
             finally:
-                os.close(theirs)
+                os.close(child_end)
 
-    def _note_death(self, status: int) -> None:
+    def _record_exit(self, status: int) -> None:
         try:
             was_ready = bool(os.read(self._ready, 1))
         except BlockingIOError:
@@ -116,8 +115,8 @@ class KeptWorker:
         os.close(self._ready)
         self.process, self.status = None, status
         self.failed_starts = 0 if was_ready else self.failed_starts + 1
-        self.deaths = 1 if monotonic() - self._begun > _SOUND_LIFE_S else self.deaths + 1
-        if status == EX_CONFIG:
+        self.deaths = 1 if monotonic() - self._started_at > _EARLY_DEATH_S else self.deaths + 1
+        if status == os.EX_CONFIG:
             raise WorkerError("the worker cannot start as it is configured", hint="see its log")
         if not self.persistent:
             self._check_limits(status)
@@ -128,7 +127,7 @@ class KeptWorker:
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise WorkerError(f"the worker does not start (exit status {status})", hint="see its log")
         if self.deaths > _MAX_RESTARTS:
-            raise WorkerError(f"the worker died {self.deaths} times, always young", hint="see its log")
+            raise WorkerError(f"the worker died {self.deaths} times, each time early", hint="see its log")
 
 
 def stop(
@@ -136,9 +135,9 @@ def stop(
     grace_s: float = _GRACE_S,
     first: signal.Signals = signal.SIGTERM,
 ) -> None:
-    """Ends processes and their groups: politely by `first`, then after `grace_s` seconds for good."""
-    for signum, patience in ((first, grace_s), (signal.SIGKILL, 5.0)):
-        end = monotonic() + patience
+    """Ends processes and their groups by the signal `first`, and by SIGKILL after `grace_s` seconds."""
+    for signum, timeout_s in ((first, grace_s), (signal.SIGKILL, 5.0)):
+        end = monotonic() + timeout_s
         for process in processes:
             if process.poll() is None:
                 try:

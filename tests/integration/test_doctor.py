@@ -22,7 +22,7 @@ from hetrain.inspection.doctor import diagnose
 from hetrain.inspection.probe import probe_workers
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, WireError
-from hetrain.public.protocol.messages import CONTROL_ABOUT, EngineReport, WorkerReport
+from hetrain.public.protocol.messages import CONTROL_REPORT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.kernels import kernels
 from tasks.supervisor.server import start_worker, stop
@@ -73,7 +73,7 @@ def answering(url: str, answer: Callable[[], Any], name: str = "other@elsewhere"
 
     def listen() -> None:
         with app.connection_for_read() as connection:
-            handlers = {CONTROL_ABOUT: lambda state: answer()}
+            handlers = {CONTROL_REPORT: lambda state: answer()}
             mailbox = app.control.mailbox(connection)
             node = mailbox.Node(name, channel=connection.default_channel, handlers=handlers)
             with node.listen():
@@ -117,8 +117,8 @@ def test_worker_device_and_engines_are_named(
     assert f"hetrain worker: {worker['device']}, broker" in log.read_text()
     engines = {engine["name"]: engine for engine in worker["engines"]}
     assert engines.keys() == worker_gpu.engines.ENGINES.keys()
-    assert engines["rlwe"] == {"name": "rlwe", "state": "ready", "about": worker["device"]}
-    assert all(engine["about"] for engine in engines.values())
+    assert engines["rlwe"] == {"name": "rlwe", "state": "ready", "description": worker["device"]}
+    assert all(engine["description"] for engine in engines.values())
     assert {"rlwe", "clear"} <= set(report["runnable"])
 
     doctor(url)
@@ -190,7 +190,7 @@ def test_bytes_that_are_no_message_are_refused(empty: str) -> None:
 
 
 def test_another_version_is_a_warning_and_a_slow_engine_is_waited_for(empty: str) -> None:
-    ready = [EngineReport(name="rlwe", state="ready", about="cpu")]
+    ready = [EngineReport(name="rlwe", state="ready", description="cpu")]
     answers = iter([OTHER, OTHER.model_copy(update={"engines": ready})])
     with answering(empty, lambda: next(answers).model_dump()):
         found = diagnose(empty)

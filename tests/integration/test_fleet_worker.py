@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from hetrain.public.errors import UsageError, WorkerRefused
 from hetrain.public.model.quantization import quantize
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
-    CONTROL_ABOUT,
+    CONTROL_REPORT,
     QUEUE,
     TASK_EVALUATE,
     TASK_PREPARE,
@@ -45,7 +46,7 @@ from tasks.supervisor.worker_process import spawn_worker
 from tests.harness.processes import HETRAIN, Serving, serving
 from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS
-from worker_gpu.lru import Cache
+from worker_gpu.lru import LruCache
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore, weights_limit
 
@@ -152,7 +153,7 @@ class Asker:
 
     def about(self) -> list[dict[str, object]]:
         """What workers say of themselves."""
-        replies = self._app.control.broadcast(CONTROL_ABOUT, reply=True, timeout=5, limit=1)
+        replies = self._app.control.broadcast(CONTROL_REPORT, reply=True, timeout=5, limit=1)
         return [report for reply in replies for report in reply.values()]
 
     def close(self) -> None:
@@ -239,7 +240,9 @@ def test_no_trouble_with_the_fleet_key_ends_a_worker(
 
     def complaints() -> int:
         return (
-            broker.directory.joinpath("log").read_text()[len(before) :].count("cannot see this worker's card")
+            broker.directory.joinpath("log")
+            .read_text()[len(before) :]
+            .count("cannot see this worker's registration")
         )
 
     with workers(broker, model) as (worker,):
@@ -362,7 +365,7 @@ def test_other_weights_are_refused_where_there_is_no_room_either(model: Path, pl
 
 
 def test_what_is_being_made_keeps_nobody_else_waiting_and_is_made_once() -> None:
-    cache: Cache[str] = Cache()
+    cache: LruCache[str] = LruCache()
     made: list[str] = []
     begun, go_on = threading.Event(), threading.Event()
 
@@ -510,7 +513,7 @@ def test_a_worker_that_hangs_keeps_no_fleet_alive(
         (("--shards", "9"), {}, 2, "'9' is no range of shards"),
         (("--broker-url", "http://x"), {}, 2, "unknown scheme"),
         (("--workers", "2"), {"HETRAIN_DEVICE": "nowhere"}, 78, "device 'nowhere' cannot be used"),
-        (("--weights-bytes", "much"), {"HETRAIN_DEVICE": "cpu"}, 78, "no number of bytes"),
+        (("--weights-bytes", "much"), {"HETRAIN_DEVICE": "cpu"}, 2, "no number of bytes"),
     ],
 )
 def test_a_fleet_that_cannot_work_says_so_and_ends(
@@ -521,3 +524,21 @@ def test_a_fleet_that_cannot_work_says_so_and_ends(
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == status, ended.stderr
     assert words in " ".join(ended.stderr.split())
+
+
+def test_a_supervisor_refuses_settings_that_make_no_sense() -> None:
+    command = [sys.executable, "-m", "tasks.supervisor.multi_gpu"]
+    settings = {"HETRAIN_WEIGHTS_BYTES": "much", "HETRAIN_DEVICE": "cpu"}
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 78, ended.stderr
+    assert "HETRAIN_WEIGHTS_BYTES: 'much' is no number of bytes" in ended.stderr
+
+
+@pytest.mark.parametrize("pool", ["processes", "solo"])  # Celery itself replaces prefork by threads
+def test_a_worker_refuses_another_pool_than_threads(broker: Serving, model: Path, pool: str) -> None:
+    command = [sys.executable, "-m", "tasks", "worker", "-Q", QUEUE, "-P", pool]
+    settings = {"HETRAIN_BROKER_URL": broker.url, "HETRAIN_MODELS": str(model)}
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 78, ended.stderr
+    assert "hetrain worker cannot start: UsageError: -P: this worker's pool is not 'threads'" in ended.stderr
+    assert "start it without -P" in ended.stderr

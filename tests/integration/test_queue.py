@@ -56,7 +56,7 @@ from hetrain.transport.in_process import InProcessChannel
 from hetrain.transport.requests.remote_errors import error_of
 from hetrain.transport.requests.state import Timeouts, prepare_task
 from tasks.request_log import RequestLog
-from tasks.supervisor.embedded import KeptWorker
+from tasks.supervisor.embedded import SupervisedWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
 from tests.harness.processes import serving
 
@@ -578,13 +578,13 @@ def test_a_worker_that_dies_at_once_is_not_started_for_ever(script: str, starts:
         ready.append(descriptor)
         return subprocess.Popen([sys.executable, "-c", script])
 
-    def tend() -> bool:
-        kept.tend()
+    def ensure_running() -> bool:
+        worker.ensure_running()
         return False
 
-    kept = KeptWorker(start)
+    worker = SupervisedWorker(start)
     with pytest.raises(WorkerError, match="start"):
-        eventually(tend)
+        eventually(ensure_running)
     assert len(ready) == starts
 
 

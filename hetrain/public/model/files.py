@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from hetrain.public.errors import ModelError
 from hetrain.public.model.packaged import ALIASES, materialize
+from hetrain.public.settings import Settings
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
 _INDEX = "model.safetensors.index.json"
@@ -49,8 +49,8 @@ class ModelFiles:
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: ``$HETRAIN_CACHE`` or ``~/.cache/hetrain``."""
-    return Path(os.environ.get("HETRAIN_CACHE") or Path.home() / ".cache" / "hetrain")
+    """Where converted models are kept."""
+    return Settings().cache
 
 
 def label_of(name_or_path: str) -> str:

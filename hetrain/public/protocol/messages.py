@@ -17,7 +17,7 @@ from hetrain.public.errors import WireError
 VERSION: Literal[1] = 1
 TASK_EVALUATE = "hetrain.evaluate"
 TASK_PREPARE = "hetrain.prepare"
-CONTROL_ABOUT = "hetrain_about"
+CONTROL_REPORT = "hetrain_report"
 QUEUE = "gpu"
 MAX_BLOB_BYTES = 4 << 30
 
@@ -121,21 +121,20 @@ class Completion(_Message):
 
 
 class EngineReport(BaseModel):
-    """What a worker says of one engine: what it computes on, or why it refuses jobs."""
+    """A worker's report on one engine: what it computes on, or why it refuses jobs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Name
     state: Literal["ready", "refused", "opening"]
-    about: Paragraph = ""
+    description: Paragraph = ""
 
 
 class WorkerReport(_Message):
-    """What a worker says of itself when asked by the control command `CONTROL_ABOUT`.
+    """A worker's reply to the control command `CONTROL_REPORT`.
 
-    ``device`` names device and kernel, as in results; it is empty, and so is ``engines``, where forked
-    processes choose for themselves. ``shards`` names the slices of its models that it serves, empty for all.
-    ``concurrency`` counts the tasks that it runs at once.
+    ``device`` names device and kernel, as in results. ``shards`` names the slices of its models that it
+    serves, empty for all. ``concurrency`` counts the tasks that it runs at once.
     """
 
     worker: Line

@@ -1,7 +1,7 @@
-"""The fleet: what workers announce of themselves while they live, so that clients can route and cut tasks.
+"""Registrations of workers, by which clients route tasks and divide products.
 
-Each worker keeps its card in one sorted set of the broker, scored by the moment at which it lapses on the
-broker's own clock. Nobody needs to say goodbye: a dead worker's card is simply not renewed.
+Each worker keeps its registration in one sorted set of the broker. The score is the moment at which it
+expires on the broker's clock, so that of a worker that has died just expires.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from hetrain.public.errors import UsageError
 from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name
 
-REGISTRY_KEY = "hetrain:fleet"
+REGISTRY_KEY = "hetrain:workers"
 REGISTRATION_TTL_S = 6.0
 HEARTBEAT_S = 1.5
 MAX_WORKERS = 4096
@@ -39,7 +39,6 @@ class ShardRange:
         if not 0 <= self.first <= self.last < self.count <= _MAX_SHARDS:
             raise UsageError(
                 f"shards {self} make no sense",
-                where="HETRAIN_SHARDS",
                 hint=f"FIRST-LAST/COUNT with 0 <= FIRST <= LAST < COUNT <= {_MAX_SHARDS}, such as 0-7/32",
             )
 
@@ -50,7 +49,6 @@ class ShardRange:
         if match is None:
             raise UsageError(
                 f"{text[:100]!r} is no range of shards",
-                where="HETRAIN_SHARDS",
                 hint="FIRST-LAST/COUNT, such as 0-7/32",
             )
         first, last, count = match.groups()
@@ -69,7 +67,7 @@ class ShardRange:
         return f"{QUEUE}.{self.first}-{self.last}of{self.count}"
 
 
-def _sound_shards(text: str) -> str:
+def _valid_shards(text: str) -> str:
     try:
         return str(ShardRange.parse(text))
     except UsageError as error:
@@ -77,10 +75,10 @@ def _sound_shards(text: str) -> str:
 
 
 class WorkerRegistration(BaseModel):
-    """What one worker announces: constant while it lives, so that renewing it replaces it.
+    """What a worker registers: constant while it runs, so that renewing it replaces it.
 
     Attributes:
-        worker: its Celery name, unique in the fleet.
+        worker: its Celery name, unique among all workers.
         device: device and kernel, as in results.
         queue: where it takes tasks.
         models: labels of what it serves.
@@ -95,7 +93,7 @@ class WorkerRegistration(BaseModel):
     device: Line
     queue: Name
     models: Annotated[tuple[Line, ...], Field(max_length=1000, strict=False)]
-    shards: Annotated[str, AfterValidator(_sound_shards)] | None = None
+    shards: Annotated[str, AfterValidator(_valid_shards)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=1 << 16)]
 
     def serves(self, model: str, index: int, n_groups: int) -> bool:
