@@ -18,8 +18,8 @@ def _unit_cost(_: object) -> int:
 class LruCache(Generic[V]):
     """Values by name. When their total cost exceeds `limit`, the least recently used are dropped.
 
-    A dropped value stays valid for its users. Thread-safe: a value is made by one thread, for which only threads
-    that ask for the same value wait.
+    A dropped value stays valid for its users. Thread-safe: one thread makes a value, and others
+    wait for it only if they ask for the same one.
 
     Args:
         limit: the total cost of all values; None for no limit.

@@ -16,6 +16,7 @@ from time import monotonic
 from urllib.parse import urlsplit
 
 from hetrain.public.errors import HetrainError, WorkerError
+from hetrain.public.settings import variable
 from hetrain.public.system import child_environment
 
 _START_S = 60.0
@@ -69,9 +70,10 @@ def start_embedded(
     command += ["--concurrency", str(concurrency), "--log-file", str(log_file)]
     if maxmemory is not None:
         command += ["--maxmemory", str(maxmemory)]
+    environment = child_environment() | {variable("broker_url"): ""}
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=_environment()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
         )
     url = ""
     try:
@@ -79,10 +81,6 @@ def start_embedded(
         yield Embedded(process, log_file, url)
     finally:
         _end(process, url)
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in child_environment().items() if name != "HETRAIN_BROKER_URL"}
 
 
 def _await_url(process: subprocess.Popen[bytes], log_file: Path) -> str:

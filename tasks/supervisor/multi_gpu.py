@@ -20,12 +20,7 @@ from time import sleep
 from hetrain.public.errors import HetrainError, WorkerError
 from hetrain.public.settings import WorkerSettings
 from hetrain.public.system import child_environment
-from tasks.supervisor.worker_process import (
-    SupervisedWorker,
-    spawn_worker,
-    stop,
-    threads_per_worker,
-)
+from tasks.supervisor.worker_process import SupervisedWorker, spawn_worker, stop, threads_per_worker
 
 _POLL_S = 0.1
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"

@@ -94,7 +94,7 @@ def test_models_are_names_paths_and_labels_or_a_list(monkeypatch: pytest.MonkeyP
         (WorkerSettings, "weights_bytes", "much", "'much' is no number of bytes", "20GB"),
         (WorkerSettings, "worker_concurrency", "0", "'0' is no positive whole number", "write a number"),
         (WorkerSettings, "visibility_timeout", "2.5", "'2.5' is no positive whole number", "write a number"),
-        (WorkerSettings, "ready_fd", "-1", "'-1' is no file descriptor", "supervisor"),
+        (WorkerSettings, "ready_fd", "-1", "'-1' is no file descriptor", "supervisors"),
         (ClientSettings, "tenant", "0" * 15, "is no tenant", "16 lower-case hexadecimal digits"),
         (WorkerSettings, "broker_url", f"http://:{SECRET}@host", "unknown scheme", "percent-encode"),
         (ClientSettings, "broker_url", f"redis://:{SECRET}@host:x/0", "cannot be parsed", "percent-encode"),
