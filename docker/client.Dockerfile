@@ -53,7 +53,7 @@ RUN useradd --create-home --uid 1000 client \
 USER 1000:1000
 WORKDIR /data
 ENV PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-# A job has no port to ask. While one runs, this says whether the broker still answers it.
+# A job listens on no port. While one runs, this checks that the broker still answers.
 HEALTHCHECK --interval=60s --timeout=15s --start-period=60s --retries=3 \
     CMD ["python", "-c", "from hetrain.public.broker.connection import ping; from hetrain.public.settings import ClientSettings; u = ClientSettings().broker_url; u and ping(u)"]
 ENTRYPOINT ["hetrain"]

@@ -1,6 +1,6 @@
-# A worker for somebody else's machine. It holds the workers' part of the code and no other: nothing in it can
-# encrypt, decrypt or read a data set. Build it in the repository's root; at least a broker's address it needs
-# to run. The first line's torch takes CUDA where it finds it, the second one's is for the CPU alone and smaller:
+# A worker for a machine that is not the client's. It holds the workers' part of the code alone: nothing in it can
+# encrypt, decrypt or read a data set. Build it in the repository's root; to run, it needs at least a broker's
+# address. The torch of the first build uses CUDA where it finds it, that of the second one is for CPUs, and smaller:
 #
 #   docker build -f docker/worker.Dockerfile -t hetrain-worker .
 #   docker build -f docker/worker.Dockerfile -t hetrain-worker \

@@ -83,7 +83,7 @@ def _start(sender: Any, **_: object) -> None:
     """Settles pool, queue and device before the first task is taken."""
     try:
         _require_threads(sender.pool_cls)
-        # A worker of some shards takes from their queue alone, whatever -Q says.
+        # A worker of some shards takes from their queue alone, with any -Q.
         if (shards := WorkerSettings().shards) is not None:
             app.amqp.queues.select([shards.queue])
         keep_freed_memory()

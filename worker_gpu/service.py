@@ -93,7 +93,7 @@ class Service:
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:
         plan = self._plans.get(task.plan_digest, lambda: parse_plan(load_plan(), task.plan_digest))
         if plan.model != task.model:
-            raise WireError(f"the task says model {task.model!r}, its plan {plan.model!r}")
+            raise WireError(f"the task is for model {task.model!r}, its plan for {plan.model!r}")
         return plan
 
 
