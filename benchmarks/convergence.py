@@ -20,17 +20,17 @@ from benchmarks.data import HANDBOOK, write_text_rows
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, write
 from benchmarks.plain import plain_model, plain_step
+from hetrain.config import LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import read_rows
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
 from hetrain.public.system import available_cores
 from hetrain.train.session import BaseModelFiles, open_base, open_session
-from hetrain.train.settings import OptimizerSettings, OutsourcingSettings
 from hetrain.train.step import run_step, share_cores
 from hetrain.train.updater import Tensors, Updater
 
-OPTIMIZER = OptimizerSettings(learning_rate=1e-3)
+OPTIMIZER = TrainingConfig(learning_rate=1e-3)
 SEED = 7
 ROW_TOKENS = 512
 
@@ -55,7 +55,7 @@ def draw(base: BaseModelFiles, data: str, tokens: int, steps: int) -> list[Micro
 
 def initial_values(base: BaseModelFiles) -> dict[str, torch.Tensor]:
     """Adapter values that all runs start from. B is not zero: gradients reach A from the first step."""
-    model = add_adapter(split_model(base.files), LoraSettings(), SEED)
+    model = add_adapter(split_model(base.files), LoraConfig(), SEED)
     generator = torch.Generator().manual_seed(SEED)
     values = {}
     for name, parameter in adapter_parameters(model).items():
@@ -66,7 +66,7 @@ def initial_values(base: BaseModelFiles) -> dict[str, torch.Tensor]:
 
 def plain_curve(base: BaseModelFiles, values: Tensors, batches: list[MicroBatch]) -> Curve:
     """With stock peft."""
-    model = plain_model(base.files.directory, LoraSettings(), values)
+    model = plain_model(base.files.directory, LoraConfig(), values)
     updater = Updater(adapter_parameters(model), OPTIMIZER, len(batches))
     losses, first = [], None
     for batch in batches:
@@ -84,8 +84,8 @@ def engine_curve(
     """With one engine, over an embedded broker and worker. Hints serve from the second step on."""
     # One thread: client and worker take turns on this machine, and small operations gain nothing from two.
     share_cores(available_cores())
-    with open_session(base, OutsourcingSettings(engine, hints=hints), None, "cpu") as session:
-        model = add_adapter(session.split, LoraSettings(), SEED)
+    with open_session(base, OutsourcingConfig(engine=engine, hints=hints), None, "cpu") as session:
+        model = add_adapter(session.split, LoraConfig(), SEED)
         parameters = adapter_parameters(model)
         with torch.no_grad():
             for name, parameter in parameters.items():

@@ -24,9 +24,10 @@ from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, write
 from benchmarks.shapes import write_random_llama
 from benchmarks.workloads import Problem, random_problem
+from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.data.tokenization import Row
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.allocator import keep_freed_memory
@@ -135,7 +136,7 @@ def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tu
     store = HintStore(plan, sketches, folder) if hints else None
     sealer = client_engine(ENGINE).open(plan, JobOptions(hints=store))
     channel.prepare(plan.model, ENGINE, plan.to_bytes(), plan.digest, sealer.setup)
-    model = add_adapter(split, LoraSettings(), _SEED)
+    model = add_adapter(split, LoraConfig(), _SEED)
     values = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
     return Replica(split, model, channel, sealer), Snapshot(0, values)
 

@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import peft
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch
-from hetrain.nn.lora import LoraSettings, adapter_parameters
+from hetrain.nn.lora import adapter_parameters
 
 
 def plain_model(
-    directory: Path, lora: LoraSettings, values: Mapping[str, torch.Tensor] | None = None
+    directory: Path, lora: LoraConfig, values: Mapping[str, torch.Tensor] | None = None
 ) -> nn.Module:
     """Stock peft on the stock model; `values` sets the adapter's parameters by name."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
     if values is not None:
         with torch.no_grad():
             for name, parameter in adapter_parameters(adapted).items():

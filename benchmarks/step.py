@@ -32,8 +32,8 @@ from benchmarks.data import write_text_rows
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, write
 from benchmarks.shapes import MODELS, SMOLLM2
+from hetrain.config import BatchingConfig, LoraConfig
 from hetrain.public.errors import HetrainError
-from hetrain.train.settings import FlightSettings
 
 ROW_TOKENS = 512
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="plain steps, before and after")
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--in-flight", type=int, default=FlightSettings().in_flight, help="as of hetrain submit"
+        "--in-flight", type=int, default=BatchingConfig.in_flight, help="as of hetrain submit"
     )
     parser.add_argument("--engine", default="rlwe")
     parser.add_argument(
@@ -166,7 +166,7 @@ def plain(name_or_path: str, tokens: int, repeats: int) -> None:
     from benchmarks.plain import plain_model, plain_step
     from hetrain.data.packing import epochs
     from hetrain.data.tokenization import read_rows
-    from hetrain.nn.lora import LoraSettings, adapter_parameters
+    from hetrain.nn.lora import adapter_parameters
     from hetrain.train.session import open_base
 
     base = open_base(name_or_path)
@@ -175,7 +175,7 @@ def plain(name_or_path: str, tokens: int, repeats: int) -> None:
         write_text_rows(data, rows=tokens // ROW_TOKENS, tokens=ROW_TOKENS)
         batch = next(epochs(read_rows(data, base.tokenizer, ROW_TOKENS), tokens, 0, 1))
     assert batch.n_tokens == tokens
-    model = plain_model(base.files.directory, LoraSettings())
+    model = plain_model(base.files.directory, LoraConfig())
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-4)
     seconds = []
     for _ in range(repeats + 1):

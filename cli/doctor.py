@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cli import options
+from cli.options import AsJson, option
+from hetrain import api
+from hetrain.config import JobSpec
 
 if TYPE_CHECKING:
-    from hetrain.inspection.doctor import DoctorReport
     from hetrain.public.broker.server_info import BrokerReport
     from hetrain.public.protocol.messages import WorkerReport
 
@@ -27,11 +28,11 @@ _STATES = {
 }
 
 
-def doctor(broker_url: options.BrokerUrl = None, as_json: options.AsJson = False) -> None:
+def doctor(
+    broker_url: Annotated[str | None, option(JobSpec, "workers")] = None, as_json: AsJson = False
+) -> None:
     """Say at once whether this machine and the workers can run a job, and on what."""
-    from hetrain.inspection.doctor import diagnose
-
-    found = diagnose(broker_url)
+    found = api.doctor(broker_url)
     if as_json:
         typer.echo(json.dumps(_report(found)))
     else:
@@ -40,7 +41,7 @@ def doctor(broker_url: options.BrokerUrl = None, as_json: options.AsJson = False
         raise found.failure
 
 
-def _report(found: DoctorReport) -> dict[str, object]:
+def _report(found: api.DoctorReport) -> dict[str, object]:
     failure = found.failure
     return {
         "client": asdict(found.client),
@@ -54,13 +55,13 @@ def _report(found: DoctorReport) -> dict[str, object]:
     }
 
 
-def _print(found: DoctorReport) -> None:
+def _print(found: api.DoctorReport) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for heading, lines in _sections(found):
         for line in lines:
-            table.add_row(heading, Text(line))  # a Text: what comes from elsewhere has no mark-up
+            table.add_row(heading, Text(line))  # a Text: mark-up in foreign answers has no effect
             heading = ""
     console = Console()
     console.print(table)
@@ -68,7 +69,7 @@ def _print(found: DoctorReport) -> None:
         console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
 
 
-def _sections(found: DoctorReport) -> Iterator[tuple[str, list[str]]]:
+def _sections(found: api.DoctorReport) -> Iterator[tuple[str, list[str]]]:
     client = found.client
     versions = ", ".join(f"{name} {version}" for name, version in client.versions.items())
     engines = [

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import hetrain
+from cli.options import as_options
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError
 
 app = typer.Typer(
     name="hetrain",
-    help="Private LoRA fine-tuning: your data stays encrypted, other people's machines do the heavy part.",
+    help="Private LoRA fine-tuning: your data stays encrypted on the machines that do the heavy part.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -39,8 +40,8 @@ def _root(
     """Options that all commands share."""
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def add_commands() -> None:
+    """Adds the sub-commands to `app`, which imports what they need."""
     from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.plan import plan
@@ -52,6 +53,11 @@ def main() -> None:
     app.command("plan")(plan)
     app.command("doctor")(doctor)
     app.command("worker")(worker)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    add_commands()
     stderr = Console(stderr=True)
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
@@ -69,11 +75,13 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         app()
     except HetrainError as error:
-        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        stderr.print(
+            f"[bold red]error:[/] {_escape(as_options(str(error)))}", soft_wrap=True, highlight=False
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         stderr.print("[bold red]error:[/] stopped")

@@ -1,21 +1,134 @@
-"""Options that several commands share, declared once."""
+"""Options of the command line, made from the fields of `hetrain.config`."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from hetrain.config import EvaluationSpec, JobSpec, LoraConfig
 
-class EngineName(StrEnum):
-    """Engines that can be named on the command line."""
+_NAMES = {  # where an option is not called as its field
+    "model": ("--model-name-or-path", "-m"),
+    "output_dir": ("--output-dir", "-o"),
+    "workers": ("--broker-url",),
+}
+_ENVIRONMENT = {"workers": "HETRAIN_BROKER_URL"}
 
-    rlwe = "rlwe"
-    concrete = "concrete"
-    clear = "clear"
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON lines on standard output instead of a display.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def from_configuration(run: Callable[..., None]) -> Callable[..., None]:
+    """A Typer command of `run`: each parameter of a configuration class becomes an option for every field."""
+    taken = inspect.signature(run, eval_str=True).parameters
+    specs: dict[str, type] = {
+        name: each.annotation for name, each in taken.items() if is_dataclass(each.annotation)
+    }
+
+    def command(**values: Any) -> None:
+        run(**{name: _build(spec, values) for name, spec in specs.items()}, **values)
+
+    expanded = [parameter for spec in specs.values() for parameter in _parameters(spec)]
+    others = [parameter for name, parameter in taken.items() if name not in specs]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [parameter.replace(kind=keyword) for parameter in (*expanded, *others)]
+    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def option(config: type, name: str) -> Any:
+    """The option of a single field, to annotate a command's parameter with."""
+    (setting,) = (each for each in fields(config) if each.name == name)
+    return _option(config, setting, get_type_hints(config)[name])
+
+
+def as_options(text: str) -> str:
+    """`text` with settings in backticks replaced by their options."""
+    return re.sub(r"`(\w+)`", lambda match: _option_names().get(match[1], match[0]), text)
+
+
+@cache
+def _option_names() -> dict[str, str]:
+    return {
+        setting.name: _flags(config, setting, kind)[0].partition("/")[0]
+        for spec in (JobSpec, EvaluationSpec)
+        for config, setting, kind in _settings(spec)
+        if setting.default is not MISSING
+    }
+
+
+def _settings(config: type) -> Iterator[tuple[type, Field[Any], Any]]:
+    """Class, field and type of every setting of a configuration class and of those that it holds."""
+    types = get_type_hints(config)
+    for setting in fields(config):
+        if is_dataclass(types[setting.name]):
+            yield from _settings(types[setting.name])
+        else:
+            yield config, setting, types[setting.name]
+
+
+def _parameters(config: type) -> Iterator[inspect.Parameter]:
+    for owner, setting, kind in _settings(config):
+        given = setting.default is not MISSING
+        yield inspect.Parameter(
+            _key(owner, setting),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=setting.default if given else inspect.Parameter.empty,
+            annotation=Annotated[_typer_type(kind), _option(owner, setting, kind)],
+        )
+
+
+def _build(config: type, values: dict[str, Any]) -> Any:
+    """An object of `config` from the values of its options, which are taken out of `values`."""
+    types = get_type_hints(config)
+    return config(
+        **{
+            setting.name: _build(types[setting.name], values)
+            if is_dataclass(types[setting.name])
+            else values.pop(_key(config, setting))
+            for setting in fields(config)
+        }
+    )
+
+
+def _key(config: type, setting: Field[Any]) -> str:
+    return f"lora_{setting.name}" if config is LoraConfig else setting.name
+
+
+def _typer_type(kind: Any) -> Any:
+    return list[str] if kind == tuple[str, ...] else kind
+
+
+def _flags(config: type, setting: Field[Any], kind: Any) -> tuple[str, ...]:
+    flag = _key(config, setting).replace("_", "-")
+    return _NAMES.get(setting.name, (f"--{flag}/--no-{flag}" if kind == bool | None else f"--{flag}",))
+
+
+def _option(config: type, setting: Field[Any], kind: Any) -> Any:
+    shown = setting.metadata
+    if setting.default is MISSING:
+        return typer.Argument(help=shown["help"], show_default=False)
+    default: bool | str = shown.get("default", NoneType not in get_args(kind))
+    return typer.Option(
+        *_flags(config, setting, kind),
+        help=as_options(shown["help"]),
+        metavar=shown.get("metavar"),
+        parser=_size if shown.get("metavar") == "SIZE" else None,
+        envvar=_ENVIRONMENT.get(setting.name),
+        show_default=as_options(default) if isinstance(default, str) else default,
+        rich_help_panel=config.__name__ if config.__name__.endswith("Config") else None,
+    )
 
 
 def _size(text: str) -> int:
@@ -24,73 +137,3 @@ def _size(text: str) -> int:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
         raise typer.BadParameter(f"{text!r} is no size: write a number of bytes, 500MB or 2GiB") from None
-
-
-Dataset = Annotated[
-    Path, typer.Argument(help="JSONL rows: text, prompt+completion, or messages.", show_default=False)
-]
-Model = Annotated[
-    str,
-    typer.Option("--model-name-or-path", "-m", help="smollm2-135m, a Hugging Face directory, or a hub id."),
-]
-Engine = Annotated[
-    EngineName,
-    typer.Option(
-        "--engine", help="rlwe encrypts; concrete too, exactly but slowly; clear hides nothing (for tests)."
-    ),
-]
-ActivationBits = Annotated[
-    int | None,
-    typer.Option(
-        "--activation-bits",
-        help="Most bits of an encrypted value; without it, as many as the engine has room for.",
-        show_default=False,
-    ),
-]
-Outsource = Annotated[
-    list[str],
-    typer.Option(
-        "--outsource",
-        metavar="PATTERN",
-        help="Glob on full module names, as in 'model.layers.*.mlp.*', repeatable: only matching linears of "
-        "the decoder blocks go to workers, the others run on the client.",
-    ),
-]
-Hints = Annotated[
-    bool | None,
-    typer.Option(
-        "--hints/--no-hints",
-        help="Keep products with masks on disk, so that workers compute them once; default: if it pays.",
-        show_default=False,
-    ),
-]
-BrokerUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--broker-url",
-        envvar="HETRAIN_BROKER_URL",
-        help="Redis or Valkey where workers listen. Without it, broker and worker run here, for this job.",
-        show_default=False,
-    ),
-]
-Device = Annotated[str, typer.Option("--device", help="torch device of the client's own layers.")]
-MaxLength = Annotated[int, typer.Option("--max-length", help="Longest row in tokens; longer ones are cut.")]
-MicroBatchTokens = Annotated[
-    int, typer.Option("--micro-batch-tokens", help="Tokens per micro-batch; 2048 fill the largest ring.")
-]
-InFlight = Annotated[int, typer.Option("--in-flight", help="Micro-batches under way at once.")]
-MaxBytesInFlight = Annotated[
-    int | None,
-    typer.Option(
-        "--max-bytes-in-flight",
-        parser=_size,
-        metavar="SIZE",
-        help="The most that operands and results may take in the broker at once, e.g. 500MB or 2GiB; without "
-        "it, half of the broker's maxmemory, or 1 GiB where it has none.",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON lines on standard output instead of a display.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -6,33 +6,31 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cli import options
-from hetrain.public.lattice.parameters import SLOTS
+from cli.options import AsJson, option
+from hetrain import api
+from hetrain.config import OutsourcingConfig
 
-if TYPE_CHECKING:
-    from hetrain.inspection.plan_report import GroupReport, PlanReport
+_ALL = list(OutsourcingConfig.outsource)
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
-    outsource: options.Outsource = ("*",),  # type: ignore[assignment]
-    as_json: options.AsJson = False,
+    outsource: Annotated[list[str], option(OutsourcingConfig, "outsource")] = _ALL,
+    as_json: AsJson = False,
 ) -> None:
     """Show which matrices would leave for the workers, and what each token would cost on the wire."""
-    from hetrain.inspection.plan_report import plan_report
-
-    found = plan_report(model, tuple(outsource))
+    found = api.plan(model, outsource=outsource)
     if as_json:
         report = {
             "model": model,
-            "outsource": list(outsource),
+            "outsource": outsource,
             "digest": found.plan.digest,
             "share": found.share,
             "outsourced_parameters": found.outsourced_parameters,
@@ -46,7 +44,7 @@ def plan(
         _print(found)
 
 
-def _print(found: PlanReport) -> None:
+def _print(found: api.PlanReport) -> None:
     title = f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}"
     table = Table(title=title, caption="forward / backward", box=SIMPLE)
     table.add_column("linears that share an input", min_width=26, overflow="fold")
@@ -61,8 +59,6 @@ def _print(found: PlanReport) -> None:
             f"{min(row.forward_bits for row in rows):.1f} / {min(row.backward_bits for row in rows):.1f}",
             f"{sum(row.forward_bytes for row in rows):,} / {sum(row.backward_bytes for row in rows):,}",
         )
-    from hetrain.inspection.plan_report import BYTES_DOWN, HINTED_BYTES_DOWN
-
     console = Console()
     console.print(table)
     forward = sum(row.forward_bytes for row in found.groups)
@@ -71,8 +67,8 @@ def _print(found: PlanReport) -> None:
     console.print(
         f"{found.outsourced_parameters:,} of {total:,} parameters ({found.share:.0%}) are held by workers; "
         f"{forward / 1e6:.2f} MB forward and {backward / 1e6:.2f} MB backward per token, with full rings of "
-        f"{SLOTS} tokens. Hints take {found.hint_bytes / 1e9:.2f} GB of disk and bring results down to "
-        f"{HINTED_BYTES_DOWN} of {BYTES_DOWN} bytes a value.",
+        f"{found.ring_slots} tokens. Hints take {found.hint_bytes / 1e9:.2f} GB of disk and bring results "
+        f"down to {found.hinted_bytes_down} of {found.bytes_down} bytes a value.",
         highlight=False,
     )
     if found.kept:
@@ -84,9 +80,9 @@ def _print(found: PlanReport) -> None:
         )
 
 
-def _alike(found: PlanReport) -> dict[str, list[GroupReport]]:
+def _alike(found: api.PlanReport) -> dict[str, list[api.GroupReport]]:
     """Groups that differ in their layer's number only, by their common name."""
-    alike: dict[str, list[GroupReport]] = {}
+    alike: dict[str, list[api.GroupReport]] = {}
     for row in found.groups:
         group = row.group
         members = ", ".join(member.module.rpartition(".")[2] for member in group.members)

@@ -1,4 +1,4 @@
-"""How a training run shows itself: a line of figures under a progress bar, or JSON lines, or nothing."""
+"""The display of a training run: figures beside a progress bar, or JSON lines, or nothing."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from hetrain.train.finetune import JobResult
-    from hetrain.train.output_dir import MicroBatchRecord
+    from hetrain.api import JobResult, MicroBatchMetrics
 
 _MB = 1e6
 _SMOOTHING = 0.8
 
 
 class TrainingDisplay:
-    """Shows records as they come."""
+    """Shows metrics as they come."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self._json = as_json
@@ -58,36 +57,40 @@ class TrainingDisplay:
     ) -> None:
         self._progress.stop()
 
-    def observe(self, record: MicroBatchRecord, total_steps: int) -> None:
-        """See `hetrain.train.finetune.Observer`."""
+    def on_step(self, metrics: MicroBatchMetrics) -> None:
+        """Shows the metrics of one micro-batch."""
         if self._json:
-            typer.echo(json.dumps({"event": "micro_batch"} | asdict(record)))
+            typer.echo(json.dumps({"event": "micro_batch"} | asdict(metrics)))
             return
         if self._begin is None:  # not zero in a run that goes on from a checkpoint
-            self._begin = record.elapsed_s - record.seconds
-        self._tokens += record.tokens
-        self._up += record.bytes_up
-        self._down += record.bytes_down
-        past = record.loss if self._loss is None else self._loss
-        self._loss = _SMOOTHING * past + (1 - _SMOOTHING) * record.loss
-        own = record.seconds - record.encrypt_s - record.wait_s - record.decrypt_s
-        rate = self._tokens / (record.elapsed_s - self._begin)
+            self._begin = metrics.elapsed_s - metrics.seconds
+        self._tokens += metrics.tokens
+        self._up += metrics.bytes_up
+        self._down += metrics.bytes_down
+        past = metrics.loss if self._loss is None else self._loss
+        self._loss = _SMOOTHING * past + (1 - _SMOOTHING) * metrics.loss
+        own = metrics.seconds - metrics.encrypt_s - metrics.wait_s - metrics.decrypt_s
+        rate = self._tokens / (metrics.elapsed_s - self._begin)
         figures = (
-            f"loss {record.loss:.3f} (mean {self._loss:.3f}) · {rate:.0f} tok/s · "
+            f"loss {metrics.loss:.3f} (mean {self._loss:.3f}) · {rate:.0f} tok/s · "
             f"{self._up / _MB:.0f} MB up {self._down / _MB:.0f} down · "
-            f"encrypt {record.encrypt_s:.1f}s wait {record.wait_s:.1f}s (worker {record.server_s:.1f}s) "
-            f"decrypt {record.decrypt_s:.1f}s own {own:.1f}s"
+            f"encrypt {metrics.encrypt_s:.1f}s wait {metrics.wait_s:.1f}s (worker {metrics.server_s:.1f}s) "
+            f"decrypt {metrics.decrypt_s:.1f}s own {own:.1f}s"
         )
         self._progress.update(
-            self._task, description=self._doing, total=total_steps, completed=record.step, figures=figures
+            self._task,
+            description=self._doing,
+            total=metrics.total_steps,
+            completed=metrics.step,
+            figures=figures,
         )
         if not self._console.is_terminal:
             self._console.print(
-                f"step {record.step}/{total_steps} {figures}", highlight=False, soft_wrap=True
+                f"step {metrics.step}/{metrics.total_steps} {figures}", highlight=False, soft_wrap=True
             )
 
-    def stopping(self) -> None:
-        """See `hetrain.train.finetune.Observer`."""
+    def on_stop(self) -> None:
+        """Says that the run will stop."""
         if self._json:
             typer.echo(json.dumps({"event": "stopping"}))
             return
@@ -95,10 +98,9 @@ class TrainingDisplay:
         self._progress.update(self._task, description=self._doing)
         self._console.print("finishing what is in flight; Ctrl-C again leaves now", highlight=False)
 
-    def summary(self, outcome: JobResult) -> None:
-        """Says how it ended."""
-        self._console.print(
-            f"{outcome.steps} updates over {outcome.tokens} tokens in {outcome.seconds:.0f} s, "
-            f"last loss {outcome.last.loss:.3f}. Adapter in {outcome.output_dir}",
-            highlight=False,
-        )
+    def summary(self, result: JobResult) -> None:
+        """Says how the run ended."""
+        if self._json:
+            typer.echo(json.dumps({"event": "done"} | asdict(result), default=str))
+            return
+        self._console.print(str(result), highlight=False)

@@ -1,6 +1,31 @@
-"""hetrain: private LoRA fine-tuning of open language models on other people's machines.
+"""hetrain: private LoRA fine-tuning of open language models on untrusted machines.
 
 The client keeps data, adapters and keys; workers multiply ciphertexts by public weights.
+
+    import hetrain
+    result = hetrain.finetune("rows.jsonl", output_dir="out", training=hetrain.TrainingConfig(max_steps=20))
+    hetrain.evaluate("held_out.jsonl", adapter="out").loss
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# By name, not by an import statement: a worker imports this package too, and has neither of these modules.
+_HOMES = dict.fromkeys(("finetune", "evaluate", "plan", "doctor"), "hetrain.api")
+_HOMES |= dict.fromkeys(
+    ("LoraConfig", "OutsourcingConfig", "BatchingConfig", "TrainingConfig"), "hetrain.config"
+)
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

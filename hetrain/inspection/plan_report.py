@@ -1,20 +1,17 @@
-"""What a job would outsource, without starting one."""
+"""The plan of a job in figures, without starting one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hetrain.nn.split import split_model
 from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.engines.rlwe.hints import hint_bytes
-
-BYTES_UP = 4
-BYTES_DOWN = 5
-HINTED_BYTES_DOWN = 2
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,25 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """All groups, how the model's parameters divide, and which linears of decoder blocks do not leave."""
+    """What would be outsourced.
 
-    plan: Plan
-    groups: tuple[GroupReport, ...]
-    kept: tuple[str, ...]
+    Attributes:
+        plan: the groups, as workers would agree to them.
+        groups: the same with their costs.
+        kept: linears of decoder blocks that stay on the client.
+        outsourced_parameters: parameters that workers hold.
+        client_parameters: parameters that the client holds.
+        hint_bytes: disk that a job's hints take.
+    """
+
+    bytes_up: ClassVar[int] = 4
+    bytes_down: ClassVar[int] = 5
+    hinted_bytes_down: ClassVar[int] = 2
+    ring_slots: ClassVar[int] = SLOTS
+
+    plan: Plan = field(repr=False)
+    groups: tuple[GroupReport, ...] = field(repr=False)
+    kept: tuple[str, ...] = field(repr=False)
     outsourced_parameters: int
     client_parameters: int
     hint_bytes: int
@@ -45,13 +56,13 @@ class PlanReport:
         return self.outsourced_parameters / (self.outsourced_parameters + self.client_parameters)
 
 
-def plan_report(model: str, outsource: Sequence[str] = ("*",)) -> PlanReport:
+def plan_report(model: str, outsource: Sequence[str]) -> PlanReport:
     """Splits `model` and reports. Raises `UsageError` for a pattern without a match, and `ModelError`."""
     split = split_model(resolve(model), outsource)
     leaving = {member.module for group in split.plan.groups for member in group.members}
     return PlanReport(
         plan=split.plan,
-        groups=tuple(_preview_group(group) for group in split.plan.groups),
+        groups=tuple(_group_report(group) for group in split.plan.groups),
         kept=tuple(name for name in split.block_linears if name not in leaving),
         outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
         client_parameters=split.client_parameters,
@@ -59,14 +70,14 @@ def plan_report(model: str, outsource: Sequence[str] = ("*",)) -> PlanReport:
     )
 
 
-def _preview_group(group: Group) -> GroupReport:
+def _group_report(group: Group) -> GroupReport:
     k, n = group.in_features, group.out_features
     return GroupReport(
         group=group,
         forward_bits=_operand_bits(group.forward_l1),
         backward_bits=_operand_bits(group.backward_l1),
-        forward_bytes=BYTES_UP * k + BYTES_DOWN * n,
-        backward_bytes=BYTES_UP * n + BYTES_DOWN * k,
+        forward_bytes=PlanReport.bytes_up * k + PlanReport.bytes_down * n,
+        backward_bytes=PlanReport.bytes_up * n + PlanReport.bytes_down * k,
     )
 
 

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hetrain.config import ALL_LINEAR, LoraConfig
 from hetrain.nn.split import SplitModel
 from hetrain.public.errors import UsageError
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA (arXiv 2106.09685): y += dropout(x)·Aᵀ·Bᵀ·(alpha/r) on every target module.
-
-    `target_modules` are module name suffixes as peft takes them; ``("all-linear",)`` is all linears of the
-    decoder's blocks, outsourced or not.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = (ALL_LINEAR,)
-
-    def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1 or not self.target_modules:
-            raise UsageError(
-                f"rank {self.r}, alpha {self.alpha}, dropout {self.dropout} make no LoRA",
-                where="--lora-r, --lora-alpha, --lora-dropout",
-                hint="rank and alpha are at least 1, dropout lies in [0, 1)",
-            )
 
 
 class SeededDropout(nn.Module):
@@ -59,17 +36,17 @@ class SeededDropout(nn.Module):
         return x * kept.to(x.device, x.dtype) / (1 - self.p)
 
 
-def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftModel:
+def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
     """A fresh adapter on the split model: A random from `seed`, B zero.
 
     Raises:
         UsageError: no module matches the targets, or one is no linear of a decoder block.
     """
-    targets = ALL_LINEAR if settings.target_modules == (ALL_LINEAR,) else list(settings.target_modules)
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+    targets = ALL_LINEAR if lora.target_modules == (ALL_LINEAR,) else list(lora.target_modules)
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=targets,
         exclude_modules=_outer_linears(split) if targets == ALL_LINEAR else None,
         task_type="CAUSAL_LM",
@@ -85,11 +62,11 @@ def add_adapter(split: SplitModel, settings: LoraSettings, seed: int) -> PeftMod
         except ValueError as error:
             raise UsageError(
                 f"peft cannot place the adapter: {error}",
-                where="--lora-target-modules",
+                field="target_modules",
                 hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
             ) from error
     _require_block_linears(model, split)
-    # peft may see plain linears here, but who loads the adapter with the original model sees a Conv1D.
+    # peft may see plain linears here, but with the original model the adapter lies on a Conv1D.
     config.fan_in_fan_out = split.conv1d
     _seed_dropouts(model)
     return model
@@ -103,7 +80,9 @@ def load_adapter(split: SplitModel, directory: Path) -> PeftModel:
     """
     if not (directory / "adapter_config.json").is_file():
         raise UsageError(
-            "no adapter_config.json there", where=str(directory), hint="give the output of `hetrain submit`"
+            "no adapter_config.json there",
+            where=str(directory),
+            hint="give the output directory of a training job",
         )
     try:
         _require_lora(directory)
@@ -138,14 +117,14 @@ def _require_block_linears(model: PeftModel, split: SplitModel) -> None:
         if isinstance(module, BaseTunerLayer) and name not in allowed:
             raise UsageError(
                 f"{name} is no linear of a decoder block",
-                where="--lora-target-modules",
+                field="target_modules",
                 hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
             )
 
 
 def _require_lora(directory: Path) -> None:
     config = PeftConfig.from_pretrained(str(directory))
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if not isinstance(config, peft.LoraConfig) or config.use_dora:
         raise UsageError(
             "only plain LoRA adapters can be used: others need the matrices that are not here",
             where=str(directory),

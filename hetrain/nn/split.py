@@ -111,7 +111,7 @@ def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
             examples = {name.rpartition(".")[2]: name for name in reversed(known)}
             raise UsageError(
                 f"{pattern!r} matches no linear of the decoder's blocks",
-                where="--outsource",
+                field="outsource",
                 hint=f"patterns match whole names, here {', '.join(sorted(examples.values()))} and those of "
                 "the other blocks; `hetrain plan` shows what a pattern takes",
             )

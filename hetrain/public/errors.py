@@ -1,7 +1,7 @@
 """The exception tree. Every error a user can meet says what happened, where, and what to do next.
 
     HetrainError                     exit code 1
-    ├── UsageError                   2   an option or a configuration value makes no sense
+    ├── UsageError                   2   a setting makes no sense
     ├── DatasetError                 3   a row of the data set cannot be used
     ├── ModelError                   4   a checkpoint cannot be found or read
     │   └── UnsupportedArchitecture      a model that cannot be split between client and workers
@@ -51,9 +51,16 @@ class HetrainError(Exception):
 
 
 class UsageError(HetrainError):
-    """An option or a configuration value makes no sense."""
+    """A setting makes no sense: `field` is its name in `hetrain.config`, empty if none is to blame alone.
+
+    Texts of all errors name settings in backticks; the command line replaces them by its options.
+    """
 
     exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "", field: str = "") -> None:
+        super().__init__(what, where=where or (f"`{field}`" if field else ""), hint=hint)
+        self.field = field
 
 
 class DatasetError(HetrainError):

@@ -39,7 +39,7 @@ def token_scales(x: torch.Tensor, x_max: int) -> torch.Tensor:
     if not bool(torch.isfinite(largest).all()):
         raise NotFinite(
             "the activations or gradients to encrypt are not finite",
-            hint="training has diverged: lower --learning-rate or set --max-grad-norm",
+            hint="training has diverged: lower `learning_rate` or set `max_grad_norm`",
         )
     # The inverse of a denormal scale would overflow; such a token is zero for every purpose.
     scales: torch.Tensor = (largest / x_max).clamp_min(torch.finfo(torch.float32).tiny)

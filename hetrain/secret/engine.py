@@ -93,7 +93,7 @@ class JobOptions:
         if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(
                 f"{self.bits} bits are out of range",
-                where="--activation-bits",
+                field="activation_bits",
                 hint=f"{MIN_BITS} to {MAX_BITS}",
             )
 
@@ -128,5 +128,5 @@ def client_engine(name: str) -> ClientEngine:
         return ENGINES[name]
     except KeyError:
         raise UsageError(
-            f"unknown engine {name!r}", where="--engine", hint=f"choose from: {', '.join(ENGINES)}"
+            f"unknown engine {name!r}", field="engine", hint=f"choose from: {', '.join(ENGINES)}"
         ) from None

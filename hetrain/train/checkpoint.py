@@ -1,4 +1,4 @@
-"""Checkpoints: everything with which a stopped run goes on as if it had not been stopped.
+"""Checkpoints: the state from which a stopped run goes on as if it had not been stopped.
 
 ``checkpoint-<step>/`` in the output directory holds
 
@@ -28,20 +28,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hetrain.config import LATEST
 from hetrain.data.tokenization import Row
 from hetrain.public.errors import UsageError
 from hetrain.train.data_position import Position
 from hetrain.train.updater import Tensors, Updater
 
-LATEST = "latest"
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_OPTION = "--resume-from-checkpoint"
 
 Identity = Mapping[str, Any]
-"""What two runs must have in common for one to go on where the other stopped: names and JSON values."""
+"""What two runs must have in common for one to go on where the other stopped: keys and JSON values."""
+
+_IN_WORDS = {
+    "batches_per_update": "the number of micro-batches per update",
+    "dataset_sha256": "the data set (the SHA-256 of its tokens)",
+    "plan_sha256": "the plan (its SHA-256)",
+}  # keys that are no settings
 
 
 class TrainerState(BaseModel):
@@ -87,12 +92,15 @@ class Checkpoint:
         was, now = self.state.identity, json.loads(json.dumps(dict(identity)))
         differing = sorted(name for name in now if name not in was or was[name] != now[name])
         if differing:
-            told = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in differing)
+            differences = "; ".join(
+                f"{_IN_WORDS.get(name, f'`{name}`')} was {was.get(name)}, is {now[name]}"
+                for name in differing
+            )
             raise UsageError(
-                f"the checkpoint belongs to another run: {told}",
+                f"the checkpoint belongs to another run: {differences}",
                 where=str(self.path),
-                hint="give the model, data set and options that it was made with, or start anew without "
-                + _OPTION,
+                hint="give the model, data set and settings that it was made with, or start anew without "
+                "`resume_from_checkpoint`",
             )
 
     def restore(self, updater: Updater) -> None:
@@ -108,7 +116,7 @@ class Checkpoint:
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """SHA-256 of the tokens and targets of all rows: of the data set as this model's tokenizer reads it."""
+    """SHA-256 of the tokens and targets of all rows, that is of the data set under this model's tokenizer."""
     digest = sha256()
     for row in rows:
         digest.update(len(row.tokens).to_bytes(8, "little"))
@@ -127,12 +135,14 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Checkpoint:
         return _read(Path(wanted))
     steps = checkpoint_steps(output_dir)
     if not steps:
-        raise UsageError("there is no checkpoint", where=str(output_dir), hint=f"start without {_OPTION}")
+        raise UsageError(
+            "there is no checkpoint", where=str(output_dir), hint="start without `resume_from_checkpoint`"
+        )
     return _read(checkpoint_path(output_dir, steps[-1]))
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """The path of the checkpoint after `step` updates."""
     return output_dir / f"checkpoint-{step}"
 
 
@@ -147,7 +157,7 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
 def write_checkpoint(
     output_dir: Path, state: TrainerState, optimizer: Tensors, write_adapter: Callable[[Path], None]
 ) -> None:
-    """Writes a checkpoint, which appears when it is complete and on disk.
+    """Writes a checkpoint, which appears under its name when it is complete and on disk.
 
     Args:
         output_dir: the run's directory.
@@ -156,7 +166,7 @@ def write_checkpoint(
         write_adapter: writes the adapter's files into a directory.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written; no part of it remains.
     """
     target = checkpoint_path(output_dir, state.step)
     scratch = output_dir / f".{target.name}.new"
@@ -172,13 +182,13 @@ def write_checkpoint(
         _sync(output_dir)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how a full disk shows itself there
+        if isinstance(error, SafetensorError):  # safetensors' error for a full disk
             raise OSError(str(error)) from error
         raise
 
 
 def remove_checkpoint(output_dir: Path, step: int) -> None:
-    """Removes a checkpoint, so that it is never seen in part."""
+    """Removes a checkpoint. No part of it is ever visible under its name."""
     path = checkpoint_path(output_dir, step)
     stale = path.with_name(f".{path.name}.old")
     shutil.rmtree(stale, ignore_errors=True)
@@ -190,7 +200,7 @@ def write_adapter(model: PeftModel, base_reference: str, values: Tensors, direct
     """Writes an adapter as stock peft reads it, `values` being its parameters by name in `model`."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_reference
-    # The embeddings are never trained; left to decide, peft looks for the base model on the hub.
+    # The embeddings are never trained; by default peft looks for the base model on the hub.
     model.save_pretrained(str(directory), state_dict=dict(values), save_embedding_layers=False)
 
 

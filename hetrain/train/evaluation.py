@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
 from peft import PeftModel
 
+from hetrain.config import DEFAULT_MODEL, EvaluationSpec, LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches, pack
 from hetrain.data.tokenization import read_rows
-from hetrain.nn.lora import LoraSettings, add_adapter, load_adapter
+from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
-from hetrain.public.errors import Interrupted
+from hetrain.public.errors import Interrupted, UsageError
 from hetrain.train.session import Session, open_base, open_session
-from hetrain.train.settings import BatchSettings, OutsourcingSettings
-from hetrain.train.step import run_evaluation, share_cores
+from hetrain.train.step import run_evaluation, share_cores, step_threads
 
 
 @dataclass(frozen=True)
@@ -31,41 +31,62 @@ class Evaluation:
     tokens: int
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f} · perplexity {self.perplexity:.2f} · "
+            f"{self.targets} of {self.tokens} tokens supervised · {self.seconds:.1f} s"
+        )
 
-def evaluate(
-    dataset: Path,
-    model: str,
-    adapter: Path | None,
-    outsourcing: OutsourcingSettings,
-    broker_url: str | None,
-    device: str,
-    settings: BatchSettings,
-    in_flight: int,
-) -> Evaluation:
-    """Evaluates `dataset` with the adapter in `adapter` (None: the base model).
+
+def evaluate(spec: EvaluationSpec) -> Evaluation:
+    """Evaluates a data set on the base model, with an adapter if `spec` names one.
 
     Raises:
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
     """
-    base = open_base(model)
-    rows = read_rows(dataset, base.tokenizer, settings.max_length)
-    batches = list(micro_batches(rows, pack(rows, settings.micro_batch_tokens, range(len(rows)))))
+    batching, adapter = spec.batching, spec.adapter
+    base = open_base(spec.model or (_base_model_of(adapter) if adapter else DEFAULT_MODEL))
+    rows = read_rows(spec.dataset, base.tokenizer, batching.max_length)
+    batches = list(micro_batches(rows, pack(rows, batching.micro_batch_tokens, range(len(rows)))))
+    in_flight = min(batching.in_flight, len(batches))
     with open_session(
-        base, outsourcing, broker_url, device, micro_batches=len(batches), in_flight=in_flight
+        base,
+        spec.outsourcing,
+        spec.workers,
+        spec.device,
+        micro_batches=len(batches),
+        in_flight=batching.in_flight,
+        max_bytes_in_flight=batching.max_bytes_in_flight,
     ) as session:
         # Without an adapter a fresh one stands in: its B is zero, so it changes nothing.
         adapted = (
-            add_adapter(session.split, LoraSettings(r=1, alpha=1), 0)
-            if adapter is None
-            else load_adapter(session.split, adapter)
+            load_adapter(session.split, adapter)
+            if adapter
+            else add_adapter(session.split, LoraConfig(r=1, alpha=1), 0)
         )
         begin = time.perf_counter()
-        total = sum(_losses(session, adapted, batches, min(in_flight, len(batches))))
+        try:
+            total = sum(_losses(session, adapted, batches, in_flight))
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
         seconds = time.perf_counter() - begin
     targets = sum(batch.n_targets for batch in batches)
     loss = total / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, perplexity, targets, sum(batch.n_tokens for batch in batches), seconds)
+
+
+def _base_model_of(adapter: Path) -> str:
+    """The base model that an adapter names."""
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            "no adapter_config.json there that names a base model",
+            where=str(adapter),
+            hint="give the output directory of a training job, or `model`",
+        ) from error
+    return str(name)
 
 
 def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_flight: int) -> list[float]:
@@ -81,12 +102,5 @@ def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_fl
         finally:
             free.put(replica)
 
-    with ThreadPoolExecutor(in_flight, thread_name_prefix="micro-batch") as pool:
-        try:
-            return list(pool.map(one, batches))
-        except BaseException as error:
-            session.channel.close()  # lets the other threads fail soon
-            pool.shutdown(wait=True, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("stopped") from None
-            raise
+    with step_threads(in_flight, session.channel.close) as pool:
+        return list(pool.map(one, batches))

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics, position, checkpoints and the adapter."""
+"""The record of a run: metrics, position in the data, checkpoints and the adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from hetrain.config import TrainingConfig
 from hetrain.train.checkpoint import (
     Checkpoint,
     Identity,
@@ -20,15 +21,15 @@ from hetrain.train.checkpoint import (
 )
 from hetrain.train.data_position import Position
 from hetrain.train.loop import AppliedUpdate
-from hetrain.train.output_dir import MicroBatchRecord, OutputDirectory, records_of
-from hetrain.train.settings import CheckpointSettings
+from hetrain.train.metrics import MicroBatchMetrics, metrics_of
+from hetrain.train.output_dir import OutputDirectory
 from hetrain.train.updater import Tensors, Updater
 
 _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Keeps count of one run. For the thread that applies updates.
+    """Counts and records the updates of one run. For the thread that applies them.
 
     Checkpoints are copied between two updates and written by a thread, so that training goes on meanwhile.
     One that cannot be written is a warning, not the end of a run whose adapter is still in memory.
@@ -38,8 +39,9 @@ class RunLog:
         updater: owns the adapter; already restored from `checkpoint`.
         write_adapter: writes adapter values into a directory.
         identity: what a run that goes on from a checkpoint must have in common with this one.
-        settings: when checkpoints are written and how many are kept.
-        checkpoint: where the run goes on; None starts anew.
+        config: when checkpoints are written and how many are kept.
+        total_steps: updates that the run will make.
+        checkpoint: the one from which the run goes on; None starts anew.
     """
 
     def __init__(
@@ -48,17 +50,18 @@ class RunLog:
         updater: Updater,
         write_adapter: Callable[[Tensors, Path], None],
         identity: Identity,
-        settings: CheckpointSettings,
+        config: TrainingConfig,
+        total_steps: int,
         checkpoint: Checkpoint | None,
     ) -> None:
         start = checkpoint.state if checkpoint else None
         self.position = start.position if start else Position()
         self.tokens = start.tokens if start else 0
         self.step = start.step if start else 0
-        self.last: MicroBatchRecord | None = None
+        self.last: MicroBatchMetrics | None = None
         self._begin = time.perf_counter() - (start.elapsed_s if start else 0.0)
         self._output, self._updater, self._write_adapter = output, updater, write_adapter
-        self._identity, self._settings = dict(identity), settings
+        self._identity, self._config, self._total_steps = dict(identity), config, total_steps
         self._saved = self.step
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -68,20 +71,20 @@ class RunLog:
         """Seconds of training, those before a resumed checkpoint included."""
         return time.perf_counter() - self._begin
 
-    def add(self, applied: AppliedUpdate) -> list[MicroBatchRecord]:
-        """Writes down an update, and a checkpoint when one is due. Returns its records."""
-        records = records_of(applied, self.elapsed_s)
-        for record in records:
-            self._output.add(record)
-        self.step, self.last = applied.update.step, records[-1]
-        self.tokens += sum(record.tokens for record in records)
-        self.position = self.position.after(record.micro_batch for record in records)
-        if self._settings.save_steps and self.step % self._settings.save_steps == 0:
+    def add(self, applied: AppliedUpdate) -> list[MicroBatchMetrics]:
+        """Records an update, and writes a checkpoint when one is due. Returns the update's metrics."""
+        metrics = metrics_of(applied, self._total_steps, self.elapsed_s)
+        for each in metrics:
+            self._output.add(each)
+        self.step, self.last = applied.update.step, metrics[-1]
+        self.tokens += sum(each.tokens for each in metrics)
+        self.position = self.position.after(each.micro_batch for each in metrics)
+        if self._config.save_steps and self.step % self._config.save_steps == 0:
             self.checkpoint()
-        return records
+        return metrics
 
     def checkpoint(self) -> None:
-        """Starts to write a checkpoint of now, unless there is one or nothing has happened yet."""
+        """Starts to write a checkpoint, unless there has been no update since the last one."""
         if self.step == self._saved:
             return
         self._finish_writing()
@@ -99,7 +102,7 @@ class RunLog:
         self._writing = self._writer.submit(self._write, state, values, moments)
 
     def close(self) -> Path | None:
-        """Writes the adapter if this run has changed it. Returns the checkpoint of now, None without one."""
+        """Writes the adapter if this run has changed it. Returns the last update's checkpoint, if any."""
         try:
             self._finish_writing()
         finally:
@@ -112,7 +115,7 @@ class RunLog:
     def _write(self, state: TrainerState, values: Tensors, moments: Tensors) -> None:
         path = self._output.path
         write_checkpoint(path, state, moments, partial(self._write_adapter, values))
-        limit = self._settings.save_total_limit
+        limit = self._config.save_total_limit
         for step in checkpoint_steps(path)[:-limit] if limit else ():
             remove_checkpoint(path, step)
 

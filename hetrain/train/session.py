@@ -1,10 +1,11 @@
-"""What a run stands on while it lasts: the client's part of the model, and workers that hold the rest."""
+"""A session: the client's part of a model, and a channel to workers that hold the rest."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +14,24 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hetrain.config import OutsourcingConfig
 from hetrain.local.launcher import start_embedded
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.errors import ModelError, UsageError
-from hetrain.public.model.files import ModelFiles, resolve
+from hetrain.public.model.files import ModelFiles, cache_directory, resolve
 from hetrain.public.protocol.messages import Completion
+from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import ProductKey
 from hetrain.public.system import available_cores
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
+from hetrain.secret.engines.rlwe.hints import HintStore, hint_bytes, sketches_of
 from hetrain.secret.verification import Sketch
-from hetrain.train.hint_policy import open_hints, wants_hints
-from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Channel
+
+_MICRO_BATCHES_FOR_HINTS = 4
+_SPARE_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +84,8 @@ class Session:
 @contextmanager
 def open_session(
     base: BaseModelFiles,
-    outsourcing: OutsourcingSettings,
-    broker_url: str | None,
+    outsourcing: OutsourcingConfig,
+    workers: str | None,
     device: str,
     log_file: Path | None = None,
     *,
@@ -94,14 +98,13 @@ def open_session(
     Args:
         base: the model.
         outsourcing: what leaves, under which engine.
-        broker_url: the workers' broker; None starts an embedded broker and one worker, for as long as the
-            session lasts.
+        workers: URL of the workers' broker; None starts a broker and one worker on this machine, for as long
+            as the session lasts.
         device: torch device of the client's own layers.
-        log_file: where embedded broker and worker write; None writes beside temporary files.
-        micro_batches: how many are to come: whether hints pay.
-        in_flight: how many of them at once: an embedded worker runs as many tasks, as far as it has cores.
-        max_bytes_in_flight: the most that may lie in the broker for this job at once; None takes a share of
-            its memory.
+        log_file: log of an embedded broker and worker; None takes a temporary one.
+        micro_batches: number to come; decides whether hints pay.
+        in_flight: number of them at once; an embedded worker runs as many tasks, as far as it has cores.
+        max_bytes_in_flight: see `BatchingConfig`.
 
     Raises:
         HetrainError: any of its kinds but `DatasetError`.
@@ -111,7 +114,7 @@ def open_session(
         _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine.name)
     target = _device(device)
     with ExitStack() as stack:
-        if broker_url is None:
+        if workers is None:
             if log_file is None:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
                 log_file = Path(scratch) / "worker.log"
@@ -123,7 +126,7 @@ def open_session(
                 embedded.url, health_check=embedded.failure, max_bytes_in_flight=max_bytes_in_flight
             )
         else:
-            channel = CeleryChannel(broker_url, max_bytes_in_flight=max_bytes_in_flight)
+            channel = CeleryChannel(workers, max_bytes_in_flight=max_bytes_in_flight)
         stack.callback(channel.close)
         # Meanwhile an embedded worker imports and tests its kernels.
         split, hints = _split(base, outsourcing, engine, micro_batches)
@@ -138,19 +141,60 @@ def open_session(
 
 
 def _split(
-    base: BaseModelFiles, outsourcing: OutsourcingSettings, engine: ClientEngine, micro_batches: int
+    base: BaseModelFiles, outsourcing: OutsourcingConfig, engine: ClientEngine, micro_batches: int
 ) -> tuple[SplitModel, HintStore | None]:
-    """The split model, and where the job keeps its hints, if it does."""
+    """The split model, and the job's store of hints, if it keeps any."""
     if not wants_hints(engine, outsourcing.hints, micro_batches):
-        return split_model(base.files, outsourcing.patterns), None
+        return split_model(base.files, outsourcing.outsource), None
     # Held by their hints alone from here on, each until it has done its check.
     sketches: dict[ProductKey, Sketch] = {}
     split = split_model(
         base.files,
-        outsourcing.patterns,
+        outsourcing.outsource,
         lambda group, matrix: sketches.update(sketches_of(group, matrix)),
     )
     return split, open_hints(split.plan, sketches, required=bool(outsourcing.hints))
+
+
+def wants_hints(engine: ClientEngine, asked: bool | None, micro_batches: int) -> bool:
+    """Whether a job should keep hints, if there is room for them.
+
+    Args:
+        engine: the job's engine.
+        asked: the user's setting; None leaves the choice to this function.
+        micro_batches: number that the job will make; the first ones only fill the store.
+
+    Raises:
+        UsageError: the user asked for hints of an engine that has none.
+    """
+    if asked and not engine.has_hints:
+        raise UsageError(f"engine {engine.name!r} has no hints", field="hints", hint="use `engine` rlwe")
+    if asked is None:
+        return engine.has_hints and micro_batches >= _MICRO_BATCHES_FOR_HINTS
+    return asked
+
+
+def open_hints(plan: Plan, sketches: Mapping[ProductKey, Sketch], *, required: bool) -> HintStore | None:
+    """The job's store of hints; None when the disk has no room for it and it is not `required`.
+
+    Raises:
+        UsageError: there is no room, and it is required.
+    """
+    directory, needed = cache_directory(), hint_bytes(plan)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        if free < needed + _SPARE_BYTES:
+            raise OSError(f"only {free / 1e9:.1f} GB are free")
+        return HintStore(plan, sketches, directory)
+    except OSError as error:
+        text = f"hints take {needed / 1e9:.1f} GB of disk: {error}"
+        if required:
+            raise UsageError(
+                text, where=str(directory), hint="make room, set HETRAIN_CACHE, or turn off `hints`"
+            ) from error
+        _log.warning("%s: %s; the job keeps none", directory, text)
+        return None
 
 
 def _device(name: str) -> torch.device:
@@ -159,6 +203,6 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"device {name!r} cannot be used here", where="--device", hint=str(error).splitlines()[0]
+            f"device {name!r} cannot be used here", field="device", hint=str(error).splitlines()[0]
         ) from error
     return device

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from hetrain.config import TrainingConfig
 from hetrain.public.errors import NotFinite
-from hetrain.train.settings import OptimizerSettings
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -36,17 +36,17 @@ class Updater:
     """AdamW on the adapter's parameters. Called by one thread; snapshots may be read by any."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, total_steps: int
+        self, parameters: Mapping[str, nn.Parameter], config: TrainingConfig, total_steps: int
     ) -> None:
         self._parameters = dict(parameters)
-        self._max_grad_norm = settings.max_grad_norm
+        self._max_grad_norm = config.max_grad_norm
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self._scheduler = get_scheduler(
-            settings.schedule,
+            config.lr_scheduler_type,
             self._optimizer,
-            num_warmup_steps=settings.warmup_steps,
+            num_warmup_steps=config.warmup_steps,
             num_training_steps=total_steps,
         )
         self._version = 0
@@ -113,7 +113,7 @@ class Updater:
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         if not bool(torch.isfinite(norm)):
             raise NotFinite(
-                f"the gradients of update {self._version + 1} are not finite", hint="lower --learning-rate"
+                f"the gradients of update {self._version + 1} are not finite", hint="lower `learning_rate`"
             )
         learning_rate = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()

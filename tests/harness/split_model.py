@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.data.tokenization import Row
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
@@ -127,12 +129,12 @@ class Bench:
     """A split model with a random adapter, on the real worker service, counting what it is asked for."""
 
     def __init__(
-        self, directory: Path, settings: LoraSettings | None = None, outsource: Sequence[str] = ("*",)
+        self, directory: Path, settings: LoraConfig | None = None, outsource: Sequence[str] = ("*",)
     ) -> None:
         self.directory = directory
         checkpoint = resolve(str(directory))
         self.split: SplitModel = split_model(checkpoint, outsource)
-        self.model = add_adapter(self.split, settings or LoraSettings(r=4, alpha=8), seed=0)
+        self.model = add_adapter(self.split, settings or LoraConfig(r=4, alpha=8), seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in adapter_parameters(self.model).values():
@@ -173,7 +175,7 @@ class Bench:
 
     def stock_peft(self) -> PeftModel:
         """`stock` with the same adapter, placed by peft alone."""
-        config = LoraConfig(
+        config = peft.LoraConfig(
             r=4,
             lora_alpha=8,
             lora_dropout=0.0,

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from time import monotonic, sleep
@@ -23,13 +24,13 @@ from time import monotonic, sleep
 import pytest
 import torch
 
+from hetrain.config import LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import Row, read_rows
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.broker import connection as broker
 from hetrain.train.loop import train
 from hetrain.train.session import open_base, open_session
-from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
 from hetrain.train.updater import Tensors, Updater
 from tests.harness.forkserver import Fleet, fleet_of
 from tests.harness.processes import serving
@@ -128,19 +129,16 @@ class Drawn:
         return next(self._batches)
 
 
-def run(
-    url: str, model: Path, engine: str, flight: FlightSettings, seed: int, batches: Iterator[MicroBatch]
-) -> Run:
+def run(url: str, model: Path, engine: str, config: TrainingConfig, batches: Iterator[MicroBatch]) -> Run:
     """Number of updates that training on `batches` makes, and the adapter after it."""
     with ExitStack() as stack:
         with LOADING:
             base = open_base(str(model))
-            session = stack.enter_context(open_session(base, OutsourcingSettings(engine), url, "cpu"))
-            adapted = add_adapter(session.split, LoraSettings(r=4, alpha=8, dropout=0.1), seed)
-        optimizer = OptimizerSettings(learning_rate=1e-3, schedule="constant")
-        updater = Updater(adapter_parameters(adapted), optimizer, 0)
-        replicas = session.replicas(adapted, flight.in_flight)
-        applied = train(updater, replicas, batches, flight, seed, session.channel.close)
+            session = stack.enter_context(open_session(base, OutsourcingConfig(engine=engine), url, "cpu"))
+            adapted = add_adapter(session.split, LoraConfig(r=4, alpha=8, dropout=0.1), config.seed)
+        updater = Updater(adapter_parameters(adapted), config, 0)
+        replicas = session.replicas(adapted, config.in_flight)
+        applied = train(updater, replicas, batches, config, session.channel.close)
         steps = [each.update.step for each in applied]
     assert steps == list(range(1, len(steps) + 1))
     return len(steps), updater.snapshot().values
@@ -154,7 +152,11 @@ def endless(rows: list[Row], seed: int) -> Iterator[MicroBatch]:
 def test_fifty_kills_change_neither_the_updates_nor_a_bit(tiny_llama: Path, tmp_path: Path) -> None:
     logger.warning("HETRAIN_TEST_SEED=%d", SEED)
     rows = read_rows(HANDBOOK, open_base(str(tiny_llama)).tokenizer, TOKENS)[:40]
-    in_step, at_once = FlightSettings(in_flight=3, sync=True), FlightSettings(in_flight=2)
+    common = TrainingConfig(learning_rate=1e-3, lr_scheduler_type="constant")
+    in_step, at_once = (
+        replace(common, in_flight=3, sync=True, seed=1),
+        replace(common, in_flight=2, seed=2),
+    )
     with (
         serving() as served,
         fleet_of(WORKERS, served.url, tiny_llama, tmp_path / "workers.log") as fleet,
@@ -163,15 +165,15 @@ def test_fifty_kills_change_neither_the_updates_nor_a_bit(tiny_llama: Path, tmp_
         with Assassin(fleet, served.url) as assassin:
             first = Drawn(endless(rows, 1), in_step.in_flight, assassin)
             second = Drawn(endless(rows, 2), 1, assassin)
-            stepping = pool.submit(run, served.url, tiny_llama, "clear", in_step, 1, first)
-            running = pool.submit(run, served.url, tiny_llama, "rlwe", at_once, 2, second)
+            stepping = pool.submit(run, served.url, tiny_llama, "clear", in_step, first)
+            running = pool.submit(run, served.url, tiny_llama, "rlwe", at_once, second)
             (updates, disturbed), (updates_at_once, encrypted) = stepping.result(), running.result()
         logger.warning("killed: %s; updates: %d, %d", dict(assassin.victims), updates, updates_at_once)
         assert assassin.victims.total() == KILLS
         assert assassin.victims["busy"] >= KILLS // 10, "hardly anything was disturbed"
         assert updates * in_step.in_flight == first.count
         assert updates_at_once == second.count
-        again, calm = run(served.url, tiny_llama, "clear", in_step, 1, islice(endless(rows, 1), first.count))
+        again, calm = run(served.url, tiny_llama, "clear", in_step, islice(endless(rows, 1), first.count))
     assert again == updates
     assert calm.keys() == disturbed.keys()
     assert all(torch.equal(calm[name], disturbed[name]) for name in calm)

@@ -14,24 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hetrain.nn.lora import LoraSettings
+from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.public.errors import HetrainError, Interrupted, UsageError
 from hetrain.train.checkpoint import checkpoint_steps
-from hetrain.train.finetune import JobResult, JobSpec, TrainingConfig, submit
-from hetrain.train.output_dir import MicroBatchRecord
-from hetrain.train.settings import (
-    BatchSettings,
-    CheckpointSettings,
-    FlightSettings,
-    OptimizerSettings,
-    OutsourcingSettings,
-)
+from hetrain.train.finetune import JobResult, finetune
+from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.signals import stop_on_signals
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.processes import serving
 
 HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
-IN_STEP = FlightSettings(in_flight=2, sync=True)
+TRAINING = TrainingConfig(
+    learning_rate=1e-2,
+    lr_scheduler_type="cosine",
+    warmup_steps=2,
+    micro_batch_tokens=256,
+    max_length=64,
+    seed=5,
+)
+IN_STEP = replace(TRAINING, in_flight=2, sync=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,47 +43,43 @@ def spec(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with serving() as served, ExitStack() as stack:
         worker = start_worker(1, served.url, str(tiny_llama), served.log)
         stack.callback(stop, [worker])
-        yield JobSpec(HANDBOOK, str(tiny_llama), served.url, "cpu", Path("/nonexistent"))
-
-
-def recipe(flight: FlightSettings, updates: int, **checkpoints: int) -> TrainingConfig:
-    return TrainingConfig(
-        LoraSettings(r=4, alpha=8, dropout=0.1),
-        OptimizerSettings(learning_rate=1e-2, schedule="cosine", warmup_steps=2),
-        BatchSettings(micro_batch_tokens=256, max_length=64, max_steps=updates, seed=5),
-        flight,
-        OutsourcingSettings("clear"),
-        CheckpointSettings(**checkpoints),
-    )
+        yield JobSpec(
+            dataset=HANDBOOK,
+            model=str(tiny_llama),
+            workers=served.url,
+            output_dir=Path("/nonexistent"),
+            lora=LoraConfig(r=4, alpha=8, dropout=0.1),
+            outsourcing=OutsourcingConfig(engine="clear"),
+        )
 
 
 class Signals:
-    """An observer that signals its own process when an update has been made."""
+    """Callbacks that signal its own process when an update has been made."""
 
-    def __init__(self, at: int = 0, times: int = 1) -> None:
+    def __init__(self, at: int, times: int) -> None:
         self._at, self._times = at, times
         self._sent = False
-        self.told = 0
+        self.stops = 0
 
-    def observe(self, record: MicroBatchRecord, total_steps: int) -> None:
-        if record.step == self._at and not self._sent:
+    def on_step(self, metrics: MicroBatchMetrics) -> None:
+        if metrics.step == self._at and not self._sent:
             self._sent = True
             for _ in range(self._times):
                 os.kill(os.getpid(), signal.SIGINT)
 
-    def stopping(self) -> None:
-        self.told += 1
+    def on_stop(self) -> None:
+        self.stops += 1
 
 
-def run(spec: JobSpec, how: TrainingConfig, output: Path, resume: str | None = None) -> JobResult:
-    return submit(replace(spec, output_dir=output, resume_from=resume), how, Signals())
+def run(spec: JobSpec, training: TrainingConfig, output: Path, resume: str | None = None) -> JobResult:
+    return finetune(replace(spec, training=training, output_dir=output, resume_from_checkpoint=resume))
 
 
-def interrupt(spec: JobSpec, how: TrainingConfig, output: Path, at: int, times: int = 1) -> Interrupted:
-    observer = Signals(at, times)
+def interrupt(spec: JobSpec, training: TrainingConfig, output: Path, at: int, times: int = 1) -> Interrupted:
+    signals = Signals(at, times)
     with pytest.raises(Interrupted) as caught:
-        submit(replace(spec, output_dir=output), how, observer)
-    assert observer.told == (times == 1)
+        finetune(replace(spec, training=training, output_dir=output), signals.on_step, signals.on_stop)
+    assert signals.stops == (times == 1)
     assert json.loads((output / "job.json").read_text())["status"] == "interrupted"
     return caught.value
 
@@ -118,11 +115,11 @@ def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
 
 def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) -> None:
     calm, stopped, left = (tmp_path / name for name in ("calm", "stopped", "left"))
-    run(spec, recipe(IN_STEP, 6), calm)
+    run(spec, replace(IN_STEP, max_steps=6), calm)
     assert checkpoint_steps(calm) == []
 
-    error = interrupt(spec, recipe(IN_STEP, 6), stopped, at=2)
-    assert "--resume-from-checkpoint latest" in str(error)
+    error = interrupt(spec, replace(IN_STEP, max_steps=6), stopped, at=2)
+    assert "`resume_from_checkpoint` latest" in str(error)
     reached = checkpoint_steps(stopped)[-1]
     assert 2 <= reached <= 3  # the window that was in flight was finished
     assert course(stopped) == course(calm)[: 2 * reached]
@@ -136,8 +133,8 @@ def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) ->
         "trainer_state.json",
     ]
     # How much may be in flight changes nothing: room for little more than one product is enough.
-    narrow = replace(IN_STEP, max_bytes_in_flight=2_200_000)
-    outcome = run(spec, recipe(narrow, 6), stopped, "latest")
+    narrow = replace(IN_STEP, max_steps=6, max_bytes_in_flight=2_200_000)
+    outcome = run(spec, narrow, stopped, "latest")
     assert (outcome.steps, outcome.tokens) == (6, sum(int(r["tokens"]) for r in metrics(calm)))  # type: ignore[call-overload]
     assert course(stopped) == course(calm)
     assert_same_adapter(stopped, calm)
@@ -145,7 +142,7 @@ def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) ->
     assert elapsed == sorted(elapsed)
 
     # Twice: it leaves at once. And it may go on from an older checkpoint, which drops what came after.
-    how = recipe(IN_STEP, 6, save_steps=1, save_total_limit=2)
+    how = replace(IN_STEP, max_steps=6, save_steps=1, save_total_limit=2)
     interrupt(spec, how, left, at=4, times=2)
     assert checkpoint_steps(left) == [3, 4]
     with (left / "metrics.jsonl").open("a") as log:
@@ -159,7 +156,7 @@ def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) ->
 
 
 def test_asynchronously_every_micro_batch_counts_once(spec: JobSpec, tmp_path: Path) -> None:
-    how = recipe(FlightSettings(in_flight=3, max_staleness=3), 12)
+    how = replace(TRAINING, in_flight=3, max_staleness=3, max_steps=12)
     interrupt(spec, how, tmp_path, at=4)
     run(spec, how, tmp_path, "latest")
     records = metrics(tmp_path)
@@ -169,7 +166,7 @@ def test_asynchronously_every_micro_batch_counts_once(spec: JobSpec, tmp_path: P
 
 
 def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(spec: JobSpec, tmp_path: Path) -> None:
-    output, how = tmp_path / "out", recipe(IN_STEP, 4)
+    output, how = tmp_path / "out", replace(IN_STEP, max_steps=4)
     interrupt(spec, how, output, at=2)
     latest = output / f"checkpoint-{checkpoint_steps(output)[-1]}"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
@@ -181,17 +178,17 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(spec: JobS
             attempt()
         assert says in str(caught.value)
 
-    other_rate = replace(how, optimizer=OptimizerSettings(learning_rate=1e-3))
-    refused("learning_rate was 0.01, is 0.001", lambda: run(spec, other_rate, output, "latest"))
+    other_rate = replace(how, learning_rate=1e-3)
+    refused("`learning_rate` was 0.01, is 0.001", lambda: run(spec, other_rate, output, "latest"))
     other_rows = replace(spec, dataset=shorter)
-    refused("data set, by", lambda: run(other_rows, how, output, "latest"))
-    fewer = replace(how, outsourcing=OutsourcingSettings("clear", patterns=("*.mlp.*",)))
-    refused("outsource", lambda: run(spec, fewer, output, "latest"))
+    refused("the data set (the SHA-256 of its tokens) was", lambda: run(other_rows, how, output, "latest"))
+    fewer = replace(spec, outsourcing=OutsourcingConfig(engine="clear", outsource=("*.mlp.*",)))
+    refused("outsource", lambda: run(fewer, how, output, "latest"))
     refused("there is no checkpoint", lambda: run(spec, how, tmp_path / "empty", "latest"))
     refused("there is no checkpoint", lambda: run(spec, how, output, str(output)))
-    refused("--overwrite-output-dir", lambda: run(spec, how, output))
-    narrow = replace(how, flight=replace(IN_STEP, max_bytes_in_flight=1_000_000))
-    refused("--max-bytes-in-flight", lambda: run(spec, narrow, tmp_path / "narrow"))
+    refused("`overwrite_output_dir`", lambda: run(spec, how, output))
+    narrow = replace(how, max_bytes_in_flight=1_000_000)
+    refused("`max_bytes_in_flight`", lambda: run(spec, narrow, tmp_path / "narrow"))
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "empty").exists()
 

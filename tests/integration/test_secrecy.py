@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hetrain.config import LoraConfig, TrainingConfig
 from hetrain.data.packing import micro_batches
 from hetrain.data.tokenization import read_rows
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.lattice.parameters import largest_operand, parameters_for
@@ -26,7 +27,6 @@ from hetrain.public.protocol.product import Product
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.train.session import open_base
-from hetrain.train.settings import OptimizerSettings
 from hetrain.train.step import run_step
 from hetrain.train.updater import Updater
 from hetrain.transport.celery_channel import CeleryChannel
@@ -162,9 +162,9 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Rec
             plan = split.plan
             recorder = RecordingSealer(client_engine(engine).open(plan, JobOptions()))
             channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
-            adapted = add_adapter(split, LoraSettings(r=2, alpha=4), 0)
+            adapted = add_adapter(split, LoraConfig(r=2, alpha=4), 0)
             replica = Replica(split, adapted, channel, recorder)
-            updater = Updater(adapter_parameters(adapted), OptimizerSettings(), 1)
+            updater = Updater(adapter_parameters(adapted), TrainingConfig(), 1)
             result = run_step(replica, batch, updater.snapshot(), 0)
             assert result.summed_loss > 0
             ids = batch.tokens

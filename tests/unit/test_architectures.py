@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter, load_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
@@ -157,7 +159,7 @@ def test_tied_embeddings_may_be_saved_under_the_name_of_the_head(tmp_path: Path)
 
 
 def test_only_what_lies_above_an_adapter_is_differentiated(llama: Path) -> None:
-    bench = Bench(llama, LoraSettings(r=2, target_modules=("layers.1.self_attn.q_proj",)))
+    bench = Bench(llama, LoraConfig(r=2, target_modules=("layers.1.self_attn.q_proj",)))
     run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
     block = "model.layers.1"
     assert [group for way, group in bench.asked if way == "backward"] == [
@@ -181,7 +183,7 @@ def test_rows_longer_than_a_ciphertext_travel_in_blocks(tmp_path: Path) -> None:
 
 
 def test_dropout_is_a_function_of_seed_and_micro_batch(llama: Path) -> None:
-    bench = Bench(llama, LoraSettings(r=4, alpha=8, dropout=0.3))
+    bench = Bench(llama, LoraConfig(r=4, alpha=8, dropout=0.3))
     first, second = micro_batches(rows() + rows(), [(0, 1, 2), (3, 4, 5)])
     assert torch.equal(first.tokens, second.tokens)
     one, other = bench.replica(), bench.replica()
@@ -201,7 +203,7 @@ def test_adapter_is_seeded_and_starts_at_zero(llama: Path) -> None:
     torch.manual_seed(99)
     state = torch.get_rng_state()
     first, again, other = (
-        adapter_parameters(add_adapter(split_model(resolve(str(llama))), LoraSettings(r=4), seed))
+        adapter_parameters(add_adapter(split_model(resolve(str(llama))), LoraConfig(r=4), seed))
         for seed in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -248,13 +250,13 @@ def test_saved_adapter_loads_in_stock_peft_and_here(name: str, outsource: str, t
 def test_adapter_on_what_stays_with_the_client_is_refused(llama: Path) -> None:
     with pytest.raises(UsageError, match="lm_head is no linear of a decoder block"):
         add_adapter(
-            split_model(resolve(str(llama))), LoraSettings(target_modules=("q_proj", "lm_head")), seed=0
+            split_model(resolve(str(llama))), LoraConfig(target_modules=("q_proj", "lm_head")), seed=0
         )
 
 
 def test_adapter_that_needs_the_matrices_is_refused(llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
+    get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="only plain LoRA"):
         load_adapter(split_model(resolve(str(llama))), tmp_path)
 

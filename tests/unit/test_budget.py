@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetrain.config import OutsourcingConfig
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import Interrupted, UsageError
 from hetrain.train.session import open_base, open_session
-from hetrain.train.settings import OutsourcingSettings
 from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.processes import serving
@@ -57,7 +57,7 @@ def test_a_budget_is_never_overdrawn_and_serves_in_order(sizes: list[int]) -> No
 
 
 def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
-    with pytest.raises(UsageError, match="--max-bytes-in-flight"):
+    with pytest.raises(UsageError, match="max_bytes_in_flight"):
         ByteBudget(100, strict=True).acquire(101)
     budget = ByteBudget(100, strict=True)
     pressure = FlowControl(budget)
@@ -97,7 +97,7 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
         session = stack.enter_context(
             open_session(
                 open_base(str(tiny_llama)),
-                OutsourcingSettings("clear"),
+                OutsourcingConfig(engine="clear"),
                 served.url,
                 "cpu",
                 max_bytes_in_flight=2 * (100_000 + 64 * 2048 * 5) + 1000,

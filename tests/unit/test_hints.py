@@ -17,7 +17,7 @@ from hetrain.secret.engines.rlwe import seal as rlwe
 from hetrain.secret.engines.rlwe.hints import ROW_BYTES, hint_bytes
 from hetrain.secret.engines.rlwe.kernels import TorchKernels
 from hetrain.secret.verification import Sketch
-from hetrain.train.hint_policy import open_hints, wants_hints
+from hetrain.train.session import open_hints, wants_hints
 from tests.harness.engine import Bench, open_checked
 from worker_gpu.kernels import reference
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetrain.config import LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.packing import epochs
 from hetrain.data.tokenization import read_rows
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.protocol.product import Operand, Product
 from hetrain.train.data_position import Position
 from hetrain.train.loop import AppliedUpdate, train
 from hetrain.train.session import open_base, open_session
-from hetrain.train.settings import FlightSettings, OptimizerSettings, OutsourcingSettings
 from hetrain.train.staleness import Entry, StalenessGate
 from hetrain.train.updater import Updater
 from hetrain.transport.channel import Accept, Channel, Reply
@@ -109,17 +109,17 @@ class Slowed:
 def test_a_slow_micro_batch_is_waited_for_and_no_result_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
     base = open_base(str(tiny_llama))
     rows = read_rows(HANDBOOK, base.tokenizer, 64)
-    flight = FlightSettings(in_flight=3, max_staleness=2)
-    with open_session(base, OutsourcingSettings("clear"), None, "cpu", tmp_path / "log") as session:
-        model = add_adapter(session.split, LoraSettings(r=4, alpha=8), 1)
-        updater = Updater(adapter_parameters(model), OptimizerSettings(), 8)
+    config = TrainingConfig(in_flight=3, max_staleness=2, seed=1)
+    with open_session(base, OutsourcingConfig(engine="clear"), None, "cpu", tmp_path / "log") as session:
+        model = add_adapter(session.split, LoraConfig(r=4, alpha=8), 1)
+        updater = Updater(adapter_parameters(model), config, 8)
 
         def run(channel: Channel, count: int, stop_at: int) -> list[AppliedUpdate]:
-            replicas = replace(session, channel=channel).replicas(model, flight.in_flight)
+            replicas = replace(session, channel=channel).replicas(model, config.in_flight)
             batches = islice(epochs(rows, 256, 1, None), count)
             course: list[AppliedUpdate] = []
             for applied in train(
-                updater, replicas, batches, flight, 1, session.channel.close, lambda: len(course) >= stop_at
+                updater, replicas, batches, config, session.channel.close, lambda: len(course) >= stop_at
             ):
                 course.append(applied)
             return course
@@ -135,4 +135,4 @@ def test_a_slow_micro_batch_is_waited_for_and_no_result_is_lost(tiny_llama: Path
         # Asked to stop at the second update, it applies what is in flight and draws no more.
         stopped = run(session.channel, count=99, stop_at=2)
         assert sorted(a.results[0].batch.index for a in stopped) == list(range(len(stopped)))
-        assert 2 <= len(stopped) <= 2 + flight.in_flight
+        assert 2 <= len(stopped) <= 2 + config.in_flight

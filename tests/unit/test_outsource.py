@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 import cli.evaluate
 import cli.plan
 import cli.submit
-from hetrain.nn.lora import LoraSettings, adapter_parameters, add_adapter
+from hetrain.config import LoraConfig
+from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.split import split_model
 from hetrain.public.errors import UsageError
@@ -132,7 +133,7 @@ def test_the_clients_own_linears_are_frozen_and_shared(name: str, tmp_path: Path
 
 def test_nothing_is_sent_back_below_the_lowest_adapter_though_it_is_the_clients(tmp_path: Path) -> None:
     save_model(FAMILIES["llama"], tmp_path)
-    settings = LoraSettings(r=2, target_modules=("layers.1.self_attn.q_proj",))
+    settings = LoraConfig(r=2, target_modules=("layers.1.self_attn.q_proj",))
     bench = Bench(tmp_path, settings, ("*.mlp.*",))
     run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
     assert [group for way, group in bench.asked if way == "backward"] == [
@@ -145,7 +146,7 @@ def test_nothing_is_sent_back_below_the_lowest_adapter_though_it_is_the_clients(
 def test_a_fresh_adapter_is_the_same_whatever_leaves(name: str, tmp_path: Path) -> None:
     save_model(FAMILIES[name], tmp_path)
     whole, part = (
-        adapter_parameters(add_adapter(split_model(resolve(str(tmp_path)), (p,)), LoraSettings(r=4), 3))
+        adapter_parameters(add_adapter(split_model(resolve(str(tmp_path)), (p,)), LoraConfig(r=4), 3))
         for p in ("*", "*.1.mlp.*")
     )
     assert list(whole) == list(part)
@@ -159,7 +160,7 @@ def test_a_pattern_that_matches_nothing_is_refused(patterns: tuple[str, ...], tm
     save_model(FAMILIES["llama"], tmp_path)
     with pytest.raises(UsageError) as caught:
         split_model(resolve(str(tmp_path)), patterns)
-    assert caught.value.where == "--outsource"
+    assert caught.value.field == "outsource"
     assert repr(patterns[-1]) in caught.value.what
     assert f"{LLAMA}.0.mlp.down_proj" in caught.value.hint
     assert "hetrain plan" in caught.value.hint
@@ -188,7 +189,7 @@ def test_outsource_on_the_command_line(
     result = call(cli.submit.submit, *small, "-o", output, "--max-steps", "1", "--quiet", *patterns)
     assert result.exit_code == 0, result.exception
     job = json.loads((output / "job.json").read_text())
-    assert job["recipe"]["outsourcing"]["patterns"] == ["*.1.mlp.*", "*.0.*.o_proj"]
+    assert job["outsourcing"]["outsource"] == ["*.1.mlp.*", "*.0.*.o_proj"]
     assert job["plan_digest"] == plan["digest"]
     record = json.loads((output / "metrics.jsonl").read_text())
     # Every value up takes 4 bytes, in a ring of 256 slots.

@@ -60,6 +60,6 @@ def open_engine(name: str, compute: Compute) -> Engine:
     except KeyError:
         raise WorkerRefused(
             f"this worker has no engine {name!r}, only: {', '.join(ENGINES)}",
-            hint="start a worker with that engine installed, or choose another --engine",
+            hint="start a worker with that engine installed, or choose another `engine`",
         ) from None
     return opener(compute)

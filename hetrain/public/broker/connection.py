@@ -18,7 +18,7 @@ from redis import exceptions as foreign
 from hetrain.public.errors import BrokerError, BrokerFull, BrokerUnreachable, UsageError
 
 _SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "redis+socket": "unix"}
-_FULL_HINT = "raise the broker's maxmemory, or lower --in-flight"
+_FULL_HINT = "raise the broker's maxmemory, or lower `in_flight`"
 _REACH_HINT = "check that the server runs and that the address and the password in the URL are right"
 _CERTIFICATE_HINT = (
     "name the authority that signed the broker's certificate, ?ssl_ca_certs=/path/ca.crt in the URL, and the "

@@ -176,7 +176,7 @@ def _compile(spec: CircuitSpec, use_gpu: bool) -> Circuit:
         raise ParameterError(
             f"Concrete cannot compile this product: {(str(error) or repr(error)).splitlines()[0]}",
             where=spec.name,
-            hint="leave it out with --outsource, use fewer --activation-bits, or take another --engine",
+            hint="leave it out with `outsource`, use fewer `activation_bits`, or take another `engine`",
         ) from error
     finally:
         restore_interrupts()
@@ -194,7 +194,7 @@ def _describe(spec: CircuitSpec, server: Any, client_specs: Any, description: by
         raise ParameterError(
             f"results of {width} bits leave too little room for noise, at most {_MAX_WIDTH} do",
             where=spec.name,
-            hint="use fewer --activation-bits, or leave it out with --outsource",
+            hint="use fewer `activation_bits`, or leave it out with `outsource`",
         )
     identity = json.dumps(asdict(spec) | {"package": package_version()}, sort_keys=True).encode()
     # A key that opens nothing: it is thrown away with this function.

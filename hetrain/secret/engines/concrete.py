@@ -112,7 +112,7 @@ class ConcreteSealer:
         bits = DEFAULT_BITS if bits is None else bits
         if bits > MAX_BITS:
             raise UsageError(
-                f"the concrete engine takes at most {MAX_BITS} bits, not {bits}", where="--activation-bits"
+                f"the concrete engine takes at most {MAX_BITS} bits, not {bits}", field="activation_bits"
             )
         self._x_max = (1 << (bits - 1)) - 1
         self._circuits = {

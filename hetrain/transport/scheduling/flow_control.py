@@ -51,8 +51,8 @@ class ByteBudget:
             raise UsageError(
                 f"one product and its operand take {nbytes / 1e6:.0f} MB, "
                 f"more than the {self._limit / 1e6:.0f} MB that may be in flight",
-                where="--max-bytes-in-flight",
-                hint="raise it, or lower --micro-batch-tokens",
+                field="max_bytes_in_flight",
+                hint="raise it, or lower `micro_batch_tokens`",
             )
         ticket = object()
         with self._changed:

@@ -1,0 +1,61 @@
+"""`python -m cli.reference FILE` writes docs/reference/options.md, made from the commands themselves."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cli.main import add_commands, app
+
+_HEAD = """\
+# Options
+
+Made by `python -m cli.reference docs/reference/options.md` from `hetrain/config.py` and the commands.
+
+From Python, an option is the keyword argument or field of the same name: `--max-steps` is
+`TrainingConfig.max_steps`, `--lora-r` is `LoraConfig.r`. Only `--model-name-or-path` and `--broker-url` are
+called `model` and `workers` there. Headings name the class that has the field.
+"""
+
+
+def reference() -> str:
+    """The options of all commands as a Markdown page."""
+    add_commands()
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return "\n".join([_HEAD, *(_section(name, command) for name, command in commands.items())])
+
+
+def _section(name: str, command: Any) -> str:
+    usage = [each.name.upper() for each in command.params if each.param_type_name == "argument"]
+    lines = [f"## `hetrain {' '.join([name, *usage])}`", "", command.help.partition("\n")[0]]
+    panels: dict[str, list[Any]] = {}
+    for each in command.params:
+        panels.setdefault(getattr(each, "rich_help_panel", None) or "", []).append(each)
+    for panel, members in panels.items():
+        lines += ["", f"### `{panel}`"] if panel else []
+        lines += ["", "| option | default | |", "| --- | --- | --- |", *map(_row, members)]
+    return "\n".join([*lines, ""])
+
+
+def _row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"| `{parameter.name.upper()}` | required | {parameter.help} |"
+    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    shown, default = parameter.show_default, parameter.default
+    if not isinstance(shown, str):
+        text = ", ".join(default) if isinstance(default, list | tuple) else str(default)
+        shown = "off" if default is False else "" if default is None or not shown else f"`{text}`"
+    environment = f" Also `{parameter.envvar}`." if parameter.envvar else ""
+    return f"| {names} | {shown} | {_escape(parameter.help)}{environment} |"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"[*|_]", r"\\\g<0>", text)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")

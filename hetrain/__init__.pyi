@@ -1,0 +1,21 @@
+from hetrain.api import doctor as doctor
+from hetrain.api import evaluate as evaluate
+from hetrain.api import finetune as finetune
+from hetrain.api import plan as plan
+from hetrain.config import BatchingConfig as BatchingConfig
+from hetrain.config import LoraConfig as LoraConfig
+from hetrain.config import OutsourcingConfig as OutsourcingConfig
+from hetrain.config import TrainingConfig as TrainingConfig
+
+__version__: str
+__all__ = [
+    "BatchingConfig",
+    "LoraConfig",
+    "OutsourcingConfig",
+    "TrainingConfig",
+    "__version__",
+    "doctor",
+    "evaluate",
+    "finetune",
+    "plan",
+]

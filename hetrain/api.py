@@ -1,0 +1,154 @@
+"""The functions of hetrain, as Python and the command line call them.
+
+Nothing heavy is imported before a function is called. Every error is a `hetrain.public.errors.HetrainError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetrain.config import (
+    BatchingConfig,
+    EvaluationSpec,
+    JobSpec,
+    LoraConfig,
+    OutsourcingConfig,
+    TrainingConfig,
+)
+
+if TYPE_CHECKING:
+    from hetrain.inspection.doctor import DoctorReport as DoctorReport
+    from hetrain.inspection.plan_report import GroupReport as GroupReport
+    from hetrain.inspection.plan_report import PlanReport as PlanReport
+    from hetrain.train.evaluation import Evaluation as Evaluation
+    from hetrain.train.finetune import JobResult as JobResult
+    from hetrain.train.metrics import MicroBatchMetrics as MicroBatchMetrics
+
+
+def finetune(
+    dataset: str | PathLike[str],
+    *,
+    model: str = JobSpec.model,
+    output_dir: str | PathLike[str] = JobSpec.output_dir,
+    workers: str | None = None,
+    device: str = JobSpec.device,
+    lora: LoraConfig = JobSpec.lora,
+    training: TrainingConfig = JobSpec.training,
+    outsourcing: OutsourcingConfig = JobSpec.outsourcing,
+    overwrite_output_dir: bool = False,
+    resume_from_checkpoint: str | PathLike[str] | None = None,
+    on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
+    on_stop: Callable[[], object] = lambda: None,
+) -> JobResult:
+    """Fine-tunes a model with LoRA on workers that see only ciphertexts.
+
+    SIGINT or SIGTERM once finishes the micro-batches in flight and writes adapter and checkpoint; twice
+    leaves after the update at hand. Both end in `Interrupted`.
+
+    Args:
+        dataset: JSONL rows: text, prompt+completion, or messages.
+        model: ``smollm2-135m``, a Hugging Face directory, or a hub id.
+        output_dir: directory of adapter, metrics and checkpoints.
+        workers: URL of the Redis or Valkey from which workers take tasks; None starts a broker and a worker
+            on this machine, for this job.
+        device: torch device of the client's own layers.
+        lora: the adapter.
+        training: optimizer, batches, asynchrony and checkpoints.
+        outsourcing: what leaves for the workers, and how it is encrypted.
+        overwrite_output_dir: replace the adapter and checkpoints of another run.
+        resume_from_checkpoint: a checkpoint's directory, or ``latest`` for that of the most updates in
+            `output_dir`. The data set and all settings that decide the result must be the same.
+        on_step: called with the metrics of every micro-batch that has moved the adapter.
+        on_stop: called once a signal has asked the run to stop.
+
+    Returns:
+        The run in figures; `output_dir` then holds a PEFT adapter.
+
+    Raises:
+        HetrainError: the data set, a setting, the model, the broker or the workers do not allow the job.
+        Interrupted: a signal has stopped it.
+    """
+    from hetrain.train.finetune import finetune as run
+
+    spec = JobSpec(
+        dataset=Path(dataset),
+        model=model,
+        output_dir=Path(output_dir),
+        workers=workers,
+        device=device,
+        lora=lora,
+        training=training,
+        outsourcing=outsourcing,
+        overwrite_output_dir=overwrite_output_dir,
+        resume_from_checkpoint=None if resume_from_checkpoint is None else str(resume_from_checkpoint),
+    )
+    return run(spec, on_step, on_stop)
+
+
+def evaluate(
+    dataset: str | PathLike[str],
+    *,
+    adapter: str | PathLike[str] | None = None,
+    model: str | None = None,
+    workers: str | None = None,
+    device: str = EvaluationSpec.device,
+    batching: BatchingConfig = EvaluationSpec.batching,
+    outsourcing: OutsourcingConfig = EvaluationSpec.outsourcing,
+) -> Evaluation:
+    """Loss and perplexity of a data set, on workers that see only ciphertexts.
+
+    Args:
+        dataset: as of `finetune`.
+        adapter: output directory of a job, or another PEFT LoRA adapter; None evaluates the base model.
+        model: the base model; None takes that of the adapter, or the default of `finetune`.
+        workers: as of `finetune`.
+        device: as of `finetune`.
+        batching: how rows become micro-batches, and how many of these are computed at once; a
+            `TrainingConfig` is one too.
+        outsourcing: as of `finetune`.
+
+    Raises:
+        HetrainError: as `finetune`.
+    """
+    from hetrain.train.evaluation import evaluate as run
+
+    spec = EvaluationSpec(
+        dataset=Path(dataset),
+        adapter=None if adapter is None else Path(adapter),
+        model=model,
+        workers=workers,
+        device=device,
+        batching=batching,
+        outsourcing=outsourcing,
+    )
+    return run(spec)
+
+
+def plan(model: str = JobSpec.model, *, outsource: Sequence[str] = OutsourcingConfig.outsource) -> PlanReport:
+    """The matrices that would leave for the workers, and the bytes of each token on the wire. Starts nothing.
+
+    Args:
+        model: as of `finetune`.
+        outsource: see `OutsourcingConfig`.
+
+    Raises:
+        UsageError: a pattern has no match.
+        ModelError: the model cannot be found, read or split.
+    """
+    from hetrain.inspection.plan_report import plan_report
+
+    return plan_report(model, outsource)
+
+
+def doctor(workers: str | None = None) -> DoctorReport:
+    """Whether this machine and the workers can run a job, and on what. Raises nothing: see its `failure`.
+
+    Args:
+        workers: as of `finetune`.
+    """
+    from hetrain.inspection.doctor import diagnose
+
+    return diagnose(workers)

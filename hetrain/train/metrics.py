@@ -1,0 +1,68 @@
+"""The metrics of one micro-batch: what `on_step` receives and a line of metrics.jsonl holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from hetrain.train.loop import AppliedUpdate
+from hetrain.train.step import StepResult
+
+
+@dataclass(frozen=True)
+class MicroBatchMetrics:
+    """One micro-batch that has moved the adapter.
+
+    `step` of `total_steps` is the update that it was part of. `loss` is the mean over its `targets`
+    supervised tokens; `staleness` counts the updates between its snapshot and its own. Times are seconds of
+    this micro-batch: `wait_s` from the first byte sent to the last received, `server_s` workers' computing
+    within it; `elapsed_s` since training began. `devices` are those that workers report.
+    """
+
+    step: int
+    total_steps: int
+    micro_batch: int
+    loss: float
+    tokens: int
+    targets: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    encrypt_s: float
+    wait_s: float
+    decrypt_s: float
+    server_s: float
+    devices: tuple[str, ...]
+    staleness: int
+    learning_rate: float
+    grad_norm: float
+    elapsed_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}/{self.total_steps}: loss {self.loss:.4f}, {self.tokens} tokens in "
+            f"{self.seconds:.1f} s (encrypt {self.encrypt_s:.1f}, wait {self.wait_s:.1f}, "
+            f"decrypt {self.decrypt_s:.1f})"
+        )
+
+
+def metrics_of(applied: AppliedUpdate, total_steps: int, elapsed_s: float) -> list[MicroBatchMetrics]:
+    """The metrics of each micro-batch of an update."""
+    return [_of(applied, result, total_steps, elapsed_s) for result in applied.results]
+
+
+def _of(applied: AppliedUpdate, result: StepResult, total_steps: int, elapsed_s: float) -> MicroBatchMetrics:
+    update, batch = applied.update, result.batch
+    return MicroBatchMetrics(
+        step=update.step,
+        total_steps=total_steps,
+        micro_batch=batch.index,
+        loss=result.summed_loss / batch.n_targets,
+        tokens=batch.n_tokens,
+        targets=batch.n_targets,
+        seconds=result.seconds,
+        **asdict(result.stats),
+        staleness=update.step - 1 - result.version,
+        learning_rate=update.learning_rate,
+        grad_norm=update.grad_norm,
+        elapsed_s=elapsed_s,
+    )
