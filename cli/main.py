@@ -37,7 +37,7 @@ def _root(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Options that all commands share."""
+    """Options of the command itself."""
 
 
 def add_commands() -> None:

@@ -31,7 +31,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 def from_configuration(run: Callable[..., None]) -> Callable[..., None]:
     """A Typer command of `run`: each parameter of a configuration class becomes an option for every field."""
     taken = inspect.signature(run, eval_str=True).parameters
-    specs: dict[str, type] = {
+    specs: dict[str, Any] = {
         name: each.annotation for name, each in taken.items() if is_dataclass(each.annotation)
     }
 

@@ -3,8 +3,12 @@
 The client keeps data, adapters and keys; workers multiply ciphertexts by public weights.
 
     import hetrain
-    result = hetrain.finetune("rows.jsonl", output_dir="out", training=hetrain.TrainingConfig(max_steps=20))
+    result = hetrain.finetune("rows.jsonl", model="smollm2-135m", output_dir="out", workers="rediss://...",
+                              lora=hetrain.LoraConfig(r=16), training=hetrain.TrainingConfig(max_steps=20),
+                              on_step=print)
     hetrain.evaluate("held_out.jsonl", adapter="out").loss
+
+Without `workers`, a broker and a worker are started on this machine for the length of the call.
 """
 
 from importlib import import_module

@@ -10,14 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetrain.config import (
-    BatchingConfig,
-    EvaluationSpec,
-    JobSpec,
-    LoraConfig,
-    OutsourcingConfig,
-    TrainingConfig,
-)
+from hetrain import config
+from hetrain.config import BatchingConfig, LoraConfig, OutsourcingConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from hetrain.inspection.doctor import DoctorReport as DoctorReport
@@ -31,13 +25,13 @@ if TYPE_CHECKING:
 def finetune(
     dataset: str | PathLike[str],
     *,
-    model: str = JobSpec.model,
-    output_dir: str | PathLike[str] = JobSpec.output_dir,
+    model: str = config.JobSpec.model,
+    output_dir: str | PathLike[str] = config.JobSpec.output_dir,
     workers: str | None = None,
-    device: str = JobSpec.device,
-    lora: LoraConfig = JobSpec.lora,
-    training: TrainingConfig = JobSpec.training,
-    outsourcing: OutsourcingConfig = JobSpec.outsourcing,
+    device: str = config.JobSpec.device,
+    lora: LoraConfig = config.JobSpec.lora,
+    training: TrainingConfig = config.JobSpec.training,
+    outsourcing: OutsourcingConfig = config.JobSpec.outsourcing,
     overwrite_output_dir: bool = False,
     resume_from_checkpoint: str | PathLike[str] | None = None,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
@@ -52,15 +46,13 @@ def finetune(
         dataset: JSONL rows: text, prompt+completion, or messages.
         model: ``smollm2-135m``, a Hugging Face directory, or a hub id.
         output_dir: directory of adapter, metrics and checkpoints.
-        workers: URL of the Redis or Valkey from which workers take tasks; None starts a broker and a worker
-            on this machine, for this job.
+        workers: URL of the workers' broker; None starts a broker and a worker on this machine for this job.
         device: torch device of the client's own layers.
         lora: the adapter.
         training: optimizer, batches, asynchrony and checkpoints.
         outsourcing: what leaves for the workers, and how it is encrypted.
         overwrite_output_dir: replace the adapter and checkpoints of another run.
-        resume_from_checkpoint: a checkpoint's directory, or ``latest`` for that of the most updates in
-            `output_dir`. The data set and all settings that decide the result must be the same.
+        resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
         on_step: called with the metrics of every micro-batch that has moved the adapter.
         on_stop: called once a signal has asked the run to stop.
 
@@ -73,7 +65,7 @@ def finetune(
     """
     from hetrain.train.finetune import finetune as run
 
-    spec = JobSpec(
+    spec = config.JobSpec(
         dataset=Path(dataset),
         model=model,
         output_dir=Path(output_dir),
@@ -94,9 +86,9 @@ def evaluate(
     adapter: str | PathLike[str] | None = None,
     model: str | None = None,
     workers: str | None = None,
-    device: str = EvaluationSpec.device,
-    batching: BatchingConfig = EvaluationSpec.batching,
-    outsourcing: OutsourcingConfig = EvaluationSpec.outsourcing,
+    device: str = config.EvaluationSpec.device,
+    batching: BatchingConfig = config.EvaluationSpec.batching,
+    outsourcing: OutsourcingConfig = config.EvaluationSpec.outsourcing,
 ) -> Evaluation:
     """Loss and perplexity of a data set, on workers that see only ciphertexts.
 
@@ -115,7 +107,7 @@ def evaluate(
     """
     from hetrain.train.evaluation import evaluate as run
 
-    spec = EvaluationSpec(
+    spec = config.EvaluationSpec(
         dataset=Path(dataset),
         adapter=None if adapter is None else Path(adapter),
         model=model,
@@ -127,7 +119,9 @@ def evaluate(
     return run(spec)
 
 
-def plan(model: str = JobSpec.model, *, outsource: Sequence[str] = OutsourcingConfig.outsource) -> PlanReport:
+def plan(
+    model: str = config.JobSpec.model, *, outsource: Sequence[str] = OutsourcingConfig.outsource
+) -> PlanReport:
     """The matrices that would leave for the workers, and the bytes of each token on the wire. Starts nothing.
 
     Args:

@@ -7,9 +7,9 @@ another setting in backticks, which the command line replaces by its option.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hetrain.public.errors import UsageError
 
@@ -20,31 +20,30 @@ LATEST = "latest"
 DEFAULT_MODEL = "smollm2-135m"
 
 # Those of transformers' schedules that need nothing but warm-up and the number of updates.
-_SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
+_SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+_SCHEDULES += ["inverse_sqrt"]
 
 
-def _setting(value: T, text: str, /, **shown: str) -> T:
-    """A field with a help text.
+def _setting(value: T, text: str, /, **more: Any) -> T:
+    """A field with its default and help text.
 
     Args:
-        value: its default.
-        text: its meaning.
-        shown: `default`, what None stands for, and `metavar`, how a value is written.
+        value: the default.
+        text: the help text.
+        more: `default`, what None stands for; `metavar`, how a value is written; `least`, the smallest value.
     """
-    return field(default=value, metadata={"help": text, **shown})
+    return field(default=value, metadata={"help": text, **more})
 
 
 def _require(holds: bool, name: str, problem: str, hint: str = "") -> None:
     if not holds:
         raise UsageError(problem, field=name, hint=hint)
+
+
+def _require_least(config: Any) -> None:
+    for each in fields(config):
+        value, least = getattr(config, each.name), each.metadata.get("least")
+        _require(least is None or value is None or value >= least, each.name, f"{value} is less than {least}")
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
@@ -59,8 +58,8 @@ class LoraConfig:
         UsageError: a value makes no sense; `field` names it.
     """
 
-    r: int = _setting(16, "Rank of the adapter.")
-    alpha: int = _setting(32, "The adapter counts alpha/r times.")
+    r: int = _setting(16, "Rank of the adapter.", least=1)
+    alpha: int = _setting(32, "The adapter counts alpha/r times.", least=1)
     dropout: float = _setting(0.0, "Dropout before the adapter.")
     target_modules: tuple[str, ...] = _setting(
         (ALL_LINEAR,),
@@ -72,8 +71,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         given = ",".join(_names(self.target_modules)).split(",")
         object.__setattr__(self, "target_modules", tuple(name.strip() for name in given if name.strip()))
-        _require(self.r >= 1, "r", f"a rank of {self.r} makes no adapter", "use 1 or more")
-        _require(self.alpha >= 1, "alpha", f"{self.alpha} is less than 1")
+        _require_least(self)
         _require(0 <= self.dropout < 1, "dropout", f"{self.dropout} does not lie in [0, 1)")
         _require(bool(self.target_modules), "target_modules", "no module is named", f"use {ALL_LINEAR}")
 
@@ -118,13 +116,14 @@ class BatchingConfig:
     micro_batch_tokens: int = _setting(
         2048, "Tokens per micro-batch, packed from whole rows without padding; 2048 fill the largest ring."
     )
-    in_flight: int = _setting(2, "Micro-batches under way at once.")
+    in_flight: int = _setting(2, "Micro-batches under way at once.", least=1)
     max_bytes_in_flight: int | None = _setting(
         None,
         "The most that operands and expected results may take in the broker at once, e.g. 500MB or 2GiB. A "
         "single product larger than the limit you gave is refused. Give it where jobs share a broker.",
         default="half of the broker's maxmemory, or 1 GiB where it has none",
         metavar="SIZE",
+        least=1,
     )
 
     def __post_init__(self) -> None:
@@ -134,9 +133,7 @@ class BatchingConfig:
             f"rows of up to {self.max_length} tokens do not fit micro-batches of {self.micro_batch_tokens}",
             "it must lie between 2 and `micro_batch_tokens`",
         )
-        _require(self.in_flight >= 1, "in_flight", f"{self.in_flight} micro-batches make no progress")
-        limit = self.max_bytes_in_flight
-        _require(limit is None or limit >= 1, "max_bytes_in_flight", "nothing could travel")
+        _require_least(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +159,9 @@ class TrainingConfig(BatchingConfig):
     num_train_epochs: int = _setting(3, "Passes over the data set.")
     learning_rate: float = _setting(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _setting("linear", f"Schedule over the updates: {', '.join(_SCHEDULES)}.")
-    warmup_steps: int = _setting(0, "Updates of linear warm-up.")
-    weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
-    max_grad_norm: float = _setting(1.0, "Clip gradients to this norm; 0 does not clip.")
+    warmup_steps: int = _setting(0, "Updates of linear warm-up.", least=0)
+    weight_decay: float = _setting(0.0, "Weight decay of AdamW.", least=0)
+    max_grad_norm: float = _setting(1.0, "Clip gradients to this norm; 0 does not clip.", least=0)
     seed: int = _setting(42, "Of adapter, shuffling and dropout; never of keys or noise.")
     sync: bool = _setting(
         False, "Lock step: the micro-batches in flight share one snapshot of the adapter and make one update."
@@ -175,11 +172,12 @@ class TrainingConfig(BatchingConfig):
         "would break it for a slower one wait. Less than `in_flight` − 1 leaves only N + 1 micro-batches in "
         "flight; 0: one at a time.",
         default="2·(in_flight − 1)",
+        least=0,
     )
     save_steps: int = _setting(
-        50, "Updates between checkpoints; 0 writes one only when the run is stopped or fails."
+        50, "Updates between checkpoints; 0 writes one only when the run is stopped or fails.", least=0
     )
-    save_total_limit: int = _setting(2, "Checkpoints that are kept, the newest ones; 0 keeps all.")
+    save_total_limit: int = _setting(2, "Checkpoints that are kept, the newest ones; 0 keeps all.", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,20 +188,8 @@ class TrainingConfig(BatchingConfig):
             "set it or `max_steps` to 1 or more",
         )
         _require(self.learning_rate > 0, "learning_rate", f"{self.learning_rate} is not positive")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "save_total_limit"):
-            _require(getattr(self, name) >= 0, name, f"{getattr(self, name)} is negative")
-        _require(
-            self.max_staleness is None or self.max_staleness >= 0,
-            "max_staleness",
-            f"{self.max_staleness} is negative",
-            "0 runs one micro-batch at a time",
-        )
-        _require(
-            self.lr_scheduler_type in _SCHEDULES,
-            "lr_scheduler_type",
-            f"unknown schedule {self.lr_scheduler_type!r}",
-            f"one of: {', '.join(_SCHEDULES)}",
-        )
+        known, name = self.lr_scheduler_type in _SCHEDULES, self.lr_scheduler_type
+        _require(known, "lr_scheduler_type", f"unknown schedule {name!r}", f"one of: {', '.join(_SCHEDULES)}")
 
     @property
     def batches_per_update(self) -> int:

@@ -2,7 +2,7 @@
 
 One token occupies one slot of a ciphertext, so a fuller micro-batch is cheaper per token. Rows that share a
 micro-batch share nothing else: positions restart at each row, no target crosses a row's end, and ``lengths``
-tells attention where the rows lie.
+gives attention the rows' bounds.
 """
 
 from __future__ import annotations

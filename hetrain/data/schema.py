@@ -1,4 +1,4 @@
-"""Reads a JSONL data set in TRL's forms and checks every line before anything else happens.
+"""Reads a JSONL data set in TRL's forms and checks every line.
 
 The forms are those of TRL's ``SFTTrainer``, and one file keeps to one of them:
 
@@ -80,7 +80,7 @@ _FORM_NAMES: dict[type[Form], str] = {
 
 @dataclass(frozen=True)
 class RawRow:
-    """A validated line, not yet tokenised; ``line`` counts from 1."""
+    """A validated line, not yet tokenized; ``line`` counts from 1."""
 
     content: Form
     line: int

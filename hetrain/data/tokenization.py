@@ -45,10 +45,10 @@ class Row:
 
 
 def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Reads, checks and tokenises a data set.
+    """Reads, checks and tokenizes a data set.
 
-    Rows are cut to their first ``max_length`` tokens; rows without a target after that are dropped. The log
-    says how many.
+    Rows are cut to their first ``max_length`` tokens; rows without a target after that are dropped,
+    both with a warning in the log.
 
     Args:
         path: a JSONL file in UTF-8; blank lines are skipped.
@@ -69,7 +69,7 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 @dataclass(frozen=True)
-class _Tokenised:
+class _Tokenized:
     tokens: list[int]
     context: int  # leading tokens that are given, not learned
     prompt_kept: bool = True  # whether the prompt's own tokens are a prefix of the whole
@@ -78,7 +78,7 @@ class _Tokenised:
 def tokenize_rows(
     raw_rows: Sequence[RawRow], path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Row]:
-    """Tokenises checked rows, cuts them to ``max_length`` tokens and drops those without a target.
+    """Tokenizes checked rows, cuts them to ``max_length`` tokens and drops those without a target.
 
     ``path`` serves the error messages. Raises as `read_rows`.
     """
@@ -86,12 +86,12 @@ def tokenize_rows(
     cut = 0
     changed_prompts: list[int] = []
     for raw in raw_rows:
-        tokenised = _tokenize(raw, path, tokenizer)
-        cut += len(tokenised.tokens) > max_length
-        if not tokenised.prompt_kept:
+        tokenized = _tokenize(raw, path, tokenizer)
+        cut += len(tokenized.tokens) > max_length
+        if not tokenized.prompt_kept:
             changed_prompts.append(raw.line)
-        tokens = tuple(tokenised.tokens[:max_length])
-        supervised = tuple(i >= max(tokenised.context, 1) for i in range(len(tokens)))
+        tokens = tuple(tokenized.tokens[:max_length])
+        supervised = tuple(i >= max(tokenized.context, 1) for i in range(len(tokens)))
         if any(supervised):
             rows.append(Row(tokens, supervised, raw.line))
     if changed_prompts:
@@ -122,26 +122,26 @@ def tokenize_rows(
     return rows
 
 
-def _tokenize(raw: RawRow, path: Path, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
+def _tokenize(raw: RawRow, path: Path, tokenizer: PreTrainedTokenizerBase) -> _Tokenized:
     where = f"{path}:{raw.line}"
     match raw.content:
         case TextForm(text=text):
-            return _Tokenised(_encode(tokenizer, _with_eos(text, tokenizer, where)), context=0)
+            return _Tokenized(_encode(tokenizer, _with_eos(text, tokenizer, where)), context=0)
         case StringPair(prompt=prompt, completion=completion):
             whole = prompt + _with_eos(completion, tokenizer, where)
             return _after_prompt(_encode(tokenizer, prompt), _encode(tokenizer, whole))
         case Conversation(messages=messages):
-            return _Tokenised(_render(tokenizer, messages, where), context=0)
+            return _Tokenized(_render(tokenizer, messages, where), context=0)
         case MessagePair(prompt=turns, completion=answer):
             alone = _render(tokenizer, turns, where, add_generation_prompt=True)
             return _after_prompt(alone, _render(tokenizer, turns + answer, where))
 
 
-def _after_prompt(prompt: list[int], whole: list[int]) -> _Tokenised:
+def _after_prompt(prompt: list[int], whole: list[int]) -> _Tokenized:
     # As TRL: tokens may merge across the boundary, then the completion starts where the two sequences part.
     pairs = zip(prompt, whole, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return _Tokenised(whole, context=shared, prompt_kept=shared == len(prompt))
+    return _Tokenized(whole, context=shared, prompt_kept=shared == len(prompt))
 
 
 def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether this machine and the workers can run a job, and on what they would."""
+"""Whether this machine and the workers can run a job, and on which devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
 from hetrain.secret.engines.rlwe.kernels import kernels
 
 _PACKAGES = ("torch", "transformers", "celery")
-_EMBEDDED_MODEL = "smollm2-135m"  # a worker serves some model; nothing of it is loaded
+_EMBEDDED_MODEL = "smollm2-135m"  # a worker needs a model to serve; it loads none of it
 _PROBE = Plan(
     model="doctor",
     groups=(
@@ -61,14 +61,14 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What was found.
+    """The state of client, broker and workers.
 
     Attributes:
         client: this machine.
-        embedded: whether broker and worker were started here for this.
-        broker: None when it could not be asked.
+        embedded: whether broker and worker were started for this report.
+        broker: None when it could not be reached.
         workers: all that answered.
-        warnings: what deserves attention, one sentence each.
+        warnings: one sentence each.
         failure: why no job can run; None when one can.
     """
 
@@ -81,7 +81,7 @@ class DoctorReport:
 
     @property
     def runnable(self) -> tuple[ClientHalf, ...]:
-        """Engines whose client half can be used here, and that a worker on the queue is ready for."""
+        """Engines whose client half can be used here, and whose worker half is ready on some worker."""
         ready = {
             engine.name
             for worker in self.workers
@@ -92,33 +92,33 @@ class DoctorReport:
         return tuple(half for half in self.client.engines if not half.reason and half.name in ready)
 
 
-def diagnose(broker_url: str | None) -> DoctorReport:
-    """Asks client, broker and workers about themselves.
+def diagnose(workers: str | None) -> DoctorReport:
+    """Inspects client, broker and workers.
 
     Never raises a `HetrainError`: see `DoctorReport.failure`.
 
     Args:
-        broker_url: the workers' broker; None starts an embedded broker and a worker meanwhile.
+        workers: URL of the workers' broker; None starts an embedded broker and a worker meanwhile.
     """
     client = _client()
     broker: BrokerReport | None = None
     found = ProbeResult((), ())
     try:
-        with _place(broker_url) as place:
-            broker = ask_broker(place.url)
+        with _target(workers) as target:
+            broker = ask_broker(target.url)
             found = probe_workers(
-                place.url,
-                first_s=place.first_s,
+                target.url,
+                first_s=target.first_s,
                 settle_s=_SETTLE_S,
-                expected=place.workers,
-                health_check=place.health_check,
+                expected=target.workers,
+                health_check=target.health_check,
             )
-            failure = _nobody(place, found)
+            failure = _no_worker(target, found)
     except HetrainError as error:
         failure = error
     return DoctorReport(
         client=client,
-        embedded=broker_url is None,
+        embedded=workers is None,
         broker=broker,
         workers=found.workers,
         warnings=(*_of_client(client), *_of_broker(broker), *_of_workers(found)),
@@ -127,8 +127,8 @@ def diagnose(broker_url: str | None) -> DoctorReport:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where to ask: broker, number of workers if known, how long to wait for the first, who watches them."""
+class _Target:
+    """A broker, its number of workers if known, the wait for a first answer, and a check of both."""
 
     url: str
     workers: int | None
@@ -137,14 +137,14 @@ class _Place:
 
 
 @contextmanager
-def _place(broker_url: str | None) -> Iterator[_Place]:
+def _target(broker_url: str | None) -> Iterator[_Target]:
     if broker_url is not None:
-        yield _Place(broker_url, None, _FIRST_S, lambda: None)
+        yield _Target(broker_url, None, _FIRST_S, lambda: None)
         return
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
         embedded = stack.enter_context(start_embedded(_EMBEDDED_MODEL, Path(scratch) / "worker.log"))
-        yield _Place(embedded.url, 1, _EMBEDDED_FIRST_S, embedded.failure)
+        yield _Target(embedded.url, 1, _EMBEDDED_FIRST_S, embedded.failure)
 
 
 def _client() -> ClientReport:
@@ -182,21 +182,21 @@ def _half(engine: ClientEngine) -> ClientHalf:
     return ClientHalf(engine.name, engine.hides, reason)
 
 
-def _nobody(place: _Place, found: ProbeResult) -> HetrainError | None:
-    """Why nobody can take a job, None when somebody can."""
+def _no_worker(target: _Target, found: ProbeResult) -> HetrainError | None:
+    """Why no worker can take a job; None when one can."""
     if any(_listens(worker) for worker in found.workers):
         return None
     if found.refused and not found.workers:
         return WireError(
             "no worker's answer can be read",
-            where=redacted(place.url),
+            where=redacted(target.url),
             hint="client and worker probably run different versions of hetrain",
         )
     return NoWorker(
-        f"no worker answered on queue {QUEUE!r} within {place.first_s:.0f} s",
-        where=redacted(place.url),
+        f"no worker answered on queue {QUEUE!r} within {target.first_s:.0f} s",
+        where=redacted(target.url),
         hint=f"start one with HETRAIN_BROKER_URL=... celery -A tasks worker -Q {QUEUE}"
-        if place.workers is None
+        if target.workers is None
         else "this machine may be too busy to start one",
     )
 
@@ -205,7 +205,7 @@ def _of_broker(broker: BrokerReport | None) -> Iterator[str]:
     if broker is None:
         return
     if broker.maxmemory is None or broker.policy is None:
-        yield "the broker does not tell its maxmemory and policy (it refuses INFO to this user)"
+        yield "the broker does not report its maxmemory and policy (it refuses INFO to this user)"
     if broker.maxmemory == 0:
         yield "the broker has no maxmemory: ciphertexts may fill its machine's memory; set a limit"
     if broker.policy not in (None, "noeviction"):
@@ -229,5 +229,5 @@ def _of_workers(found: ProbeResult) -> Iterator[str]:
 
 
 def _listens(worker: WorkerReport) -> bool:
-    """Whether it takes tasks: from the queue of all, or from that of its shards."""
+    """Whether it takes tasks, from the common queue or from that of its shards."""
     return any(queue == QUEUE or queue.startswith(f"{QUEUE}.") for queue in worker.queues)

@@ -1,4 +1,4 @@
-"""What the workers behind a broker say of themselves."""
+"""Queries the workers behind a broker for their reports."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def probe_workers(
     expected: int | None = None,
     health_check: Callable[[], HetrainError | None] = lambda: None,
 ) -> ProbeResult:
-    """Asks all workers on the broker at `url` about themselves, again and again until there is an answer.
+    """Asks all workers on the broker at `url` for their reports, repeatedly until one answers.
 
-    With an unknown number of workers it goes on listening for two seconds after each answer.
+    With an unknown number of workers a round ends two seconds after the last answer.
 
     Args:
         url: the broker's address.
-        first_s: about how long to wait for a first answer.
-        settle_s: how long to wait then for workers that are still opening an engine.
-        expected: how many workers there are; None when that is not known.
-        health_check: says what became of processes on which workers depend (see `Embedded.failure`).
+        first_s: seconds to wait for a first answer, roughly.
+        settle_s: seconds to wait then for workers that are still opening an engine.
+        expected: number of workers; None when it is unknown.
+        health_check: the failure of processes on which workers depend, if any (see `Embedded.failure`).
 
     Returns:
         Without workers when none answers.
@@ -72,13 +72,13 @@ def probe_workers(
     )
 
 
-class _Enough(Exception):
-    """Ends a round that would go on for as long as somebody keeps answering."""
+class _EndOfRound(Exception):
+    """Ends a round that would last for as long as answers arrive."""
 
 
 @dataclass
 class _Answers:
-    """Answers so far, the latest of each worker. Each is hostile until parsed."""
+    """The latest answer of each worker. Each is hostile until parsed."""
 
     workers: dict[tuple[str, str], WorkerReport] = field(default_factory=dict)
     refused: dict[str, WireError] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class _Answers:
 
     @property
     def are_settled(self) -> bool:
-        """Whether somebody has answered, and nobody asks for patience."""
+        """Whether a worker has answered, and none is still opening an engine."""
         opening = any(
             engine.state == "opening" for worker in self.workers.values() for engine in worker.engines
         )
@@ -97,7 +97,7 @@ class _Answers:
         """Takes one reply: ``{name: report}``."""
         self.count += 1
         if self.count > _MAX_REPLIES:
-            raise _Enough
+            raise _EndOfRound
         for name, reply in body.items() if isinstance(body, dict) else [("?", body)]:
             where = f"worker {printable(name)}"
             try:
@@ -107,10 +107,10 @@ class _Answers:
             else:
                 self.workers[report.worker, report.hostname] = report
         if monotonic() > self.until:
-            raise _Enough
+            raise _EndOfRound
 
     def refuse(self, error: WireError) -> None:
-        """Notes an answer that is none."""
+        """Records an answer that cannot be read."""
         self.refused[str(error)] = error
 
 
@@ -122,13 +122,13 @@ def _as_json(reply: object, where: str) -> str:
 
 
 def _ask(url: str, answers: _Answers, expected: int | None) -> None:
-    """One round: asks all, and listens until nobody has answered for a while."""
+    """One round: asks all, and listens until no answer has come for a while."""
     answers.until = monotonic() + _LONGEST_ROUND_S
     app = _app(url)
     try:
         with broker.broker_errors(url), app.connection_for_write() as connection:
             _broadcast(app, connection, answers, expected)
-    except _Enough:
+    except _EndOfRound:
         pass
     except WireError as error:
         answers.refuse(error)
@@ -147,12 +147,12 @@ def _broadcast(app: Celery, connection: Connection, answers: _Answers, expected:
             callback=answers.take,
             connection=connection,
         )
-    except (_Enough, RedisError, OSError, EOFError):
+    except (_EndOfRound, RedisError, OSError, EOFError):
         raise
     except OperationalError as error:
         cause = error.__cause__
         raise (cause if isinstance(cause, RedisError | OSError) else OSError(str(error))) from error
-    except Exception as error:  # whatever kombu makes of bytes that are none of its messages
+    except Exception as error:  # kombu's errors for bytes that are none of its messages
         raise WireError(
             f"a reply is no message ({type(error).__name__}); others may have been lost with it",
             where="workers' replies",
@@ -162,7 +162,7 @@ def _broadcast(app: Celery, connection: Connection, answers: _Answers, expected:
 
 def _app(url: str) -> Celery:
     address = broker.parse_broker_url(url).for_celery()
-    app = Celery("hetrain-census", set_as_current=False)
+    app = Celery("hetrain-probe", set_as_current=False)
     app.conf.update(
         # Both: CELERY_BROKER_URL in the environment would replace broker_url.
         broker_read_url=address,

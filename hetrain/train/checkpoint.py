@@ -50,7 +50,7 @@ _IN_WORDS = {
 
 
 class TrainerState(BaseModel):
-    """How far a run has come, but for tensors.
+    """The state of a run, without its tensors.
 
     Attributes:
         format: version of this layout.
@@ -76,7 +76,7 @@ class TrainerState(BaseModel):
 
     @property
     def position(self) -> Position:
-        """Where the run stands in its data."""
+        """The run's position in its data."""
         return Position(self.low, frozenset(self.beyond))
 
 
@@ -161,7 +161,7 @@ def write_checkpoint(
 
     Args:
         output_dir: the run's directory.
-        state: how far the run has come.
+        state: the run's state.
         optimizer: its optimizer's state.
         write_adapter: writes the adapter's files into a directory.
 

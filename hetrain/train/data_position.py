@@ -1,4 +1,4 @@
-"""Where a run stands in its data: which micro-batches have moved the adapter."""
+"""The position of a run in its data: the micro-batches that have moved the adapter."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def evaluate(spec: EvaluationSpec) -> Evaluation:
         in_flight=batching.in_flight,
         max_bytes_in_flight=batching.max_bytes_in_flight,
     ) as session:
-        # Without an adapter a fresh one stands in: its B is zero, so it changes nothing.
+        # A fresh adapter, whose B is zero, changes nothing.
         adapted = (
             load_adapter(session.split, adapter)
             if adapter

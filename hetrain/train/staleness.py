@@ -1,22 +1,21 @@
-"""Which finished micro-batch may move the adapter, and when another one may start: bounded staleness.
+"""Bounded staleness: which finished micro-batch may move the adapter, and when another one may start.
 
 A micro-batch that took its snapshot after v updates and is applied after u of them has staleness u − v. Let
 the micro-batches that have started and are not yet applied be numbered k = 0, 1, … in the order in which they
-started, the k-th with snapshot v_k. For a bound N the schedule keeps this invariant after every event:
+started, the k-th with snapshot v_k. For a bound N the gate keeps this invariant after every event:
 
     u + k ≤ v_k + N   for all k
 
-that is, even if all its elders go first, each keeps the bound. The three events preserve it:
+that is, even if all earlier ones are applied first, each keeps the bound. The three events preserve it:
 
 - A start appends k = n with v_n = u to n others, so it is allowed if and only if n ≤ N.
 - The r-th, once finished, is applied: u grows by one. Those after it move up by one, so for them nothing
-  changes; each elder k < r must still satisfy u + 1 + k ≤ v_k + N, and otherwise the r-th waits. Its own
+  changes; each earlier one k < r must still satisfy u + 1 + k ≤ v_k + N, else the r-th waits. Its own
   staleness is u − v_r ≤ N − r.
-- A landing changes neither u nor v.
+- A finish changes neither u nor v.
 
-The eldest has no elders, so it never waits: whatever has finished is applied in the end, nothing is thrown
-away, and the loop cannot lock up. Of several finished ones the eldest has the fewest conditions, so it is the
-only one to look at.
+The first has no earlier ones, so it never waits: every result is applied in the end, none is thrown away, and
+the loop cannot lock up. Of several finished ones the first has the fewest conditions, so it alone is checked.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Entry(Generic[T]):
 
 
 class StalenessGate(Generic[T]):
-    """The micro-batches that have started and are not applied, eldest first. Not thread-safe.
+    """The micro-batches that have started and are not applied, in the order of their starts. Not thread-safe.
 
     Args:
         max_staleness: the bound N, at least 0.
@@ -53,13 +52,13 @@ class StalenessGate(Generic[T]):
         return len(self._unapplied) <= self._bound
 
     def start(self) -> Entry[T]:
-        """Notes that a micro-batch takes its snapshot now. Only while `can_start`."""
+        """Records that a micro-batch takes its snapshot now. Only while `can_start`."""
         entry: Entry[T] = Entry(self._version)
         self._unapplied.append(entry)
         return entry
 
     def finish(self, entry: Entry[T], result: T) -> None:
-        """Notes that a micro-batch has finished."""
+        """Records that a micro-batch has finished."""
         entry.result = result
 
     def take(self) -> T | None:
@@ -70,5 +69,5 @@ class StalenessGate(Generic[T]):
                 self._version += 1
                 return entry.result
             if self._version + 1 + rank > entry.version + self._bound:
-                return None  # whoever goes before this one would make it too stale
+                return None  # applying a later one first would make this one too stale
         return None

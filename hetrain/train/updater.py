@@ -1,4 +1,4 @@
-"""The adapter that is being trained, and how gradients move it."""
+"""The adapter in training, and its optimizer."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Updater:
         self._version = version
 
     def snapshot(self) -> Snapshot:
-        """A copy of the adapter as it stands."""
+        """A copy of the adapter's present values."""
         values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         return Snapshot(self._version, values)
 
@@ -108,7 +108,7 @@ class Updater:
             for other in gradients[1:]:
                 total += other[name]
             parameter.grad = total.to(parameter.device) / n_targets
-        # A limit of zero means no clipping, as in transformers' trainer; the norm is wanted all the same.
+        # A limit of zero means no clipping, as in transformers' trainer; the norm is computed all the same.
         limit = self._max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         if not bool(torch.isfinite(norm)):

@@ -1,0 +1,180 @@
+"""Settings: checked when built, and the same from Python, on the command line and in the reference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import hetrain
+from cli.evaluate import evaluate
+from cli.options import as_options
+from cli.reference import reference
+from cli.submit import submit
+from hetrain import api
+from hetrain.config import (
+    BatchingConfig,
+    EvaluationSpec,
+    JobSpec,
+    LoraConfig,
+    OutsourcingConfig,
+    TrainingConfig,
+)
+from hetrain.public.errors import UsageError
+
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "options.md"
+
+
+def called_with(
+    monkeypatch: pytest.MonkeyPatch, name: str, command: Callable[..., None], *arguments: str
+) -> dict[str, Any]:
+    """What a command gives to the function `name` of `hetrain.api`."""
+    monkeypatch.delenv("HETRAIN_BROKER_URL", raising=False)
+    calls: list[dict[str, Any]] = []
+
+    def take(**given: Any) -> None:
+        calls.append(given)
+        raise KeyboardInterrupt  # the command has nothing more to do
+
+    monkeypatch.setattr(api, name, take)
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, arguments)
+    assert calls, result.output
+    return calls[0]
+
+
+def test_without_options_a_command_has_the_defaults_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = called_with(monkeypatch, "finetune", submit, "rows.jsonl")
+    del given["on_step"], given["on_stop"]
+    assert given == vars(JobSpec(dataset=Path("rows.jsonl")))
+    given = called_with(monkeypatch, "evaluate", evaluate, "rows.jsonl")
+    assert given == vars(EvaluationSpec(dataset=Path("rows.jsonl")))
+
+
+def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = JobSpec(
+        dataset=Path("rows.jsonl"),
+        model="some/model",
+        output_dir=Path("elsewhere"),
+        workers="redis://broker",
+        device="meta",
+        overwrite_output_dir=True,
+        resume_from_checkpoint="latest",
+        lora=LoraConfig(r=3, alpha=5, dropout=0.25, target_modules=["q_proj", "v_proj", "up_proj"]),
+        training=TrainingConfig(
+            max_length=7,
+            micro_batch_tokens=70,
+            in_flight=4,
+            max_bytes_in_flight=2 << 30,
+            max_steps=9,
+            num_train_epochs=2,
+            learning_rate=0.5,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            weight_decay=0.125,
+            max_grad_norm=2.0,
+            seed=8,
+            sync=True,
+            max_staleness=1,
+            save_steps=6,
+            save_total_limit=11,
+        ),
+        outsourcing=OutsourcingConfig(
+            engine="clear", activation_bits=12, hints=False, outsource=["*.a", "*.b"]
+        ),
+    )
+    line = """rows.jsonl -m some/model -o elsewhere --broker-url redis://broker --device meta
+        --overwrite-output-dir --resume-from-checkpoint latest --lora-r 3 --lora-alpha 5
+        --lora-dropout 0.25 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
+        --max-length 7 --micro-batch-tokens 70 --in-flight 4 --max-bytes-in-flight 2GiB
+        --max-steps 9 --num-train-epochs 2 --learning-rate 0.5 --lr-scheduler-type cosine
+        --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2 --seed 8 --sync --max-staleness
+        1 --save-steps 6 --save-total-limit 11 --engine clear --activation-bits 12 --no-hints
+        --outsource *.a --outsource *.b"""
+    given = called_with(monkeypatch, "finetune", submit, *line.split())
+    del given["on_step"], given["on_stop"]
+    assert given == vars(job)
+    defaults = JobSpec(dataset=Path("other"))
+    for mine, default in (
+        (job, defaults),
+        *((getattr(job, n), getattr(defaults, n)) for n in ("lora", "training", "outsourcing")),
+    ):
+        assert all(vars(mine)[name] != value for name, value in vars(default).items()), (
+            "not every field is tried"
+        )
+
+
+def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainingConfig(max_length=512, micro_batch_tokens=256)
+    assert caught.value.field == "max_length"
+    assert str(caught.value).startswith("`max_length`: ")
+    assert str(caught.value).endswith("`micro_batch_tokens`")
+    worded = as_options(str(caught.value))
+    assert worded.startswith("--max-length: ")
+    assert worded.endswith("--micro-batch-tokens")
+    assert as_options("`target_modules`, `workers`, `hetrain plan`") == (
+        "--lora-target-modules, --broker-url, `hetrain plan`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (LoraConfig, "r", 0),
+        (LoraConfig, "alpha", 0),
+        (LoraConfig, "dropout", 1.0),
+        (LoraConfig, "dropout", -0.1),
+        (LoraConfig, "target_modules", " , "),
+        (BatchingConfig, "max_length", 1),
+        (BatchingConfig, "max_length", 4096),
+        (BatchingConfig, "in_flight", 0),
+        (BatchingConfig, "max_bytes_in_flight", 0),
+        (TrainingConfig, "num_train_epochs", 0),
+        (TrainingConfig, "learning_rate", 0.0),
+        (TrainingConfig, "learning_rate", float("nan")),
+        (TrainingConfig, "lr_scheduler_type", "bumpy"),
+        (TrainingConfig, "warmup_steps", -1),
+        (TrainingConfig, "weight_decay", -0.1),
+        (TrainingConfig, "max_grad_norm", -1.0),
+        (TrainingConfig, "max_staleness", -1),
+        (TrainingConfig, "save_steps", -1),
+        (TrainingConfig, "save_total_limit", -1),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(config: type, field: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        config(**{field: value})
+    assert caught.value.field == field
+
+
+def test_a_training_config_says_how_far_updates_may_overtake_each_other() -> None:
+    assert TrainingConfig(in_flight=3).staleness_bound == 4
+    assert TrainingConfig(in_flight=3, max_staleness=1).staleness_bound == 1
+    assert TrainingConfig(in_flight=3, sync=True, max_staleness=1).staleness_bound == 0
+    assert [TrainingConfig(in_flight=3, sync=sync).batches_per_update for sync in (False, True)] == [1, 3]
+
+
+def test_the_reference_is_made_from_the_settings() -> None:
+    assert REFERENCE.read_text(encoding="utf-8") == reference(), (
+        "run: python -m cli.reference docs/reference/options.md"
+    )
+
+
+def test_importing_hetrain_is_cheap_and_offers_what_it_says() -> None:
+    code = (
+        "import sys, hetrain; hetrain.LoraConfig(r=4); hetrain.TrainingConfig(); hetrain.finetune; "
+        "assert not {'torch', 'transformers', 'peft', 'celery', 'redis'} & set(sys.modules), 'heavy'; "
+        "assert all(hasattr(hetrain, name) for name in hetrain.__all__); "
+        "assert set(hetrain.__all__) <= set(dir(hetrain)); assert not hasattr(hetrain, 'nonsense')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    stub = Path(hetrain.__file__).with_suffix(".pyi").read_text()
+    assert all(name in stub for name in hetrain.__all__)
