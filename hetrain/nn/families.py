@@ -35,6 +35,11 @@ def shape_of(linear: Linear) -> tuple[int, int]:
     return linear.in_features, linear.out_features
 
 
+def is_transposed(linear: Linear) -> bool:
+    """Whether the matrix is stored as [in, out]."""
+    return isinstance(linear, Conv1D)
+
+
 def logit_scale_and_cap(config: PretrainedConfig) -> tuple[float, float | None]:
     """scale and cap, if any, of logits z = scale·projection(hidden), capped to cap·tanh(z/cap)."""
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere

@@ -13,11 +13,10 @@ from fnmatch import fnmatchcase
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hetrain.nn.checkpoint_io.checkpoint_names import tensor_names
 from hetrain.nn.checkpoint_io.loading import load_kept, skeleton, tensor_of
-from hetrain.nn.families import Linear, block_linears, shape_of
+from hetrain.nn.families import Linear, block_linears, is_transposed, shape_of
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.trial_run import shared_inputs
 from hetrain.public.errors import ModelError, UsageError, WireError
@@ -36,7 +35,7 @@ class SplitModel:
         scales: per group, the scales of its int8 matrix.
         block_linears: names of all linears of the decoder's blocks, outsourced or not.
         client_parameters: numbers that the client holds.
-        conv1d: whether the linears of the blocks were GPT-2's ``Conv1D``.
+        conv1d: whether the blocks have linears whose matrix is stored transposed, as GPT-2's ``Conv1D``.
     """
 
     causal: PreTrainedModel
@@ -93,7 +92,7 @@ def split_model(
         scales=scales,
         block_linears=tuple(linears),
         client_parameters=sum(held.values()),
-        conv1d=any(isinstance(linear, Conv1D) for linear in linears.values()),
+        conv1d=any(map(is_transposed, linears.values())),
     )
 
 
@@ -131,7 +130,7 @@ def _member(name: str, linear: Linear, tensor: str) -> Member:
         module=name,
         tensor=tensor,
         out_features=shape_of(linear)[1],
-        transposed=isinstance(linear, Conv1D),
+        transposed=is_transposed(linear),
     )
 
 

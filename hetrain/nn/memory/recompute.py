@@ -42,9 +42,9 @@ class RecomputedBlocks:
             block.forward = partial(self._run, block.forward, trainable)
 
     def product(self, name: str, evaluate: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`evaluate()`; while a block is computed again, the result that `name` had, once."""
+        """`evaluate()`; while a block is computed again, the result that `name` had."""
         if self._phase == "recomputing":
-            return self._saver.unpack(self._products.pop(name))
+            return self._saver.unpack(self._products[name])
         y = evaluate()
         if self._phase == "keeping":
             packed = self._saver.pack(y)
