@@ -125,7 +125,7 @@ def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tu
     """A client with an adapter, and a worker's service behind its channel."""
     sketches: dict[ProductKey, Sketch] = {}
     split = split_model(
-        resolve(str(directory)), witness=lambda group, q: sketches.update(sketches_of(group, q))
+        resolve(str(directory)), on_matrix=lambda group, q: sketches.update(sketches_of(group, q))
     )
     plan = split.plan
     service = Service(compute, WeightStore(compute.device, {plan.model: str(directory)}))

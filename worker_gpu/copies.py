@@ -23,7 +23,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     streams: dict[torch.device, torch.cuda.Stream] = _local.__dict__.setdefault("streams", {})
     if device not in streams:
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        streams[device] = torch.cuda.Stream(device)
     with torch.cuda.stream(streams[device]):
         yield
 

@@ -1,9 +1,9 @@
 """Attention over several rows packed into one sequence of tokens: no row ever sees another.
 
-Registered with transformers as an attention implementation; how the tokens divide into rows it learns from
-`packed_rows`, because not every architecture hands foreign arguments down to its attention. Rows of similar
-length are gathered into one batch, padded inside attention only; with causal attention and padding at the end
-no valid token attends to padding.
+Registered with transformers as an attention implementation. `packed_rows` says how the tokens divide into
+rows, because not every architecture passes unknown arguments on to its attention. Rows of similar length are
+gathered into one batch, padded inside attention only; with causal attention and padding at the end no valid
+token attends to padding.
 The cost is Σ L² over rows instead of (Σ L)².
 """
 
@@ -118,7 +118,7 @@ def row_attention(
         raise UnsupportedArchitecture(
             "this attention is not causal", where=type(module).__name__, hint="only decoders can be split"
         )
-    module.row_attention_seen = True
+    module.row_attention_seen = True  # type: ignore[assignment]  # torch declares modules and tensors alone
     pieces = []
     for bucket in layout.buckets:
         q, k, v = (_batch(tensor, bucket) for tensor in (query, key, value))
@@ -143,14 +143,14 @@ def _causal(
     softcap: float | None,
 ) -> torch.Tensor:
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    windowed = window is not None and window < length
-    if not windowed and softcap is None:
+    reach = length if window is None else min(window, length)
+    if reach == length and softcap is None:
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
         )
     place = torch.arange(length, device=query.device)
     distance = place[:, None] - place
-    mask = (distance >= 0) & (distance < (window if windowed else length))
+    mask = (distance >= 0) & (distance < reach)
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1

@@ -10,9 +10,9 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hetrain.config import ALL_LINEAR, LoraConfig
+from hetrain.nn.families import Linear
 from hetrain.nn.split import SplitModel
 from hetrain.public.errors import UsageError
 
@@ -20,8 +20,7 @@ from hetrain.public.errors import UsageError
 class SeededDropout(nn.Module):
     """Inverted dropout with its own generator: x·mask/(1-p). Does nothing while `generator` is None.
 
-    Micro-batches run in several threads, and torch's global generator would hand out masks in the order in
-    which they happen to ask.
+    Micro-batches run in several threads: masks from torch's global generator would depend on their order.
     """
 
     def __init__(self, p: float) -> None:
@@ -52,9 +51,9 @@ def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft warns wherever a Conv1D meets the plain linear that stands in for another.
+        # peft warns about a Conv1D beside the `RemoteLinear` of another.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        # peft asks transformers under a name that will go.
+        # peft calls a method that transformers deprecates.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         try:
@@ -66,7 +65,7 @@ def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
                 hint=f"use {ALL_LINEAR}, or names from `hetrain plan`",
             ) from error
     _require_block_linears(model, split)
-    # peft may see plain linears here, but with the original model the adapter lies on a Conv1D.
+    # The linears are plain here, but a Conv1D in the original model, for which the adapter is.
     config.fan_in_fan_out = split.conv1d
     _seed_dropouts(model)
     return model
@@ -105,7 +104,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _outer_linears(split: SplitModel) -> list[str] | None:
     """Linears outside the blocks, which get no adapter."""
     modules = split.causal.named_modules()
-    linears = {name for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+    linears = {name for name, module in modules if isinstance(module, Linear)}
     return sorted(linears.difference(split.block_linears)) or None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hetrain.nn.families import logit_scale_and_cap
 from hetrain.public.allocator import release_freed_memory
 
 _MOST_TOKENS = 512
@@ -25,11 +26,7 @@ class OutputHead:
     @staticmethod
     def of(causal: PreTrainedModel) -> OutputHead:
         """The model's own, with its scaling and capping of logits."""
-        config = causal.config
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        return OutputHead(causal.get_output_embeddings(), scale, cap)
+        return OutputHead(causal.get_output_embeddings(), *logit_scale_and_cap(causal.config))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits, without a gradient."""
@@ -87,7 +84,7 @@ class _SummedLoss(torch.autograd.Function):
             rows = slice(start, start + step)
             loss, part = head.loss_and_gradient(hidden[rows], targets[rows], gradient=gradient is not None)
             total += loss
-            if gradient is not None:
+            if gradient is not None and part is not None:
                 gradient[rows] = part
             release_freed_memory()  # or the next logits would come to lie beside these
         ctx.gradient = gradient
@@ -107,5 +104,5 @@ def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead) -
         head: of the model.
     """
     supervised = (targets >= 0).nonzero().flatten()
-    loss: torch.Tensor = _SummedLoss.apply(hidden.index_select(0, supervised), targets[supervised], head)
+    loss: torch.Tensor = _SummedLoss.apply(hidden.index_select(0, supervised), targets[supervised], head)  # type: ignore[no-untyped-call]
     return loss

@@ -1,4 +1,4 @@
-"""Linears whose frozen product runs on a worker: what stands in their place on the client.
+"""Linears whose frozen product runs on a worker, as the client's model holds them.
 
 forward   y  = x·Wᵀ + bias          x·Wᵀ on the worker
 backward  dx = dy·W                 on the worker, with the gradients of the whole group side by side
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hetrain.nn.memory.recompute import RecomputedBlocks
 from hetrain.public.errors import UnsupportedArchitecture
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
@@ -108,9 +109,7 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, remote: RemoteGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         ctx.remote, ctx.shape = remote, x.shape
-        flat = x.reshape(-1, x.shape[-1]) * remote.scales.inputs
-        y = remote.matmul.multiply(Product(remote.group, "forward"), flat).to(x.device)
-        y *= remote.scales.outputs
+        y = remote.blocks.product(remote.group.name, lambda: remote.forward_product(x))
         return tuple(part.view(*x.shape[:-1], -1) for part in y.split(remote.widths, dim=1))
 
     @staticmethod
@@ -128,19 +127,26 @@ class _GroupProduct(torch.autograd.Function):
 class RemoteGroup:
     """The linears of one group in one replica: the first to be called evaluates for all."""
 
-    def __init__(self, group: Group, scales: Scales, matmul: RemoteMatmul) -> None:
+    def __init__(self, group: Group, scales: Scales, matmul: RemoteMatmul, blocks: RecomputedBlocks) -> None:
         self.group = group
         self.scales = scales
         self.matmul = matmul
+        self.blocks = blocks
         self.widths = [member.out_features for member in group.members]
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 
+    def forward_product(self, x: torch.Tensor) -> torch.Tensor:
+        """((x·diag(c))·Qᵀ)·diag(s), [T, n] on the device of x [..., K]."""
+        flat = x.reshape(-1, x.shape[-1]) * self.scales.inputs
+        y = self.matmul.multiply(Product(self.group, "forward"), flat).to(x.device)
+        return y.mul_(self.scales.outputs)
+
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """What member `index` makes of x; the others' outputs are kept until they ask with the same x."""
+        """Member `index` of the product of x; the others are kept until asked for with the same x."""
         if self._input is not x or index not in self._outputs:
             self._input = x
-            self._outputs = dict(enumerate(_GroupProduct.apply(x, self)))
+            self._outputs = dict(enumerate(_GroupProduct.apply(x, self)))  # type: ignore[no-untyped-call]
         y = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -148,7 +154,7 @@ class RemoteGroup:
 
 
 class LinearGroup(Protocol):
-    """What a `RemoteLinear` asks for its output."""
+    """Evaluates the product of a `RemoteLinear`, together with those of others or alone."""
 
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """What linear `index` makes of x, without bias."""
@@ -172,9 +178,9 @@ class RemoteLinear(nn.Linear):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteLinear:
         # Moving an expanded tensor would materialise the matrix that must not be here.
         del self._parameters["weight"]
-        super()._apply(fn, recurse)
-        hollow = fn(torch.zeros(1, 1)).expand(self.out_features, self.in_features)
-        self.weight = nn.Parameter(hollow, requires_grad=False)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        expanded = fn(torch.zeros(1, 1)).expand(self.out_features, self.in_features)
+        self.weight = nn.Parameter(expanded, requires_grad=False)
         return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """A trial of a split model on a few tokens: which linears share an input, and whether splitting is faithful.
 
-The outsourced matrices are not there, so their linears answer with features of their input, picked at random
-but always the same ones; the client's own linears compute what they always do. Like this the model must give
-the same logits twice: from packed rows, as training runs it, and from each row alone, with the attention,
-positions and output head of its authors.
+The outsourced matrices are not there, so their linears return features of their input, picked at random but
+always the same ones; the client's own linears compute their products. So the model must give the same logits
+twice: from packed rows, as training runs it, and from each row alone, with the original attention, positions
+and output head.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from transformers import PreTrainedModel
 
 from hetrain.nn.attention import RowLayout, packed_rows
+from hetrain.nn.families import OWN_ATTENTION
 from hetrain.nn.loss import OutputHead
 from hetrain.nn.remote import RemoteLinear
 from hetrain.public.errors import UnsupportedArchitecture
 
 _ROWS = (7, 4, 5)
 _TOLERANCE = 1e-3
-NO_INTERFACE = "its attention does not use transformers' attention interface, so packed rows would meet"
 
 
-class Tracer:
-    """Stands in for all groups: notes who shares an input, and answers with features of that input."""
+class InputTracer:
+    """The group of all linears of a trial: records their inputs, and returns features of these."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, torch.Tensor]] = []
         self._features: dict[int, torch.Tensor] = {}
 
-    def watch(self, index: int, linear: RemoteLinear) -> None:
+    def attach(self, index: int, linear: RemoteLinear) -> None:
         """Records calls of `linear` under `index`."""
         linear.group, linear.index = self, index
         generator = torch.Generator().manual_seed(index)
@@ -67,13 +67,13 @@ def shared_inputs(causal: PreTrainedModel, remotes: Mapping[str, RemoteLinear]) 
     Raises:
         UnsupportedArchitecture: the model cannot run on packed rows, or gives other logits there.
     """
-    tracer, names = Tracer(), list(remotes)
+    tracer, names = InputTracer(), list(remotes)
     for index, name in enumerate(names):
-        tracer.watch(index, remotes[name])
+        tracer.attach(index, remotes[name])
     try:
         with torch.inference_mode():
             grouped = _try_out(causal, tracer, names)
-    # A foreign architecture may fail in any way that code can: each is an answer to whether it can be split.
+    # An architecture that cannot be split may raise any of the errors of a wrong call.
     except (
         ArithmeticError,
         AssertionError,
@@ -93,7 +93,7 @@ def shared_inputs(causal: PreTrainedModel, remotes: Mapping[str, RemoteLinear]) 
     return grouped
 
 
-def _try_out(causal: PreTrainedModel, tracer: Tracer, names: list[str]) -> list[list[str]]:
+def _try_out(causal: PreTrainedModel, tracer: InputTracer, names: list[str]) -> list[list[str]]:
     embeddings = causal.get_input_embeddings().weight.shape[0]
     tokens = 3 + torch.arange(sum(_ROWS))  # no two alike, and none that is likely to mean padding
     tokens = tokens[None] % embeddings
@@ -102,10 +102,7 @@ def _try_out(causal: PreTrainedModel, tracer: Tracer, names: list[str]) -> list[
     groups = [[names[index] for index in members] for members in tracer.groups()]
     _require_one_call_each(names, [name for members in groups for name in members])
     if not any(getattr(module, "row_attention_seen", False) for module in causal.modules()):
-        raise UnsupportedArchitecture(
-            NO_INTERFACE,
-            where=type(causal.base_model).__name__,
-        )
+        raise UnsupportedArchitecture(OWN_ATTENTION, where=type(causal.base_model).__name__)
     tracer.calls.clear()
     _require_same_logits(causal, tokens, OutputHead.of(causal)(packed))
     return groups

@@ -72,7 +72,7 @@ def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int)
     replica.load(snapshot.values)
     replica.seed_dropout(seed * 1_000_003 + batch.index)
     loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return StepResult(
         batch=batch,
         version=snapshot.version,

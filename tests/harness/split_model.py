@@ -231,16 +231,16 @@ def assert_nothing_held(bench: Bench) -> None:
     """No outsourced matrix lies on the client."""
     causal = bench.replica()._causal
     outsourced = {member.module for group in bench.split.plan.groups for member in group.members}
-    hollow = {
+    remotes = {
         name.removesuffix(".base_layer"): m
         for name, m in causal.named_modules()
         if isinstance(m, RemoteLinear)
     }
-    assert hollow.keys() == outsourced
-    assert all(module.weight.untyped_storage().nbytes() == 4 for module in hollow.values())
+    assert remotes.keys() == outsourced
+    assert all(module.weight.untyped_storage().nbytes() == 4 for module in remotes.values())
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(bench.directory).parameters())
-    matrices = sum(module.in_features * module.out_features for module in hollow.values())
+    matrices = sum(module.in_features * module.out_features for module in remotes.values())
     assert bench.split.client_parameters == total - matrices
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in causal.parameters()}
     lora = sum(p.untyped_storage().nbytes() for p in adapter_parameters(causal).values())
-    assert sum(held.values()) <= 4 * (bench.split.client_parameters + len(hollow)) + lora
+    assert sum(held.values()) <= 4 * (bench.split.client_parameters + len(remotes)) + lora

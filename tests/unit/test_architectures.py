@@ -111,7 +111,7 @@ def test_split_model_is_faithful(name: str, tmp_path: Path) -> None:
     groups = [group.name for group in bench.split.plan.groups]
     forward, backward = ([group for way, group in bench.asked if way == d] for d in ("forward", "backward"))
     assert forward == groups
-    # Nobody needs the gradient of an input that nothing trainable lies below: that of the first group, and
+    # No gradient is due of an input that nothing trainable lies below: that of the first group, and
     # that of the first MLP where it stands beside attention with a norm of its own.
     below = {groups[0], "gpt_neox.layers.0.mlp.dense_h_to_4h"} if name == "gpt-neox" else {groups[0]}
     assert sorted(backward) == sorted(set(groups) - below)

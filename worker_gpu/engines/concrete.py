@@ -145,7 +145,7 @@ def _compare(circuit: Circuit, theirs: object, group: str) -> None:
 def _column_tiles(matrix: torch.Tensor, columns: int) -> list[NDArray[np.int64]]:
     """Wᵀ [K, n] in tiles of `columns`, the last one filled up with zeros."""
     tiles = []
-    for part in matrix.cpu().split(columns):  # type: ignore[no-untyped-call]
+    for part in matrix.cpu().split(columns):
         filled = np.zeros((matrix.shape[1], columns), np.int64)
         filled[:, : len(part)] = part.t().numpy()
         tiles.append(filled)

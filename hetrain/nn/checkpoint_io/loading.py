@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers import __version__ as _VERSION
 
 from hetrain.nn.attention import IMPLEMENTATION
+from hetrain.nn.families import OWN_ATTENTION
 from hetrain.nn.memory.low_precision import is_stored, keep_as_stored
-from hetrain.nn.trial_run import NO_INTERFACE
 from hetrain.public.errors import ModelError, UnsupportedArchitecture
 from hetrain.public.model.files import ModelFiles
 
@@ -38,7 +38,7 @@ def skeleton(checkpoint: ModelFiles) -> PreTrainedModel:
     except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
         # Older architectures look their attention up in a table of their own.
         reason = (
-            NO_INTERFACE
+            OWN_ATTENTION
             if error.args == (IMPLEMENTATION,)
             else f"transformers {_VERSION} cannot build it: {_first_line(error)}"
         )

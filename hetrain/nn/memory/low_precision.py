@@ -16,7 +16,7 @@ _ROWS = 4096
 
 
 class StoredEmbedding(nn.Embedding):
-    """An `nn.Embedding` that answers in float32 whatever the type of its weight."""
+    """An `nn.Embedding` that returns float32 whatever the type of its weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of the weight."""
@@ -28,7 +28,7 @@ class StoredHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x·Wᵀ + bias."""
-        y: torch.Tensor = _ProductByRows.apply(input.reshape(-1, input.shape[-1]), self.weight)
+        y: torch.Tensor = _ProductByRows.apply(input.reshape(-1, input.shape[-1]), self.weight)  # type: ignore[no-untyped-call]
         y = y.view(*input.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -55,7 +55,7 @@ class _ProductByRows(torch.autograd.Function):
 def keep_as_stored(causal: PreTrainedModel) -> None:
     """Has the model's embedding and output head hold their weights as stored.
 
-    Where either, or whoever shares its weight, computes in its own way, that weight is left alone.
+    Where either, or a module that shares its weight, is of another class, that weight is left alone.
     """
     owners: dict[int, list[nn.Module]] = defaultdict(list)
     for module in causal.modules():
