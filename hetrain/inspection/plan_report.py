@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetrain.nn.split import split_model
-from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import ResultFormat, largest_operand
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.engines.rlwe.hints import hint_bytes
 
-BYTES_UP = 4
-BYTES_DOWN = 5
-HINTED_BYTES_DOWN = 2
+_FULL, _HINTED = (ResultFormat(parameters_for(SLOTS), has_mask_product=has) for has in (True, False))
+# Of one value in a full ring.
+BYTES_UP = _FULL.operand_bytes(1) // SLOTS
+BYTES_DOWN, HINTED_BYTES_DOWN = _FULL.row_bytes // SLOTS, _HINTED.row_bytes // SLOTS
 
 
 @dataclass(frozen=True)

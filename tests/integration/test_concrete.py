@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hetrain.public.concrete import circuits
 from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
-from hetrain.public.concrete.package import PACKAGE, package_version
+from hetrain.public.concrete.package import package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.engine import Bench
@@ -133,21 +134,27 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Bench) -> None:
-    setup = dict(bench.sealer.setup)
-    names = [name for name in setup if name.startswith("circuit-")]
-    assert len(names) == 2
+    setup: dict[str, Any] = dict(bench.sealer.setup)
+    circuits = setup["circuits"]
+    first, second = circuits
+
+    def prepare(changed: dict[str, Any]) -> None:
+        bench.channel.prepare(bench.plan.model, "concrete", bench.plan.to_bytes(), bench.plan.digest, changed)
+
     wrong = {
-        "2.10.0": setup | {PACKAGE: "2.10.0"},
-        "None": {name: value for name, value in setup.items() if name != PACKAGE},
-        names[0]: setup | {names[0]: "ab" * 32},
-        names[1]: {name: value for name, value in setup.items() if name != names[1]},
+        "2.10.0": setup | {"package_version": "2.10.0"},
+        first: setup | {"circuits": circuits | {first: "ab" * 32}},
+        second: setup | {"circuits": {first: circuits[first]}},
     }
     for named, changed in wrong.items():
         with pytest.raises(WorkerRefused, match=named) as error:
-            bench.channel.prepare(
-                bench.plan.model, "concrete", bench.plan.to_bytes(), bench.plan.digest, changed
-            )
+            prepare(changed)
         assert "same version" in error.value.hint
+    for field in setup:
+        with pytest.raises(WireError, match=field):
+            prepare({name: value for name, value in setup.items() if name != field})
+    with pytest.raises(WireError, match="x_max"):
+        prepare(setup | {"x_max": 1 << 40})
 
 
 def test_a_task_for_another_circuit_is_refused(bench: Bench) -> None:
