@@ -7,8 +7,8 @@ multiplied by `Pace.dilation`, and of every matrix one row in `Pace.share` trave
 broker beside these workers are small ones.
 
 A process with all modules imported forks the workers, so that sixteen start in seconds. It reads lines
-``{"workers": count, "pace": {...}}`` from standard input, answers each with ``{"pids": [...]}`` once that many
-take tasks, and ends with its input. The broker is that of HETRAIN_BROKER_URL.
+``{"workers": count, "pace": {...}}`` from standard input, answers each with ``{"pids": [...]}`` once that
+many take tasks, and ends with its input. The broker is that of HETRAIN_BROKER_URL.
 """
 
 from __future__ import annotations
