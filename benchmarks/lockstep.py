@@ -1,7 +1,7 @@
 """Training on this machine, asynchronously and in lock step, over the same number of micro-batches.
 
 ``hetrain submit`` with its embedded broker and real workers. In lock step, micro-batches in flight share a
-snapshot and make one update, so whoever is ready first waits for the rest; asynchronously nobody waits. Runs
+snapshot and make one update, so the first to be ready wait for the last; asynchronously none waits. Runs
 alternate. The clock of both starts with training and stops with the last update.
 """
 

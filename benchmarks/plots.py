@@ -159,7 +159,7 @@ def convergence(figures: Mapping[str, Any]) -> Figure:
 
 
 def _panels(rows: int, columns: int, title: str, width: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A drawing, inches wide as told or as its columns need, and its panels row by row."""
+    """A drawing, inches wide as given or as its columns need, and its panels row by row."""
     drawing = Figure(figsize=(width or 4 + 3 * columns, 1 + 3 * rows), layout="constrained")
     drawing.suptitle(title)
     return drawing, list(drawing.subplots(rows, columns, squeeze=False).flat)

@@ -17,8 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hetrain.public.concrete import circuits
-from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
+from hetrain.public.concrete.circuits import CircuitSpec, build_circuit, compile_circuit, tile
 from hetrain.public.concrete.package import package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.supervisor.server import start_worker, stop
@@ -173,11 +172,9 @@ def test_a_product_that_cannot_be_compiled_is_named() -> None:
 
 def test_circuits_differ_where_their_specs_do_and_nowhere_else() -> None:
     spec = CircuitSpec(rows=2, k=8, columns=4, x_max=127)
-    circuits._compiled.clear()
-    first = compile_circuit(spec)
-    circuits._compiled.clear()
-    second = compile_circuit(spec)
+    first, second = build_circuit(spec), build_circuit(spec)
     assert first is not second
+    assert compile_circuit(spec) is compile_circuit(spec)
     assert first.digest == second.digest
     others = [CircuitSpec(4, 8, 4, 127), CircuitSpec(2, 9, 4, 127), CircuitSpec(2, 8, 4, 126)]
     assert len({first.digest, *(compile_circuit(other).digest for other in others)}) == 4
