@@ -1,4 +1,4 @@
-"""What encryption costs the client: ``python -m benchmarks.client --json FILE``.
+"""The client's cost of encryption: ``python -m benchmarks.client --json FILE``.
 
 Encrypt is `hetrain.secret.engines.rlwe.seal.seal`, from float32 activations to the payload; decrypt is
 `RlweOpening.open`, from the result's bytes to float32; each with hints and without. Then their parts, one by
@@ -83,7 +83,7 @@ def ready_hint(rows: int) -> Hint:
 
 
 def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
-    """What encryption and decryption are made of, over the same coefficients, block by block as there.
+    """The parts of encryption and decryption, over the same coefficients and in the same blocks.
 
     "encrypt rows" and "decrypt rows" are one pass each: product with the secret, noise, rounding, scaling.
     """

@@ -42,7 +42,7 @@ _START_S, _STOP_S = 60.0, 10.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a delayed worker is, and how much of each matrix it gets.
+    """The speed of a delayed worker, and the share of each matrix that travels.
 
     Attributes:
         worker: what it stands for.
@@ -67,7 +67,7 @@ class Pace:
         return self.dilation * self.worker.seconds(product)
 
     def scaled(self, product: ProductModel) -> ProductModel:
-        """What of a product really travels."""
+        """The part of a product that really travels."""
         if product.k % self.share or product.n % self.share:
             raise ValueError(f"{product.k} × {product.n} rows cannot be shared by {self.share}")
         return replace(product, k=product.k // self.share, n=product.n // self.share)

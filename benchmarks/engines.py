@@ -1,4 +1,4 @@
-"""What each engine costs and keeps, shape by shape: ``python -m benchmarks.engines --json FILE``.
+"""Each engine's costs and errors, shape by shape: ``python -m benchmarks.engines --json FILE``.
 
 Both halves of an engine run in this process, in turn, each with all cores. Measured per engine and shape:
 
@@ -99,7 +99,7 @@ def gemm_s(matrix: torch.Tensor, x: torch.Tensor, device: torch.device) -> list[
 
 
 def errors(workload: Workload, x: torch.Tensor, y: torch.Tensor, x_max: int) -> dict[str, float]:
-    """How far ŷ is from x·Qᵀ, and from the exact product of the rounded x; see the module."""
+    """Distance of ŷ from x·Qᵀ, and from the exact product of the rounded x; see the module."""
     q = workload.matrix.t().to(torch.float64)
     truth, got = x.to(torch.float64) @ q, y.to(torch.float64)
     operand = quantize_operand(x, x_max)

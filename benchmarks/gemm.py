@@ -100,7 +100,7 @@ def task(product: ProductShape, header: Header, nbytes: int) -> EvaluateTask:
 def operations(
     product: ProductShape, tokens: int, compute: Compute
 ) -> tuple[dict[str, Callable[[], Any]], str]:
-    """What to time, by name; and the layout of the bare int8 products."""
+    """The operations to time, by name; and the layout of the bare int8 products."""
     parameters = parameters_for(tokens)
     matrix = stored(product).to(compute.device)
     operand = torch.randint(-(2**31), 2**31, (product.k, parameters.ring_degree)).to(torch.int32)

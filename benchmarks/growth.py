@@ -1,4 +1,4 @@
-"""How cost grows with tokens, matrix size and layers: ``python -m benchmarks.growth --json FILE``.
+"""Growth of cost with tokens, matrix size and layers: ``python -m benchmarks.growth --json FILE``.
 
 Client and worker take turns in this process, each with all cores, through the queue's messages but without a
 queue. Tokens and matrix size: one product. Layers: forward and backward pass of a random Llama with LoRA.

@@ -76,7 +76,7 @@ class ClientModel:
     network_bits_per_s: float = 100e9
 
     def limits(self, work: Work) -> dict[str, float]:
-        """How many times a second it can do its part of `work`, for each resource."""
+        """The rate at which it can do its part of `work`, per second, for each resource."""
         network = self.network_bits_per_s / 8
         return {
             "network, up": network / work.bytes_up,

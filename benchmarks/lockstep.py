@@ -26,7 +26,7 @@ MODES: Mapping[str, bool] = {"asynchronous": False, "lock step": True}
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, on running text."""
+    """A training run on running text."""
 
     model: str = SMOLLM2
     tokens: int = 512

@@ -13,7 +13,7 @@ _GREY = "0.5"
 
 
 def step_parts(mode: Mapping[str, Any]) -> dict[str, float]:
-    """Where the seconds of one micro-batch go, from its means; they add up to its wall time."""
+    """The parts of one micro-batch's seconds, from its means; they add up to its wall time."""
     means = mode["per_micro_batch"]
     own = means["seconds"] - means["encrypt_s"] - means["wait_s"] - means["decrypt_s"]
     return {

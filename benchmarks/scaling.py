@@ -279,7 +279,7 @@ def part(
 
 @dataclass(frozen=True)
 class Models:
-    """What is modelled; `dilation` None has it derived."""
+    """The modelled hosts; `dilation` None derives it."""
 
     worker: WorkerModel
     client: ClientModel

@@ -80,7 +80,7 @@ class Sealer(Protocol):
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a job asks of its engine.
+    """A job's options for its engine.
 
     Attributes:
         bits: the most bits that an operand's entries may have; None is the engine's own choice.

@@ -65,7 +65,7 @@ class CircuitSpec:
 
     @property
     def name(self) -> str:
-        """How messages refer to it."""
+        """Its name in messages."""
         return f"circuit-{self.rows}x{self.k}x{self.columns}-{self.x_max}"
 
 

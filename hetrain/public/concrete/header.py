@@ -1,4 +1,4 @@
-"""What a client of `concrete` tells a worker beside the ciphertexts."""
+"""Setup and header of `concrete`: travel beside the ciphertexts, public."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LargestEntry = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class ConcreteSetup(EngineHeader):
-    """What both sides agree on before the first product.
+    """Both sides agree on it before the first product.
 
     Attributes:
         package_version: the client's version of concrete-python.

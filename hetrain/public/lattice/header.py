@@ -1,4 +1,4 @@
-"""What a client of `rlwe` tells a worker beside the ciphertexts."""
+"""The header of `rlwe`: travels beside the ciphertexts, public."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ class RlweHeader(EngineHeader):
 
     @property
     def result_format(self) -> ResultFormat:
-        """How operand and result lie in their bytes."""
+        """Layout of operand and result."""
         return ResultFormat(PARAMETER_SETS[self.parameters], has_mask_product=self.mask_seed is not None)

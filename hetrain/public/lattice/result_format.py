@@ -1,4 +1,4 @@
-"""What travels for one product of `rlwe`: sizes, dropped bits, and the order of a result's planes.
+"""Layout of operands and results of `rlwe`: sizes, dropped bits, and the order of a result's planes.
 
 up      b     int32 [K, N]
 down    b'    int16 [n, N]        bits 16 to 31

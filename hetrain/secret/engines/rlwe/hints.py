@@ -116,7 +116,7 @@ class Hint:
             self._read(plane, offset)
 
     def _offsets(self, row: int) -> Iterator[int]:
-        """Where the row lies in the file, plane by plane."""
+        """Offsets of a row in the file, plane by plane."""
         begin = self.offset
         for plane in HINT_PLANES:
             yield begin + row * row_bytes([plane])
