@@ -80,7 +80,7 @@ def predicted_noise_std(row_l2: torch.Tensor, parameters: ParameterSet) -> torch
     Three independent parts: fresh noise √(eta/2)·‖W_j‖₂; rounding b', uniform over 2^16; rounding a', uniform
     over 2^8 and multiplied by s, whose n coefficients have variance 2/3.
     """
-    fresh = parameters.noise_std * row_l2.to(torch.float64)
+    fresh = math.sqrt(parameters.eta / 2) * row_l2.to(torch.float64)
     from_b = (1 << B_SHIFT) / 12**0.5
     from_a = (1 << A_SHIFT) / 12**0.5 * (parameters.dimension * 2 / 3) ** 0.5
     return (fresh.square() + from_b**2 + from_a**2).sqrt()
@@ -153,7 +153,7 @@ def test_ciphertexts_are_mask_times_secret_plus_noise_plus_message(
     padded[:, :tokens] = x.t()[some].numpy()
     noise = signed(b[some].numpy().astype(np.int64) - schoolbook(masks, secret) - padded)
     assert np.abs(noise).max() <= parameters.eta
-    assert noise.std() == pytest.approx(parameters.noise_std, rel=8 / math.sqrt(2 * noise.size))
+    assert noise.std() == pytest.approx(math.sqrt(parameters.eta / 2), rel=8 / math.sqrt(2 * noise.size))
     assert not np.array_equal(noise[-1], noise[-2])
 
 

@@ -80,11 +80,6 @@ class ParameterSet:
         """n = N·d, the LWE dimension that carries the security."""
         return self.ring_degree * self.rank
 
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation √(eta/2) of one noise coefficient."""
-        return float((self.eta / 2) ** 0.5)
-
 
 PARAMETER_SETS = MappingProxyType(
     {
