@@ -1,4 +1,4 @@
-"""What encryption costs the client: ``python -m benchmarks.client --json FILE``.
+"""The client's cost of encryption: ``python -m benchmarks.client --json FILE``.
 
 Encrypt is `hetrain.secret.engines.rlwe.seal.seal`, from float32 activations to the payload; decrypt is
 `RlweOpening.open`, from the result's bytes to float32; each with hints and without. Then their parts, one by
@@ -29,9 +29,10 @@ from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.lattice.masks import MaskStream, PublicSeed
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.protocol.product import Part
 from hetrain.secret.activation_quantization import token_scales
 from hetrain.secret.engines.rlwe.hints import Hint
-from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, kernels
+from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, ScaledOperand, kernels
 from hetrain.secret.engines.rlwe.seal import seal
 from hetrain.secret.randomness import SecretStream, sample_ternary
 
@@ -60,15 +61,14 @@ class Case:
 
 def whole(tokens: int, k: int, hints: bool) -> Mapping[str, Callable[[], object]]:
     """Encryption and decryption of one operand [tokens, k] and one result of k rows."""
-    parameters = parameters_for(tokens)
     x = torch.randn(tokens, k)
     hint = ready_hint(k) if hints else None
-    opening = seal(x, _MAX_L1, None, hint).opening
-    row_bytes = 2 * parameters.ring_degree + (0 if hints else 3 * parameters.dimension)
-    part = torch.randint(0, 256, (k * row_bytes,), dtype=torch.uint8).numpy().data.cast("B")
+    sealed = seal(x, _MAX_L1, None, hint)
+    data = torch.randint(0, 256, (sealed.operand.result_row_bytes * k,), dtype=torch.uint8)
+    part = Part((0, k), data.numpy().data.cast("B"))
     return {
         "encrypt": lambda: seal(x, _MAX_L1, None, hint),
-        "decrypt": lambda: opening.open([part], [(0, k)]),
+        "decrypt": lambda: sealed.opening.open([part]),
     }
 
 
@@ -77,12 +77,13 @@ def ready_hint(rows: int) -> Hint:
     file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the hint
     hint = Hint(PublicSeed.fresh(), operand_rows=rows, rows=rows, sketch=None, file=file, offset=0)
     high = torch.randint(-(1 << 15), 1 << 15, (rows, SLOTS), dtype=torch.int16)
-    hint.offer(high, torch.randint(0, 256, (rows, SLOTS), dtype=torch.uint8), 0)
+    low = torch.randint(0, 256, (rows, SLOTS), dtype=torch.uint8)
+    hint.offer((high, low), Part((0, rows), memoryview(b"")))
     return hint
 
 
 def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
-    """What encryption and decryption are made of, over the same coefficients, block by block as there.
+    """The parts of encryption and decryption, over the same coefficients and in the same blocks.
 
     "encrypt rows" and "decrypt rows" are one pass each: product with the secret, noise, rounding, scaling.
     """
@@ -96,13 +97,14 @@ def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
         SecretStream("hetrain.noise"),
     )
     x, scales = torch.randn(tokens, k), torch.rand(tokens) + 1
+    operand = ScaledOperand(x, scales, 1 << 15, parameters.eta)
     out, y = torch.empty(k, degree, dtype=torch.int32), torch.empty(tokens, k)
     masks = torch.empty(BLOCK_ROWS, dimension, dtype=torch.int32)
     keystream = torch.empty(6 * BLOCK_ROWS * degree, dtype=torch.uint8)
     b = torch.randint(-(1 << 15), 1 << 15, (BLOCK_ROWS, degree)).to(torch.int16)
     high, low = torch.empty_like(masks, dtype=torch.int16), torch.empty_like(masks, dtype=torch.uint8)
-    for stream, room in ((mask_stream, masks), (noise_stream, keystream)):
-        stream.fill(room)
+    mask_stream.fill(masks)
+    noise_stream.fill(keystream)
 
     def each_block(work: Callable[[int, int], object]) -> None:
         for start in range(0, k, BLOCK_ROWS):
@@ -110,23 +112,21 @@ def parts(tokens: int, k: int) -> Mapping[str, Callable[[], object]]:
 
     def encrypt(start: int, n: int) -> None:
         stream = keystream[: 6 * n * degree]
-        kernels().encrypt(
-            out[start : start + n], masks[:n], stream, x, scales, 1 << 15, start, parameters.eta, secret
-        )
+        kernels().encrypt(out[start : start + n], operand, start, masks[:n], stream, secret)
 
     return {
         "scales of tokens": lambda: token_scales(x, 1 << 15),
         "expand masks": lambda: each_block(lambda _, n: mask_stream.fill(masks[:n])),
         "keystream of noise": lambda: each_block(lambda _, n: noise_stream.fill(keystream[: 6 * n * degree])),
         "encrypt rows": lambda: each_block(encrypt),
-        "read hints": lambda: each_block(lambda start, n: hint.read(start, high[:n], low[:n])),
+        "read hints": lambda: each_block(lambda start, n: hint.read(start, (high[:n], low[:n]))),
         "decrypt rows": lambda: each_block(
-            lambda start, n: kernels().decrypt(y, start, b[:n], high[:n], low[:n], scales, secret)
+            lambda start, n: kernels().decrypt(y, start, (b[:n], high[:n], low[:n]), scales, secret)
         ),
     }
 
 
-def contestants(
+def timed_cases(
     tokens: list[int], widths: list[int], pool: ThreadPoolExecutor
 ) -> dict[Case, Callable[[], float]]:
     """Every case, giving its seconds."""
@@ -198,7 +198,7 @@ def main() -> None:
     keep_freed_memory()  # as `hetrain submit` does
     torch.set_num_threads(1)
     with ThreadPoolExecutor(max(THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        laps = rounds(contestants(arguments.tokens, arguments.widths, pool), arguments.repeats)
+        measured = rounds(timed_cases(arguments.tokens, arguments.widths, pool), arguments.repeats)
     cases = [
         {
             "operation": case.operation,
@@ -208,7 +208,7 @@ def main() -> None:
             "threads": case.threads,
             "ns_per_coefficient": 1e9 * median(seconds) / case.coefficients,
         }
-        for case, seconds in laps.items()
+        for case, seconds in measured.items()
     ]
     figures = {
         "repeats": arguments.repeats,

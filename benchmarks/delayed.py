@@ -6,9 +6,9 @@ machine's memory: a blob is not there before the modelled network could have bro
 multiplied by `Pace.dilation`, and of every matrix one row in `Pace.share` travels, since the client and the
 broker beside these workers are small ones.
 
-One process that has imported all forks the workers, so that sixteen start in seconds. It reads lines
-``{"workers": count, "pace": {...}}`` from standard input, answers each with ``{"pids": [...]}`` once so many
-take tasks, and ends with its input. HETRAIN_BROKER_URL says where.
+A process with all modules imported forks the workers, so that sixteen start in seconds. It reads lines
+``{"workers": count, "pace": {...}}`` from standard input, answers each with ``{"pids": [...]}`` once that
+many take tasks, and ends with its input. The broker is that of HETRAIN_BROKER_URL.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from dataclasses import asdict, dataclass, field, replace
 from time import monotonic, perf_counter, sleep
 from typing import IO, Any, cast
 
-from benchmarks.hardware import Product, WorkerModel
+from benchmarks.hardware import ProductModel, WorkerModel
 from hetrain.public.broker.blobs import BlobStore, Buffer
 from hetrain.public.errors import WireError, WorkerError
-from hetrain.public.lattice.parameters import PARAMETER_SETS
+from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.protocol.messages import QUEUE, Blob, EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Plan, parse_plan
+from hetrain.public.protocol.product import Product
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")
 _OPTIONS = ("-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "WARNING")
@@ -41,7 +42,7 @@ _START_S, _STOP_S = 60.0, 10.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a delayed worker is, and how much of each matrix it gets.
+    """The speed of a delayed worker, and the share of each matrix that travels.
 
     Attributes:
         worker: what it stands for.
@@ -57,16 +58,16 @@ class Pace:
         """For a blob of `nbytes` here, which stands for `share` times as many."""
         return self.dilation * nbytes * self.share / self.worker.network_bytes_per_s
 
-    def gpu_s(self, product: Product) -> float:
+    def gpu_s(self, product: ProductModel) -> float:
         """For the whole product."""
         return self.dilation * self.worker.gpu_s(product)
 
-    def seconds(self, product: Product) -> float:
+    def seconds(self, product: ProductModel) -> float:
         """For the whole product, network included: no worker does it in less."""
         return self.dilation * self.worker.seconds(product)
 
-    def scaled(self, product: Product) -> Product:
-        """What of a product really travels."""
+    def scaled(self, product: ProductModel) -> ProductModel:
+        """The part of a product that really travels."""
         if product.k % self.share or product.n % self.share:
             raise ValueError(f"{product.k} × {product.n} rows cannot be shared by {self.share}")
         return replace(product, k=product.k // self.share, n=product.n // self.share)
@@ -109,13 +110,13 @@ class DelayedService:
         return self._plans[task.plan_digest]
 
 
-def product_of(task: EvaluateTask, plan: Plan) -> Product:
+def product_of(task: EvaluateTask, plan: Plan) -> ProductModel:
     """The product that `task` asks for: rows ``start:stop`` alone."""
     group = next(group for group in plan.groups if group.name == task.group)
-    tokens = PARAMETER_SETS[str(task.header["parameters"])].ring_degree
-    hints = task.header.get("result") == "b"
-    k = group.operand_rows(task.direction)
-    return Product(task.group, task.direction, k, task.stop - task.start, tokens, hints)
+    header = RlweHeader.from_wire(task.header, where=task.group)
+    tokens = header.result_format.parameters.ring_degree
+    k = Product(group, task.direction).k
+    return ProductModel(task.group, task.direction, k, task.stop - task.start, tokens, header.seed is None)
 
 
 class PacedStore(BlobStore):
@@ -148,7 +149,7 @@ class Fleet:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def become(self, workers: int, pace: Pace) -> list[int]:
+    def resize(self, workers: int, pace: Pace) -> list[int]:
         """Has so many workers of this pace take tasks, and gives their process ids. Raises `WorkerError`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -183,7 +184,7 @@ def fleet(url: str, model: str, log: IO[bytes]) -> Iterator[Fleet]:
         process.wait()
 
 
-class _Herd:
+class _WorkerPool:
     """The forked workers."""
 
     def __init__(self) -> None:
@@ -191,7 +192,7 @@ class _Herd:
         self._pace = Pace()
         self._started = 0
 
-    def become(self, count: int, pace: Pace) -> list[int]:
+    def resize(self, count: int, pace: Pace) -> list[int]:
         if pace != self._pace:
             self.stop(0)
         self._pace = pace
@@ -265,25 +266,25 @@ def _await(ready: int, count: int) -> None:
 
 
 def _parse(line: str) -> tuple[int, Pace]:
-    wish = json.loads(line)
-    pace = wish["pace"]
-    return wish["workers"], Pace(**(pace | {"worker": WorkerModel(**pace["worker"])}))
+    request = json.loads(line)
+    pace = request["pace"]
+    return request["workers"], Pace(**(pace | {"worker": WorkerModel(**pace["worker"])}))
 
 
 def main() -> None:
-    """Serves wishes until standard input ends."""
+    """Serves requests until standard input ends."""
     from tasks.app import app
 
     app.loader.import_default_modules()
     for module in _MODULES:
         importlib.import_module(module)
-    herd = _Herd()
+    pool = _WorkerPool()
     try:
         for line in sys.stdin:
-            pids = herd.become(*_parse(line))
+            pids = pool.resize(*_parse(line))
             print(json.dumps({"pids": pids}), flush=True)
     finally:
-        herd.stop(0)
+        pool.stop(0)
 
 
 if __name__ == "__main__":

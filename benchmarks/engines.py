@@ -1,4 +1,4 @@
-"""What each engine costs and keeps, shape by shape: ``python -m benchmarks.engines --json FILE``.
+"""Each engine's costs and errors, shape by shape: ``python -m benchmarks.engines --json FILE``.
 
 Both halves of an engine run in this process, in turn, each with all cores. Measured per engine and shape:
 
@@ -34,10 +34,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.engines_under_test import PEER, TRAITS, Contestant, Lap, missing, open_contestant
+from benchmarks.engines_under_test import (
+    PEER,
+    TRAITS,
+    EngineUnderTest,
+    Measurement,
+    missing,
+    open_engine_under_test,
+)
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, write
-from benchmarks.workloads import PROBLEMS, Problem
+from benchmarks.workloads import WORKLOADS, Workload
 from hetrain.public.concrete.package import PACKAGE
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.system import available_cores
@@ -56,26 +63,26 @@ TOKENS: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType(
 # Shapes on which an engine runs only with --all.
 SLOW = frozenset({("llama", "concrete"), ("llama", PEER)})
 
-_MIN_LAPS, _PATIENCE_S = 3, 15.0
-_GEMM_LAPS, _GEMM_PATIENCE_S = 25, 2.0
+_MIN_PRODUCTS, _LIMIT_S = 3, 15.0
+_GEMM_PRODUCTS, _GEMM_LIMIT_S = 25, 2.0
 _CPU_RESOLUTION_S = 0.1  # processor seconds of other threads arrive late
 
 
-def laps(
-    contestant: Contestant, x: torch.Tensor, tokens: int, repeats: int
-) -> list[tuple[torch.Tensor, Lap]]:
+def multiply_repeatedly(
+    engine: EngineUnderTest, x: torch.Tensor, tokens: int, repeats: int
+) -> list[tuple[torch.Tensor, Measurement]]:
     """`repeats` products, or as many as fit into a quarter of a minute, but three at least.
 
     Each with its operand: the next `tokens` rows of x, from the start again when there are no more.
     """
-    operands = cycle(x[: len(x) // tokens * tokens].split(tokens))
-    done: list[tuple[torch.Tensor, Lap]] = []
+    operands = cycle(torch.split(x[: len(x) // tokens * tokens], tokens))
+    done: list[tuple[torch.Tensor, Measurement]] = []
     begin = time.perf_counter()
-    while len(done) < min(repeats, _MIN_LAPS) or (
-        len(done) < repeats and time.perf_counter() - begin < _PATIENCE_S
+    while len(done) < min(repeats, _MIN_PRODUCTS) or (
+        len(done) < repeats and time.perf_counter() - begin < _LIMIT_S
     ):
         operand = next(operands)
-        done.append((operand, contestant.multiply(operand)))
+        done.append((operand, engine.multiply(operand)))
     return done
 
 
@@ -84,16 +91,16 @@ def gemm_s(matrix: torch.Tensor, x: torch.Tensor, device: torch.device) -> list[
     w, operand = matrix.to(device, torch.float32), x.t().contiguous().to(device)
     seconds: list[float] = []
     begin = time.perf_counter()
-    while len(seconds) < _GEMM_LAPS and time.perf_counter() - begin < _GEMM_PATIENCE_S:
+    while len(seconds) < _GEMM_PRODUCTS and time.perf_counter() - begin < _GEMM_LIMIT_S:
         started = time.perf_counter()
         float((w @ operand)[0, 0])  # reading a value waits for the device
         seconds.append(time.perf_counter() - started)
     return seconds
 
 
-def errors(problem: Problem, x: torch.Tensor, y: torch.Tensor, x_max: int) -> dict[str, float]:
-    """How far ŷ is from x·Qᵀ, and from the exact product of the rounded x; see the module."""
-    q = problem.matrix.t().to(torch.float64)
+def errors(workload: Workload, x: torch.Tensor, y: torch.Tensor, x_max: int) -> dict[str, float]:
+    """Distance of ŷ from x·Qᵀ, and from the exact product of the rounded x; see the module."""
+    q = workload.matrix.t().to(torch.float64)
     truth, got = x.to(torch.float64) @ q, y.to(torch.float64)
     operand = quantize_operand(x, x_max)
     exact = operand.values.t().to(torch.float64) @ q  # below 2^53
@@ -107,24 +114,24 @@ def errors(problem: Problem, x: torch.Tensor, y: torch.Tensor, x_max: int) -> di
 
 
 def measure(
-    name: str, problem: Problem, contestant: Contestant, tokens: int, repeats: int, device: torch.device
+    name: str, workload: Workload, engine: EngineUnderTest, tokens: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
     """All figures of one engine on one shape at `tokens` tokens per operand."""
-    n, k = problem.matrix.shape
-    plain = gemm_s(problem.matrix, problem.x[:tokens], device)
-    operands, done = zip(*laps(contestant, problem.x, tokens, repeats), strict=True)
-    plain_s = statistics.median(plain + gemm_s(problem.matrix, problem.x[:tokens], device))
-    distinct = min(len(done), len(problem.x) // tokens)
-    x, y = torch.cat(operands[:distinct]), torch.cat([lap.y for lap in done[:distinct]])
+    n, k = workload.matrix.shape
+    plain = gemm_s(workload.matrix, workload.x[:tokens], device)
+    operands, done = zip(*multiply_repeatedly(engine, workload.x, tokens, repeats), strict=True)
+    plain_s = statistics.median(plain + gemm_s(workload.matrix, workload.x[:tokens], device))
+    distinct = min(len(done), len(workload.x) // tokens)
+    x, y = torch.cat(operands[:distinct]), torch.cat([one.y for one in done[:distinct]])
     seconds = {
-        part: statistics.median(getattr(lap, part) for lap in done)
+        part: statistics.median(getattr(one, part) for one in done)
         for part in ("encrypt_s", "worker_s", "decrypt_s")
     }
     last, work = done[-1], n * k * tokens
     return {
         "engine": name,
-        "shape": problem.name,
-        "what": problem.what,
+        "shape": workload.name,
+        "what": workload.what,
         "k": k,
         "n": n,
         "tokens": tokens,
@@ -138,16 +145,16 @@ def measure(
         "decrypt_ns_per_value": 1e9 * seconds["decrypt_s"] / (n * tokens),
         "bytes_per_input": last.bytes_up / (k * tokens),
         "bytes_per_output": last.bytes_down / (n * tokens),
-        "x_max": contestant.x_max(tokens),
+        "x_max": engine.x_max(tokens),
         "error_tokens": len(x),
-        **errors(problem, x, y, contestant.x_max(tokens)),
-        "keys": asdict(contestant.keys),
+        **errors(workload, x, y, engine.x_max(tokens)),
+        "keys": asdict(engine.keys),
     }
 
 
-def _cores(done: Sequence[Lap]) -> float | None:
+def _cores(done: Sequence[Measurement]) -> float | None:
     """Cores that the worker's part kept busy on average; None when it was too short to tell."""
-    wall, cpu = sum(lap.worker_s for lap in done), sum(lap.worker_cpu_s for lap in done)
+    wall, cpu = sum(one.worker_s for one in done), sum(one.worker_cpu_s for one in done)
     return cpu / wall if wall > _CPU_RESOLUTION_S else None
 
 
@@ -201,22 +208,20 @@ def installed(package: str) -> str | None:
 
 
 def run(arguments: argparse.Namespace, compute: Compute) -> dict[str, Any]:
-    """Measures what was asked for, saying what it is at."""
+    """Measures the chosen engines and shapes, and prints each as it begins."""
     skipped = {name: why for name in arguments.engines if (why := missing(name))}
     for name, why in skipped.items():
         print(f"{name} is skipped: {why}", flush=True)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
-        for problem in [PROBLEMS[shape](Path(folder)) for shape in arguments.shapes]:
+        for workload in [WORKLOADS[shape](Path(folder)) for shape in arguments.shapes]:
             for name in arguments.engines:
-                if name in skipped or ((problem.name, name) in SLOW and not arguments.all):
+                if name in skipped or ((workload.name, name) in SLOW and not arguments.all):
                     continue
-                contestant = open_contestant(name, problem, compute)
-                for tokens in arguments.tokens or TOKENS[problem.name][name]:
-                    print(f"{problem.name}: {name}, {tokens} tokens", flush=True)
-                    figures.append(
-                        measure(name, problem, contestant, tokens, arguments.repeats, compute.device)
-                    )
+                engine = open_engine_under_test(name, workload, compute)
+                for tokens in arguments.tokens or TOKENS[workload.name][name]:
+                    print(f"{workload.name}: {name}, {tokens} tokens", flush=True)
+                    figures.append(measure(name, workload, engine, tokens, arguments.repeats, compute.device))
     return {"figures": figures, "skipped": skipped}
 
 
@@ -225,7 +230,7 @@ def main() -> None:
     engines = (*TRAITS, PEER)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_json_option(parser)
-    parser.add_argument("--shapes", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--shapes", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--engines", nargs="+", choices=engines, default=list(engines))
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens per operand, for every engine alike")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What a figure was measured on, written beside it."""
+"""The machine and packages of a measurement, written beside its figures."""
 
 from __future__ import annotations
 

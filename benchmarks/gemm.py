@@ -2,8 +2,8 @@
 
 For every group of linears of GPT-2, SmolLM2-135M and Llama-3.2-1B, forward and backward:
 
-- encrypted: `worker_gpu.engines.rlwe.evaluate`, from the payload's bytes to the result's, with the mask's
-  product and, in a job that has its hints, without;
+- encrypted: `worker_gpu.engines.rlwe.RlweEngine.evaluate`, from the payload's bytes to the result's, with the
+  mask's product and, in a job that has its hints, without;
 - plain: x·Wᵀ in fp32 and in fp64 over the same tokens;
 - bare: the `torch._int_mm` calls that an exact product takes at least, four for each operand of 32 bits, so
   eight without hints and four with; in the layout of operands that is fastest for this shape.
@@ -29,11 +29,13 @@ from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from benchmarks.raw_int8 import fastest_layout, int_mm, waiting
 from benchmarks.shapes import GROUPS
 from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.lattice.masks import PublicSeed
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import ResultFormat
 from hetrain.public.protocol.messages import DIRECTIONS, Blob, Direction, EvaluateTask, Header, new_token
 from worker_gpu.device import Compute, choose_compute, choose_device
-from worker_gpu.engines.rlwe import evaluate
+from worker_gpu.engines.rlwe import RlweEngine
 
 _LIMBS = 4
 # Name of a ratio: its numerator, its denominator, and what it should be (geometric mean over all shapes).
@@ -50,7 +52,7 @@ RATIOS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Product:
+class ProductShape:
     """One of the two products with a group's matrix: [n, k] as this direction sees it."""
 
     model: str
@@ -60,23 +62,23 @@ class Product:
     n: int
 
 
-def products(models: Sequence[str]) -> Iterator[Product]:
+def products(models: Sequence[str]) -> Iterator[ProductShape]:
     """Both products of every group."""
     for model in models:
         for group in GROUPS[model]:
             for direction in DIRECTIONS:
                 k, n = (group.k, group.n) if direction == "forward" else (group.n, group.k)
-                yield Product(model, group.name, direction, k, n)
+                yield ProductShape(model, group.name, direction, k, n)
 
 
-def stored(product: Product) -> torch.Tensor:
+def stored(product: ProductShape) -> torch.Tensor:
     """A random int8 matrix [n, k] as a worker holds it: backward, the transpose of a matrix by rows."""
     if product.direction == "forward":
         return torch.randint(-127, 128, (product.n, product.k), dtype=torch.int8)
     return torch.randint(-127, 128, (product.k, product.n), dtype=torch.int8).t()
 
 
-def task(product: Product, header: Header, nbytes: int) -> EvaluateTask:
+def task(product: ProductShape, header: Header, nbytes: int) -> EvaluateTask:
     """The message that asks for this product."""
     job = new_token()
     return EvaluateTask(
@@ -95,20 +97,19 @@ def task(product: Product, header: Header, nbytes: int) -> EvaluateTask:
     )
 
 
-def contestants(product: Product, tokens: int, compute: Compute) -> tuple[dict[str, Callable[[], Any]], str]:
-    """What to time, by name; and the layout of the bare int8 products."""
+def operations(
+    product: ProductShape, tokens: int, compute: Compute
+) -> tuple[dict[str, Callable[[], Any]], str]:
+    """The operations to time, by name; and the layout of the bare int8 products."""
     parameters = parameters_for(tokens)
     matrix = stored(product).to(compute.device)
     operand = torch.randint(-(2**31), 2**31, (product.k, parameters.ring_degree)).to(torch.int32)
     payload = operand.numpy().data.cast("B")
-    headers: dict[str, Header] = {
-        "encrypted": {"parameters": parameters.name, "mask_seed": PublicSeed.fresh().hex()},
-        "encrypted_hints": {"parameters": parameters.name, "result": "b"},
-    }
-    work: dict[str, Callable[[], Any]] = {
-        name: partial(evaluate, compute, matrix, task(product, header, payload.nbytes), payload)
-        for name, header in headers.items()
-    }
+    engine = RlweEngine(compute)
+    work: dict[str, Callable[[], Any]] = {}
+    for name, has_mask_product in (("encrypted", True), ("encrypted_hints", False)):
+        header = RlweHeader.of(ResultFormat(parameters, has_mask_product), PublicSeed.fresh()).to_wire()
+        work[name] = partial(engine.evaluate, matrix, task(product, header, payload.nbytes), payload)
     x = torch.randn(tokens, product.k, device=compute.device)
     for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
         work[name] = partial(torch.matmul, x.to(dtype), matrix.to(dtype).t())
@@ -120,12 +121,12 @@ def contestants(product: Product, tokens: int, compute: Compute) -> tuple[dict[s
     return work, layout
 
 
-def measure(product: Product, tokens: int, repeats: int, compute: Compute) -> dict[str, Any]:
+def measure(product: ProductShape, tokens: int, repeats: int, compute: Compute) -> dict[str, Any]:
     """Seconds and ratios of one product."""
-    work, layout = contestants(product, tokens, compute)
+    work, layout = operations(product, tokens, compute)
     with torch.inference_mode():
-        laps = rounds({name: timed(waiting(run, compute.device)) for name, run in work.items()}, repeats)
-    seconds = {name: median(values) for name, values in laps.items()}
+        measured = rounds({name: timed(waiting(run, compute.device)) for name, run in work.items()}, repeats)
+    seconds = {name: median(values) for name, values in measured.items()}
     ratios = {name: seconds[above] / seconds[below] for name, (above, below, _) in RATIOS.items()}
     shape = {"model": product.model, "group": product.group, "direction": product.direction}
     return shape | {
@@ -158,7 +159,7 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--shapes", nargs="+", choices=GROUPS, default=list(GROUPS), help="models")
     parser.add_argument("--tokens", type=int, default=SLOTS)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds over all contestants of a shape")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds over all operations of a shape")
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= SLOTS or arguments.repeats < 1:
         parser.error(f"--tokens is 1 to {SLOTS}, --repeats at least 1")

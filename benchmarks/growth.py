@@ -1,4 +1,4 @@
-"""How cost grows with tokens, matrix size and layers: ``python -m benchmarks.growth --json FILE``.
+"""Growth of cost with tokens, matrix size and layers: ``python -m benchmarks.growth --json FILE``.
 
 Client and worker take turns in this process, each with all cores, through the queue's messages but without a
 queue. Tokens and matrix size: one product. Layers: forward and backward pass of a random Llama with LoRA.
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.engines_under_test import Contestant, open_contestant
+from benchmarks.engines_under_test import EngineUnderTest, open_engine_under_test
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, write
 from benchmarks.shapes import write_random_llama
-from benchmarks.workloads import Problem, random_problem
+from benchmarks.workloads import Workload, random_workload
 from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.data.tokenization import Row
@@ -54,10 +54,10 @@ def by_tokens(
     folder: Path, compute: Compute, tokens: list[int], size: int
 ) -> dict[Any, Callable[[], Figures]]:
     """Products of one size × size matrix with growing operands."""
-    problem = random_problem(f"tokens-{size}", size, size, folder)
+    workload = random_workload(f"tokens-{size}", size, size, folder)
     return {
-        ("tokens", mode, count): partial(_product, contestant, problem, count)
-        for mode, contestant in _contestants(problem, compute).items()
+        ("tokens", mode, count): partial(_product, engine, workload, count)
+        for mode, engine in _engines(workload, compute).items()
         for count in tokens
     }
 
@@ -66,22 +66,22 @@ def by_size(
     folder: Path, compute: Compute, sizes: list[int], tokens: int
 ) -> dict[Any, Callable[[], Figures]]:
     """Products of growing square matrices with operands of `tokens` tokens."""
-    problems = {size: random_problem(f"size-{size}", size, size, folder) for size in sizes}
+    workloads = {size: random_workload(f"size-{size}", size, size, folder) for size in sizes}
     return {
-        ("size", mode, size): partial(_product, contestant, problem, tokens)
-        for size, problem in problems.items()
-        for mode, contestant in _contestants(problem, compute).items()
+        ("size", mode, size): partial(_product, engine, workload, tokens)
+        for size, workload in workloads.items()
+        for mode, engine in _engines(workload, compute).items()
     }
 
 
-def _contestants(problem: Problem, compute: Compute) -> dict[str, Contestant]:
-    return {mode: open_contestant(mode, problem, compute) for mode in MODES}
+def _engines(workload: Workload, compute: Compute) -> dict[str, EngineUnderTest]:
+    return {mode: open_engine_under_test(mode, workload, compute) for mode in MODES}
 
 
-def _product(contestant: Contestant, problem: Problem, tokens: int) -> Figures:
-    lap = contestant.multiply(problem.x[:tokens])
-    seconds = (lap.encrypt_s, lap.worker_s, lap.decrypt_s)
-    return _figures(sum(seconds), seconds, lap.bytes_up, lap.bytes_down)
+def _product(engine: EngineUnderTest, workload: Workload, tokens: int) -> Figures:
+    one = engine.multiply(workload.x[:tokens])
+    seconds = (one.encrypt_s, one.worker_s, one.decrypt_s)
+    return _figures(sum(seconds), seconds, one.bytes_up, one.bytes_down)
 
 
 def _figures(total: float, parts: tuple[float, float, float], bytes_up: int, bytes_down: int) -> Figures:
@@ -182,11 +182,11 @@ def main() -> None:
         work = by_tokens(folder, compute, arguments.tokens, size)
         work |= by_size(folder, compute, arguments.sizes, tokens)
         work |= by_layers(folder, compute, arguments.layers)
-        laps = rounds(work, arguments.repeats)
+        measured = rounds(work, arguments.repeats)
     cases = [
         {"axis": axis, "mode": mode, "value": value}
-        | {name: median(lap[name] for lap in given) for name in given[0]}
-        for (axis, mode, value), given in laps.items()
+        | {name: median(one[name] for one in given) for name in given[0]}
+        for (axis, mode, value), given in measured.items()
     ]
     figures = {
         "matrix_size": size,

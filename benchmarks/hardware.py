@@ -1,4 +1,4 @@
-"""What a product costs on hardware that is not here, on paper: a GPU worker, a client, and models' shapes.
+"""The cost of a product on modelled hardware: a GPU worker, a client, and the shapes of public models.
 
 Figures of hardware are data-sheet peaks and stated assumptions, not measurements; every one is a field.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import ResultFormat
 from hetrain.public.protocol.messages import DIRECTIONS, Direction
 
 LIMBS = 4
@@ -38,23 +39,23 @@ class WorkerModel:
         """Each way."""
         return self.network_bits_per_s / 8
 
-    def gpu_s(self, work: Work | Product) -> float:
+    def gpu_s(self, work: Work | ProductModel) -> float:
         """Seconds on the PCIe bus and in the tensor cores, one after the other."""
         return self.pcie_s(work) + self.compute_s(work)
 
-    def pcie_s(self, work: Work | Product) -> float:
+    def pcie_s(self, work: Work | ProductModel) -> float:
         """(bytes up + bytes down) / rate."""
         return (work.bytes_up + work.bytes_down) / self.pcie_bytes_per_s
 
-    def compute_s(self, work: Work | Product) -> float:
+    def compute_s(self, work: Work | ProductModel) -> float:
         """Operations / (peak · share)."""
         return work.int8_ops / (self.int8_ops_per_s * self.int8_share)
 
-    def network_s(self, work: Work | Product) -> float:
+    def network_s(self, work: Work | ProductModel) -> float:
         """(bytes up + bytes down) / rate."""
         return (work.bytes_up + work.bytes_down) / self.network_bytes_per_s
 
-    def seconds(self, work: Work | Product) -> float:
+    def seconds(self, work: Work | ProductModel) -> float:
         """From the first byte received to the last one sent."""
         return self.network_s(work) + self.gpu_s(work)
 
@@ -75,7 +76,7 @@ class ClientModel:
     network_bits_per_s: float = 100e9
 
     def limits(self, work: Work) -> dict[str, float]:
-        """How many times a second it can do its part of `work`, by what limits it."""
+        """The rate at which it can do its part of `work`, per second, for each resource."""
         network = self.network_bits_per_s / 8
         return {
             "network, up": network / work.bytes_up,
@@ -86,7 +87,7 @@ class ClientModel:
 
 @dataclass(frozen=True)
 class Work:
-    """What a product, or many of them, ask of client and network.
+    """The work of a product, or of many, for client, network and worker.
 
     Attributes:
         bytes_up: of operands.
@@ -101,7 +102,7 @@ class Work:
     int8_ops: float
 
     @staticmethod
-    def of(products: Sequence[Product], divisor: float = 1.0) -> Work:
+    def of(products: Sequence[ProductModel], divisor: float = 1.0) -> Work:
         """The sum of `products` over `divisor`."""
         return Work(
             bytes_up=sum(one.bytes_up for one in products) / divisor,
@@ -112,7 +113,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Product:
+class ProductModel:
     """One encrypted product: K operand rows, n result rows, and tokens in the smallest ring that fits."""
 
     group: str
@@ -128,14 +129,19 @@ class Product:
         return parameters_for(self.tokens).ring_degree
 
     @property
+    def result_format(self) -> ResultFormat:
+        """Gives the bytes of operand and result."""
+        return ResultFormat(parameters_for(self.tokens), has_mask_product=not self.hints)
+
+    @property
     def bytes_up(self) -> int:
-        """4·K·N."""
-        return 4 * self.k * self.degree
+        """Of the operand."""
+        return self.result_format.operand_bytes(self.k)
 
     @property
     def bytes_down(self) -> int:
-        """2·n·N, and 3·n·2048 without hints."""
-        return self.n * (2 * self.degree + (0 if self.hints else 3 * SLOTS))
+        """Of the result."""
+        return self.n * self.result_format.row_bytes
 
     @property
     def coefficients(self) -> int:
@@ -176,11 +182,14 @@ class Decoder:
         """Of all outsourced matrices; bytes, as they are int8."""
         return self.layers * sum(k * n for k, n in self.groups.values())
 
-    def block(self, tokens: int = SLOTS, *, hints: bool = True) -> tuple[Product, ...]:
+    def block(self, tokens: int = SLOTS, *, hints: bool = True) -> tuple[ProductModel, ...]:
         """The products of one block: forward, then backward in the opposite order."""
         forward, backward = DIRECTIONS
-        there = [Product(name, forward, k, n, tokens, hints) for name, (k, n) in self.groups.items()]
-        return (*there, *(Product(one.group, backward, one.n, one.k, tokens, hints) for one in there[::-1]))
+        there = [ProductModel(name, forward, k, n, tokens, hints) for name, (k, n) in self.groups.items()]
+        return (
+            *there,
+            *(ProductModel(one.group, backward, one.n, one.k, tokens, hints) for one in there[::-1]),
+        )
 
 
 LLAMA_8B, LLAMA_70B = "Llama-3.1-8B", "Llama-3.1-70B"

@@ -1,7 +1,7 @@
 """Training on this machine, asynchronously and in lock step, over the same number of micro-batches.
 
 ``hetrain submit`` with its embedded broker and real workers. In lock step, micro-batches in flight share a
-snapshot and make one update, so whoever is ready first waits for the rest; asynchronously nobody waits. Runs
+snapshot and make one update, so the first to be ready wait for the last; asynchronously none waits. Runs
 alternate. The clock of both starts with training and stops with the last update.
 """
 
@@ -26,7 +26,7 @@ MODES: Mapping[str, bool] = {"asynchronous": False, "lock step": True}
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, on running text."""
+    """A training run on running text."""
 
     model: str = SMOLLM2
     tokens: int = 512
@@ -41,18 +41,18 @@ class Run:
 
 def measure(run: Run = Run()) -> dict[str, Any]:
     """Seconds and last losses of both, run by run."""
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
     for number in range(run.repeats):
         for name in list(MODES)[:: 1 if number % 2 else -1]:
-            laps[name].append(_train(run, MODES[name]))
-            print(f"{name}: {laps[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+            measured[name].append(_train(run, MODES[name]))
+            print(f"{name}: {measured[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     return {
         "model": run.model,
         "tokens": run.tokens,
         "micro_batches": run.micro_batches,
         "in_flight": run.in_flight,
-        "runs": laps,
-        "seconds": {name: statistics.median(lap["seconds"] for lap in laps[name]) for name in laps},
+        "runs": measured,
+        "seconds": {name: statistics.median(one["seconds"] for one in measured[name]) for name in measured},
     }
 
 

@@ -1,4 +1,4 @@
-"""What all measurements share: the option --json, rounds over contestants, tables."""
+"""Shared by all measurements: the option --json, rounds over cases, tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--json FILE``, refused at once when its directory is not there."""
+    """Adds ``--json FILE``, refused at once when its directory does not exist."""
     parser.add_argument("--json", type=_file, help="write the figures to this file")
 
 
@@ -27,33 +27,33 @@ def _file(text: str) -> Path:
 
 
 def write(figures: Mapping[str, Any], path: Path | None) -> None:
-    """Writes the figures, with the options that made them, where ``--json`` says, if it does."""
+    """Writes the figures, with the options that made them, to the file of ``--json``, if it is given."""
     if path is not None:
         whole = {**figures, "options": _options(sys.argv[1:])}
         path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _options(arguments: Sequence[str]) -> list[str]:
-    """All but ``--json FILE``, which says nothing of the figures."""
+    """All but ``--json FILE``, which does not affect the figures."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json")
     return parser.parse_known_args(arguments)[1]
 
 
-def rounds(contestants: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
-    """What every contestant gave in each of `repeats` rounds, after one round that does not count.
+def rounds(cases: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
+    """The results of every case in each of `repeats` rounds, after one round that does not count.
 
-    All run once per round, and each round begins with another one: whatever else the machine does hits all
-    alike.
+    All run once per round, and each round begins with another one, so that other load on the machine affects
+    all alike.
     """
-    names = list(contestants)
+    names = list(cases)
     given: dict[K, list[T]] = {name: [] for name in names}
-    for contestant in contestants.values():
-        contestant()
+    for case in cases.values():
+        case()
     for number in range(repeats):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            given[name].append(contestants[name]())
+            given[name].append(cases[name]())
     return given
 
 

@@ -13,7 +13,7 @@ _GREY = "0.5"
 
 
 def step_parts(mode: Mapping[str, Any]) -> dict[str, float]:
-    """Where the seconds of one micro-batch go, from its means; they add up to its wall time."""
+    """The parts of one micro-batch's seconds, from its means; they add up to its wall time."""
     means = mode["per_micro_batch"]
     own = means["seconds"] - means["encrypt_s"] - means["wait_s"] - means["decrypt_s"]
     return {
@@ -159,7 +159,7 @@ def convergence(figures: Mapping[str, Any]) -> Figure:
 
 
 def _panels(rows: int, columns: int, title: str, width: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A drawing, inches wide as told or as its columns need, and its panels row by row."""
+    """A drawing, inches wide as given or as its columns need, and its panels row by row."""
     drawing = Figure(figsize=(width or 4 + 3 * columns, 1 + 3 * rows), layout="constrained")
     drawing.suptitle(title)
     return drawing, list(drawing.subplots(rows, columns, squeeze=False).flat)

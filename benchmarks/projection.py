@@ -1,4 +1,4 @@
-"""What training takes, on paper: ``python -m benchmarks.projection``.
+"""The cost of training by the model: ``python -m benchmarks.projection``.
 
 Published shapes, the bytes and operations of `benchmarks.hardware.Product`, and the modelled hosts: nothing
 here was measured but the client's seconds per coefficient. Left out: the client's own layers (only the output
@@ -31,7 +31,7 @@ class Projection:
 
     @property
     def token(self) -> Work:
-        """What one token takes in all blocks, forward and backward."""
+        """The work of one token in all blocks, forward and backward."""
         block = self.decoder.block(SLOTS, hints=self.hints)
         return Work.of(block, SLOTS / self.decoder.layers)
 

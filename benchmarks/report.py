@@ -40,14 +40,14 @@ class Section:
         return f"{self.name}.json"
 
     def command(self, options: str) -> str:
-        """What makes the file."""
+        """The command that makes the file."""
         return (
             f"`{' '.join(('python -m', f'benchmarks.{self.module}', *options.split(), '--json', self.file))}`"
         )
 
 
 def step(figures: Figures) -> str:
-    """What an update costs, and where the time of a micro-batch goes."""
+    """The cost of an update, and the parts of a micro-batch's time."""
     modes = {label: figures[name] for name, label in plots.MODES.items() if name in figures}
     if not modes:
         raise KeyError("without_hints")

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -40,13 +40,15 @@ import torch
 from benchmarks.client import ready_hint
 from benchmarks.delayed import Fleet, Pace, fleet
 from benchmarks.environment import environment
-from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, Product, Work, WorkerModel
+from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, ProductModel, Work, WorkerModel
 from benchmarks.output import add_json_option, markdown, write
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError, UsageError
+from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.lattice.masks import PublicSeed
-from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.protocol.plan import Group, Member, Plan
+from hetrain.public.protocol.product import Operand, Product
 from hetrain.secret.engines.rlwe.hints import Hint
 from hetrain.secret.engines.rlwe.seal import seal
 from hetrain.transport.celery_channel import CeleryChannel
@@ -102,27 +104,30 @@ class Bench:
     channel: Channel
     fleet: Fleet
     broker: psutil.Process
-    products: tuple[Product, ...]
+    products: tuple[ProductModel, ...]
     seconds: float
 
     def run(self, pace: Pace, encrypts: bool, workers: int, in_flight: int) -> dict[str, Any]:
         """Rates over a window in which `in_flight` micro-batches keep `workers` workers busy."""
-        crew = [psutil.Process(pid) for pid in self.fleet.become(workers, pace)]
+        crew = [psutil.Process(pid) for pid in self.fleet.resize(workers, pace)]
         make = encrypted if encrypts else ready_made
         steps = make(self.channel, self.products, pace)
         done: list[Done] = []  # its append is atomic
         ended = threading.Event()
         with ThreadPoolExecutor(in_flight, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            flying = [pool.submit(self._fly, steps, pace, first, done, ended) for first in range(in_flight)]
+            threads = [
+                pool.submit(self._multiply_repeatedly, steps, pace, first, done, ended)
+                for first in range(in_flight)
+            ]
             try:
-                wait(flying, _WARM_UP_S, FIRST_EXCEPTION)
+                wait(threads, _WARM_UP_S, FIRST_EXCEPTION)
                 before, begin = self._cpu(crew), time.perf_counter()
-                wait(flying, self.seconds, FIRST_EXCEPTION)
+                wait(threads, self.seconds, FIRST_EXCEPTION)
                 after, end = self._cpu(crew), time.perf_counter()
             finally:
                 ended.set()
-            for flight in flying:
-                flight.result()
+            for thread in threads:
+                thread.result()
         measured = rates([one for one in done if begin <= one.at <= end])
         return {
             "workers": workers,
@@ -134,7 +139,7 @@ class Bench:
             "busy_cores": {name: (after[name] - before[name]) / (end - begin) for name in after},
         }
 
-    def _fly(
+    def _multiply_repeatedly(
         self, steps: Sequence[Step], pace: Pace, first: int, done: list[Done], ended: threading.Event
     ) -> None:
         """One product after the other; each thread begins elsewhere in the block."""
@@ -161,47 +166,52 @@ def _used(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def ready_made(channel: Channel, products: Sequence[Product], pace: Pace) -> list[Step]:
+def ready_made(channel: Channel, models: Sequence[ProductModel], pace: Pace) -> list[Step]:
     """Steps that send operands of zeros."""
-    scaled = [pace.scaled(product) for product in products]
-    zeros = memoryview(bytes(max(product.bytes_up for product in scaled)))
+    scaled = [pace.scaled(model) for model in models]
+    zeros = memoryview(bytes(max(small.bytes_up for small in scaled)))
+    operands = [
+        Operand(RlweHeader.of(small.result_format, PublicSeed.fresh()).to_wire(), [zeros[: small.bytes_up]])
+        for small in scaled
+    ]
     return [
-        partial(_ask, channel, product, _header(product), [zeros[: small.bytes_up]])
-        for product, small in zip(products, scaled, strict=True)
+        partial(_multiply, channel, product, small, operand)
+        for product, small, operand in zip(products_of_models(models), scaled, operands, strict=True)
     ]
 
 
-def encrypted(channel: Channel, products: Sequence[Product], pace: Pace) -> list[Step]:
-    """Steps that encrypt a real operand under a fresh secret, and decrypt what comes back."""
-    scaled = [pace.scaled(product) for product in products]
-    hint = ready_hint(max(product.n for product in scaled)) if products[0].hints else None
+def encrypted(channel: Channel, models: Sequence[ProductModel], pace: Pace) -> list[Step]:
+    """Steps that encrypt a real operand under a fresh secret, and decrypt the result."""
+    scaled = [pace.scaled(model) for model in models]
+    hint = ready_hint(max(small.n for small in scaled)) if models[0].hints else None
     return [
-        partial(_ask_encrypted, channel, product, small, torch.randn(small.tokens, small.k), hint)
-        for product, small in zip(products, scaled, strict=True)
+        partial(_multiply_encrypted, channel, product, small, torch.randn(small.tokens, small.k), hint)
+        for product, small in zip(products_of_models(models), scaled, strict=True)
     ]
 
 
-def _ask_encrypted(
-    channel: Channel, product: Product, small: Product, x: torch.Tensor, hint: Hint | None
+def _multiply_encrypted(
+    channel: Channel, product: Product, small: ProductModel, x: torch.Tensor, hint: Hint | None
 ) -> Reply:
     sealed = seal(x, _MAX_L1, None, hint)
-    reply = _ask(channel, product, sealed.header, sealed.payload)
-    sealed.opening.open(reply.parts, [(0, small.n)])
+    reply = _multiply(channel, product, small, sealed.operand)
+    sealed.opening.open([replace(part, rows=(0, small.n)) for part in reply.parts])
     return reply
 
 
-def _ask(
-    channel: Channel, product: Product, header: Mapping[str, str | int], payload: list[memoryview]
-) -> Reply:
-    return channel.send(product.group, product.direction, header, payload, [(0, product.n)]).result()
+def _multiply(channel: Channel, product: Product, small: ProductModel, operand: Operand) -> Reply:
+    """The whole product in one task; of its rows only those of `small` travel."""
+    travelling = small.bytes_down // product.n
+    return channel.multiply(product, replace(operand, result_row_bytes=travelling, row_step=product.n))
 
 
-def _header(product: Product) -> dict[str, str | int]:
-    wanted = {"result": "b"} if product.hints else {"mask_seed": PublicSeed.fresh().hex()}
-    return {"parameters": parameters_for(product.tokens).name, **wanted}
+def products_of_models(models: Sequence[ProductModel]) -> list[Product]:
+    """The plan's products that the models stand for."""
+    groups = {group.name: group for group in plan_of(models).groups}
+    return [Product(groups[model.group], model.direction) for model in models]
 
 
-def plan_of(products: Sequence[Product]) -> Plan:
+def plan_of(products: Sequence[ProductModel]) -> Plan:
     """A plan of these products' groups; no worker loads any matrix for it."""
     groups = [
         Group(
@@ -219,7 +229,7 @@ def plan_of(products: Sequence[Product]) -> Plan:
 
 
 @contextmanager
-def bench(products: tuple[Product, ...], seconds: float) -> Iterator[Bench]:
+def bench(products: tuple[ProductModel, ...], seconds: float) -> Iterator[Bench]:
     """A broker, a fleet without workers, and a client whose job is prepared."""
     with ExitStack() as stack:
         directory = private_directory()
@@ -232,7 +242,7 @@ def bench(products: tuple[Product, ...], seconds: float) -> Iterator[Bench]:
         stack.callback(channel.close)
         plan = plan_of(products)
         try:
-            workers.become(1, Pace(dilation=0))
+            workers.resize(1, Pace(dilation=0))
             channel.prepare(plan.model, "rlwe", plan.to_bytes(), plan.digest)
             yield Bench(channel, workers, psutil.Process(server.pid), products, seconds)
         except HetrainError:
@@ -269,7 +279,7 @@ def part(
 
 @dataclass(frozen=True)
 class Models:
-    """What is modelled; `dilation` None has it derived."""
+    """The modelled hosts; `dilation` None derives it."""
 
     worker: WorkerModel
     client: ClientModel

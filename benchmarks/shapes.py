@@ -110,7 +110,7 @@ def random_llama_3_2_1b() -> str:
 MODELS: Mapping[str, Callable[[], str]] = MappingProxyType(
     {SMOLLM2: lambda: SMOLLM2, LLAMA: random_llama_3_2_1b}
 )
-"""What `--model-name-or-path` takes for a model of each shape."""
+"""The value of `--model-name-or-path` for a model of each shape."""
 
 
 def write_random_llama(directory: Path, config: LlamaConfig) -> None:

@@ -25,7 +25,7 @@ _LAYER = "model.layers.15.self_attn"  # the middle one of 30
 
 
 @dataclass(frozen=True)
-class Problem:
+class Workload:
     """One public matrix, and activations that meet it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Problem:
         return self.plan.groups[0]
 
 
-def random_problem(name: str, k: int, n: int, folder: Path) -> Problem:
+def random_workload(name: str, k: int, n: int, folder: Path) -> Workload:
     """A Gaussian matrix [n, k] and Gaussian activations."""
     generator = torch.Generator().manual_seed(_SEED)
     directory = folder / name
@@ -63,10 +63,10 @@ def random_problem(name: str, k: int, n: int, folder: Path) -> Problem:
     values = stack_group(members, checkpoint.read).values
     plan = Plan(model=checkpoint.label, groups=(group_of(members, values),))
     x = torch.randn(SLOTS, k, generator=generator)
-    return Problem(name, "Gaussian", plan, checkpoint.directory, values, x)
+    return Workload(name, "Gaussian", plan, checkpoint.directory, values, x)
 
 
-def real_problem(name: str) -> Problem:
+def real_workload(name: str) -> Workload:
     """q, k and v of SmolLM2-135M's middle layer, and their input on 4 rows of 512 tokens of running text."""
     base = open_base("smollm2-135m")
     split = split_model(base.files, [f"{_LAYER}.[qkv]_proj"])
@@ -75,7 +75,7 @@ def real_problem(name: str) -> Problem:
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))]
     matrix = stack_group(group.members, base.files.read).values
     what = f"SmolLM2-135M, {_LAYER.removeprefix('model.')}, q k v"
-    return Problem(name, what, split.plan, base.files.directory, matrix, x)
+    return Workload(name, what, split.plan, base.files.directory, matrix, x)
 
 
 def _activations(checkpoint: ModelFiles, tokenizer: Any, module: str) -> torch.Tensor:
@@ -89,10 +89,10 @@ def _activations(checkpoint: ModelFiles, tokenizer: Any, module: str) -> torch.T
     return seen[0].flatten(0, 1)
 
 
-PROBLEMS: Mapping[str, Callable[[Path], Problem]] = MappingProxyType(
+WORKLOADS: Mapping[str, Callable[[Path], Workload]] = MappingProxyType(
     {
-        "tiny": lambda folder: random_problem("tiny", 32, 96, folder),
-        "smollm2": lambda folder: real_problem("smollm2"),
-        "llama": lambda folder: random_problem("llama", 2048, 2048, folder),
+        "tiny": lambda folder: random_workload("tiny", 32, 96, folder),
+        "smollm2": lambda folder: real_workload("smollm2"),
+        "llama": lambda folder: random_workload("llama", 2048, 2048, folder),
     }
 )

@@ -1,7 +1,7 @@
 """Integer matrix products modulo 2^32: the worker's one heavy operation.
 
-Each kernel computes  C = W·X mod 2^32  for int8 W [n, K] and int32 X [K, M], exactly, on any device that
-torch knows. `hetrain` counts int32 overflow as the reduction modulo 2^32 that the ring asks for.
+Each kernel computes  C = W·X mod 2^32  for int8 W [n, K] and int32 X [K, M], exactly, on any device of torch.
+int32 overflow is the ring's reduction modulo 2^32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hetrain.public.workspace import unaligned_empty, workspace
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# What torch._int_mm asks for on CUDA: more than 16 rows, inner and outer widths in multiples of 8.
+# torch._int_mm requires on CUDA: more than 16 rows, inner and outer widths in multiples of 8.
 _MIN_ROWS, _MULTIPLE = 17, 8
 _MAX_INNER = 1 << 17
 _DIGIT_OFFSET = _TOP_BITS = -0x7F7F7F80  # 0x80808080 as int32
@@ -51,7 +51,7 @@ def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
 
 def _combine(weights: torch.Tensor, digits: torch.Tensor, out: torch.Tensor) -> None:
     """out = Σ_l 2^{8l}·W·D_l modulo 2^32, the sums block by block while they are in the cache."""
-    products = [_room(f"product {i}", out.shape, torch.int32, out.device) for i in range(3)]
+    products = [_scratch(f"product {i}", out.shape, torch.int32, out.device) for i in range(3)]
     for product, digit in zip((*products, out), digits, strict=True):
         torch._int_mm(weights, digit, out=product)
     for rows in blocks(out):
@@ -61,7 +61,7 @@ def _combine(weights: torch.Tensor, digits: torch.Tensor, out: torch.Tensor) -> 
 
 
 def _slabs(rows: int) -> list[slice]:
-    """Equal parts of so many rows that three products of a part are not much memory, none of them small."""
+    """Slices of nearly equal length, 2048 rows at most: they bound the memory of three products."""
     count = -(-rows // _SLAB_ROWS)
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
@@ -71,7 +71,7 @@ def _digits(operand: torch.Tensor) -> torch.Tensor:
 
     Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.
     """
-    digits = _room("digits", (4, *operand.shape), torch.int8, operand.device)
+    digits = _scratch("digits", (4, *operand.shape), torch.int8, operand.device)
     for rows in blocks(operand):
         words = operand[rows] + _DIGIT_OFFSET
         words ^= _TOP_BITS
@@ -83,18 +83,18 @@ def _digits(operand: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """With so many rows and columns of zeros more; the very same where there are none."""
+    """`matrix` with rows and columns of zeros appended; itself if there are none."""
     return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Rows of a matrix in pieces that fit a core's cache; on a GPU all of them at once."""
+    """Slices of rows that fit a core's cache; on a GPU one slice of all rows."""
     step = len(matrix) if matrix.is_cuda else max(_CACHED_WORDS // max(matrix[:1].numel(), 1), 1)
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
 def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory that the next product does not touch."""
+    """Uninitialised memory of the caller's."""
     return (
         unaligned_empty(shape, dtype)
         if device.type == "cpu"
@@ -102,8 +102,8 @@ def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     )
 
 
-def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory until this thread's next product. What a GPU has freed torch keeps by itself."""
+def _scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory until this thread's next product. On a GPU torch's allocator keeps freed memory."""
     return workspace(name, shape, dtype) if device.type == "cpu" else new_memory(shape, dtype, device)
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hetrain.nn.split import split_model
-from hetrain.public.lattice.parameters import SLOTS, largest_operand, parameters_for
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import ResultFormat, largest_operand
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.plan import Group, Plan
 from hetrain.secret.engines.rlwe.hints import hint_bytes
+
+_FULL, _HINTED = (ResultFormat(parameters_for(SLOTS), has_mask_product=has) for has in (True, False))
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class PlanReport:
         hint_bytes: disk that a job's hints take.
     """
 
-    bytes_up: ClassVar[int] = 4
-    bytes_down: ClassVar[int] = 5
-    hinted_bytes_down: ClassVar[int] = 2
+    bytes_up: ClassVar[int] = _FULL.operand_bytes(1) // SLOTS
+    bytes_down: ClassVar[int] = _FULL.row_bytes // SLOTS
+    hinted_bytes_down: ClassVar[int] = _HINTED.row_bytes // SLOTS
     ring_slots: ClassVar[int] = SLOTS
 
     plan: Plan = field(repr=False)

@@ -1,1 +1,1 @@
-"""Client only: keys, noise, quantised activations. Nothing that runs on a worker may import this room."""
+"""Client only: keys, noise, quantised activations. Nothing that runs on a worker may import this package."""

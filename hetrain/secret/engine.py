@@ -1,7 +1,7 @@
-"""What the client half of an engine does, and the table of all of them.
+"""The client half of an engine, and the table of all of them.
 
-A job opens its engine once, which draws whatever keys a job has. The sealer it gets hides one operand after
-another and hands back, with what travels, the only object that can open the answer.
+A job opens its engine once, which draws the job's keys, if there are any. The resulting sealer encrypts one
+operand after another and returns, with each, the only object that can open its results.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hetrain.public.protocol.messages import Header
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.secret.engines.clear import ClearSealer
+from hetrain.secret.engines.concrete import MAX_BITS as CONCRETE_MAX_BITS
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import HintStore
 from hetrain.secret.engines.rlwe.seal import RlweSealer
@@ -26,10 +27,10 @@ MIN_BITS, MAX_BITS = 2, 25
 
 
 class Opening(Protocol):
-    """Opens the results of one sealed operand. Holds its secret and never leaves memory."""
+    """Opens the results of one sealed operand. Holds its secret; never leaves memory."""
 
     def check(self, part: Part) -> None:
-        """Looks at one part before it is used; see `hetrain.transport.channel.Accept`.
+        """Checks one part before it is used; see `hetrain.transport.channel.Accept`.
 
         Raises:
             WireError: its length is not that of its rows.
@@ -47,7 +48,7 @@ class Opening(Protocol):
 
 
 class Sealed(Protocol):
-    """One operand, ready to travel, and what opens its results."""
+    """One operand, ready to travel, and the opening of its results."""
 
     @property
     def operand(self) -> Operand: ...
@@ -60,15 +61,15 @@ class Sealer(Protocol):
 
     @property
     def setup(self) -> Header:
-        """Public: what a worker must know and agree to before the first product."""
+        """Public: a worker must agree to it before the first product."""
         ...
 
     def seal(self, x: torch.Tensor, product: Product) -> Sealed:
-        """Quantises and hides one operand.
+        """Quantises and encrypts one operand.
 
         Args:
             x: activations or gradients, floating point [T, K], T ≤ 2048.
-            product: what it will be multiplied by.
+            product: gives W, by which x will be multiplied.
 
         Raises:
             ParameterError: x does not fit.
@@ -79,44 +80,55 @@ class Sealer(Protocol):
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a job may ask of its engine.
+    """A job's options for its engine.
 
     Attributes:
         bits: the most bits that an operand's entries may have; None is the engine's own choice.
-        hints: where products with the masks are kept; None keeps none. Only `rlwe` has any.
+        hints: the store of products with the masks; None keeps none. Only `rlwe` has any.
     """
 
     bits: int | None = None
     hints: HintStore | None = None
 
-    def __post_init__(self) -> None:
-        if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
-            raise UsageError(
-                f"{self.bits} bits are out of range",
-                field="activation_bits",
-                hint=f"{MIN_BITS} to {MAX_BITS}",
-            )
-
 
 @dataclass(frozen=True)
 class ClientEngine:
-    """A client half and what to tell the user about it."""
+    """One engine of the table.
+
+    Attributes:
+        name: as users and messages give it.
+        hides: whether workers see ciphertexts only.
+        new_sealer: starts a job.
+        has_hints: whether it takes `JobOptions.hints`.
+        max_bits: the largest `JobOptions.bits`.
+    """
 
     name: str
     hides: bool
-    """Whether workers see ciphertexts only."""
-    open: Callable[[Plan, JobOptions], Sealer]
-    """Starts a job."""
+    new_sealer: Callable[[Plan, JobOptions], Sealer]
     has_hints: bool = False
+    max_bits: int = MAX_BITS
+
+    def open(self, plan: Plan, options: JobOptions) -> Sealer:
+        """Starts a job. Raises `UsageError` when the engine cannot serve it with these options."""
+        if options.bits is not None and not MIN_BITS <= options.bits <= self.max_bits:
+            raise UsageError(
+                f"engine {self.name!r} has no operands of {options.bits} bits",
+                field="activation_bits",
+                hint=f"{MIN_BITS} to {self.max_bits}",
+            )
+        return self.new_sealer(plan, options)
 
 
 ENGINES: Mapping[str, ClientEngine] = MappingProxyType(
     {
         engine.name: engine
         for engine in (
-            ClientEngine("rlwe", True, lambda plan, options: RlweSealer(options.bits, options.hints), True),
-            ClientEngine("concrete", True, lambda plan, options: ConcreteSealer(plan, options.bits)),
-            ClientEngine("clear", False, lambda plan, options: ClearSealer(options.bits)),
+            ClientEngine("rlwe", True, lambda plan, job: RlweSealer(job.bits, job.hints), has_hints=True),
+            ClientEngine(
+                "concrete", True, lambda plan, job: ConcreteSealer(plan, job.bits), max_bits=CONCRETE_MAX_BITS
+            ),
+            ClientEngine("clear", False, lambda plan, job: ClearSealer(job.bits)),
         )
     }
 )

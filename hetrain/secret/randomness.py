@@ -60,17 +60,10 @@ def ternary(keystream: torch.Tensor) -> torch.Tensor:
     return (kept - 3 * ((171 * kept) >> 9) - 1).to(torch.int8)
 
 
-def sample_centred_binomial(stream: SecretStream, count: int, eta: int) -> torch.Tensor:
-    """`count` independent values of (sum of eta bits) - (sum of eta bits), as int8; see `centred_binomial`.
-
-    |e| ≤ eta, variance eta/2. Constant time; 6 bytes of keystream for each value.
-    """
-    lanes = count + (-count % 8)
-    return centred_binomial(stream.take(2 * _CBD_BYTES_PER_SIDE * lanes), eta)[:count]
-
-
 def centred_binomial(keystream: torch.Tensor, eta: int) -> torch.Tensor:
-    """Uniform bytes to centred binomial values, bits counted eight values at a time in 64-bit words.
+    """Uniform bytes to independent values (sum of eta bits) - (sum of eta bits): |e| ≤ eta, variance eta/2.
+
+    Constant time: bits are counted eight values at a time in 64-bit words.
 
     Args:
         keystream: uint8 [6·n], n a multiple of 8, overwritten. Seen as [2, 3, n], column i holds the bytes of

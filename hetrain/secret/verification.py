@@ -21,7 +21,7 @@ _EXACT_FLOAT32 = 1 << 24
 
 @dataclass(frozen=True, repr=False)
 class Sketch:
-    """R, int8 [64, n], and R·W, int32 [64, K]. R is secret: who knows it can make a wrong product pass."""
+    """R, int8 [64, n], and R·W, int32 [64, K]. R is secret: with it a worker could pass wrong products."""
 
     rows: torch.Tensor
     image: torch.Tensor

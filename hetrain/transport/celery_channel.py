@@ -112,7 +112,8 @@ class CeleryChannel:
     def multiply(self, product: Product, operand: Operand, accept: Accept = accept_any) -> Reply:
         """See `Channel.multiply`. Waits while as much is on its way as may be."""
         self._collector.check()
-        reservation = self._flow_control.reserve(product.key, operand.nbytes, product.n)
+        result_bytes = product.n * operand.result_row_bytes
+        reservation = self._flow_control.reserve(product.key, operand.nbytes, result_bytes)
         nbytes: int | None = None
         try:
             blob, requests = self._ship(product, operand)

@@ -162,6 +162,15 @@ def test_headers_are_checked(bench: Bench) -> None:
         missing = {k: v for k, v in sealed.operand.header.items() if k != key}
         with pytest.raises(HetrainError):
             bench.answer("square", "forward", sealed, header=missing)
+    with pytest.raises(WireError, match="unheard_of"):
+        bench.answer("square", "forward", sealed, header={**sealed.operand.header, "unheard_of": 1})
+
+
+def test_results_have_the_announced_size(bench: Bench) -> None:
+    for tokens in (1, 5, 300):
+        sealed = bench.seal("ragged", "forward", torch.randn(tokens, 29))
+        for part in bench.answer("ragged", "forward", sealed, [(0, 20), (20, 37)]):
+            assert part.data.nbytes == part.n * sealed.operand.result_row_bytes
 
 
 def test_many_threads_at_once(bench: Bench) -> None:

@@ -11,7 +11,8 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save_file
 
-from hetrain.public.lattice.parameters import largest_operand, parameters_for, switching_error_bound
+from hetrain.public.lattice.parameters import parameters_for
+from hetrain.public.lattice.result_format import largest_operand, switching_error_bound
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import max_l1
 from hetrain.public.protocol.messages import (

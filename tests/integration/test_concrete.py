@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hetrain.public.concrete import circuits
-from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
-from hetrain.public.concrete.package import PACKAGE, package_version
+from hetrain.public.concrete.circuits import CircuitSpec, build_circuit, compile_circuit, tile
+from hetrain.public.concrete.package import package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.engine import Bench
@@ -133,21 +133,27 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Bench) -> None:
-    setup = dict(bench.sealer.setup)
-    names = [name for name in setup if name.startswith("circuit-")]
-    assert len(names) == 2
+    setup: dict[str, Any] = dict(bench.sealer.setup)
+    circuits = setup["circuits"]
+    first, second = circuits
+
+    def prepare(changed: dict[str, Any]) -> None:
+        bench.channel.prepare(bench.plan.model, "concrete", bench.plan.to_bytes(), bench.plan.digest, changed)
+
     wrong = {
-        "2.10.0": setup | {PACKAGE: "2.10.0"},
-        "None": {name: value for name, value in setup.items() if name != PACKAGE},
-        names[0]: setup | {names[0]: "ab" * 32},
-        names[1]: {name: value for name, value in setup.items() if name != names[1]},
+        "2.10.0": setup | {"package_version": "2.10.0"},
+        first: setup | {"circuits": circuits | {first: "ab" * 32}},
+        second: setup | {"circuits": {first: circuits[first]}},
     }
     for named, changed in wrong.items():
         with pytest.raises(WorkerRefused, match=named) as error:
-            bench.channel.prepare(
-                bench.plan.model, "concrete", bench.plan.to_bytes(), bench.plan.digest, changed
-            )
+            prepare(changed)
         assert "same version" in error.value.hint
+    for field in setup:
+        with pytest.raises(WireError, match=field):
+            prepare({name: value for name, value in setup.items() if name != field})
+    with pytest.raises(WireError, match="x_max"):
+        prepare(setup | {"x_max": 1 << 40})
 
 
 def test_a_task_for_another_circuit_is_refused(bench: Bench) -> None:
@@ -166,11 +172,9 @@ def test_a_product_that_cannot_be_compiled_is_named() -> None:
 
 def test_circuits_differ_where_their_specs_do_and_nowhere_else() -> None:
     spec = CircuitSpec(rows=2, k=8, columns=4, x_max=127)
-    circuits._compiled.clear()
-    first = compile_circuit(spec)
-    circuits._compiled.clear()
-    second = compile_circuit(spec)
+    first, second = build_circuit(spec), build_circuit(spec)
     assert first is not second
+    assert compile_circuit(spec) is compile_circuit(spec)
     assert first.digest == second.digest
     others = [CircuitSpec(4, 8, 4, 127), CircuitSpec(2, 9, 4, 127), CircuitSpec(2, 8, 4, 126)]
     assert len({first.digest, *(compile_circuit(other).digest for other in others)}) == 4

@@ -21,7 +21,8 @@ from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
-from hetrain.public.lattice.parameters import largest_operand, parameters_for
+from hetrain.public.lattice.parameters import parameters_for
+from hetrain.public.lattice.result_format import largest_operand
 from hetrain.public.model.files import resolve
 from hetrain.public.protocol.product import Product
 from hetrain.secret.activation_quantization import quantize_operand

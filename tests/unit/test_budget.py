@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hetrain.config import OutsourcingConfig
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import Interrupted, UsageError
+from hetrain.public.protocol.product import Operand, Product
 from hetrain.train.session import open_base, open_session
 from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from tasks.supervisor.server import start_worker, stop
@@ -81,16 +82,15 @@ def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
 def test_results_are_expected_as_they_last_came() -> None:
     budget = ByteBudget(1 << 30, strict=True)
     pressure = FlowControl(budget)
-    hold = pressure.reserve(("g", "forward"), 100, 7)
+    hold = pressure.reserve(("g", "forward"), 100, 7 * 2048 * 5)
     assert budget._held == 100 + 7 * 2048 * 5
     hold.release(40)
-    pressure.reserve(("g", "forward"), 100, 7)
+    pressure.reserve(("g", "forward"), 100, 7 * 2048 * 5)
     assert budget._held == 140
 
 
 def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
     """Six threads send to a worker that does not move, with room for two of their products."""
-    operand = [memoryview(bytes(100_000))]
     with serving() as served, ExitStack() as stack:
         worker = start_worker(1, served.url, str(tiny_llama), served.log)
         stack.callback(stop, [worker])
@@ -100,16 +100,17 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
                 OutsourcingConfig(engine="clear"),
                 served.url,
                 "cpu",
-                max_bytes_in_flight=2 * (100_000 + 64 * 2048 * 5) + 1000,
+                max_bytes_in_flight=2 * (100_000 + 64 * 10_000) + 1000,
             )
         )
-        channel, group = session.channel, session.split.plan.groups[0].name
+        channel, product = session.channel, Product(session.split.plan.groups[0], "forward")
         stack.callback(os.kill, worker.pid, signal.SIGCONT)
         os.kill(worker.pid, signal.SIGSTOP)
 
         def one(_: int) -> None:
-            channel.send(group, "forward", {}, operand, [(0, 64)]).result()
+            channel.multiply(product, operand)
 
+        operand = Operand({}, [memoryview(bytes(100_000))], 64 * 10_000 // product.n)
         pool = stack.enter_context(ThreadPoolExecutor(6))
         jobs = [pool.submit(one, number) for number in range(6)]
         broker = client(connection_pool(served.url, max_connections=1))

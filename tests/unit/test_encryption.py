@@ -15,10 +15,14 @@ from hetrain.public.errors import NotFinite, ParameterError, WireError
 from hetrain.public.lattice.masks import PublicSeed, expand_mask
 from hetrain.public.lattice.parameters import (
     PARAMETER_SETS,
-    SWITCHED_B_BITS,
     ParameterSet,
-    largest_operand,
     parameters_for,
+)
+from hetrain.public.lattice.result_format import (
+    A_SHIFT,
+    B_SHIFT,
+    join_planes,
+    largest_operand,
     switching_error_bound,
 )
 from hetrain.public.model.quantization import max_l1
@@ -27,9 +31,9 @@ from hetrain.public.protocol.product import Part
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engines import clear
 from hetrain.secret.engines.rlwe import seal as rlwe
-from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, TorchKernels, join_planes, kernels
-from hetrain.secret.engines.rlwe.negacyclic import TransformedSecret, reference_dot
-from hetrain.secret.engines.rlwe.seal import RlweOpening, RlweSealed, encrypt, predicted_noise_std, seal
+from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, TorchKernels, kernels
+from hetrain.secret.engines.rlwe.negacyclic import TransformedSecret
+from hetrain.secret.engines.rlwe.seal import RlweOpening, RlweSealed, encrypt, seal
 from hetrain.secret.randomness import SecretStream, sample_ternary
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.engines import open_engine
@@ -56,6 +60,30 @@ def schoolbook(masks: torch.Tensor, secret: torch.Tensor) -> np.ndarray:
         full = sum(np.convolve(a, s) for a, s in zip(mask, secret.to(torch.int64).numpy(), strict=True))
         rows.append(full[:n] - np.append(full[n:], 0))
     return signed(np.stack(rows))
+
+
+def reference_dot(mask: list[list[int]], secret: list[list[int]]) -> list[int]:
+    """Σ_i a_i·s_i in Z[X]/(X^N + 1) modulo 2^32 (as signed integers), by the schoolbook formula."""
+    n = len(mask[0])
+    total = [0] * n
+    for a, s in zip(mask, secret, strict=True):
+        for i, a_i in enumerate(a):
+            for j, s_j in enumerate(s):
+                # X^N = -1: what runs over the end comes back with the other sign.
+                total[(i + j) % n] += a_i * s_j if i + j < n else -a_i * s_j
+    return [(value + (1 << 31)) % (1 << 32) - (1 << 31) for value in total]
+
+
+def predicted_noise_std(row_l2: torch.Tensor, parameters: ParameterSet) -> torch.Tensor:
+    """Standard deviation of the decryption error of each output row, in integer units, from ‖W_j‖₂ [n].
+
+    Three independent parts: fresh noise √(eta/2)·‖W_j‖₂; rounding b', uniform over 2^16; rounding a', uniform
+    over 2^8 and multiplied by s, whose n coefficients have variance 2/3.
+    """
+    fresh = math.sqrt(parameters.eta / 2) * row_l2.to(torch.float64)
+    from_b = (1 << B_SHIFT) / 12**0.5
+    from_a = (1 << A_SHIFT) / 12**0.5 * (parameters.dimension * 2 / 3) ** 0.5
+    return (fresh.square() + from_b**2 + from_a**2).sqrt()
 
 
 def random_words(*shape: int) -> torch.Tensor:
@@ -102,7 +130,7 @@ def test_products_of_extremes_are_exact(parameters: ParameterSet) -> None:
 @pytest.mark.parametrize("parameters", REAL, ids=lambda p: p.name)
 def test_products_of_many_rows_are_exact(parameters: ParameterSet) -> None:
     secret = ternary_secret(parameters)
-    rows = TransformedSecret(secret).block_rows + 3
+    rows = (1 << 17) // parameters.dimension + 3  # more than a core's cache holds
     masks = random_words(rows, parameters.dimension)
     some = [0, 1, rows - 2, rows - 1]
     assert np.array_equal(dot(secret, masks)[some], schoolbook(masks[some], secret))
@@ -125,7 +153,7 @@ def test_ciphertexts_are_mask_times_secret_plus_noise_plus_message(
     padded[:, :tokens] = x.t()[some].numpy()
     noise = signed(b[some].numpy().astype(np.int64) - schoolbook(masks, secret) - padded)
     assert np.abs(noise).max() <= parameters.eta
-    assert noise.std() == pytest.approx(parameters.noise_std, rel=8 / math.sqrt(2 * noise.size))
+    assert noise.std() == pytest.approx(math.sqrt(parameters.eta / 2), rel=8 / math.sqrt(2 * noise.size))
     assert not np.array_equal(noise[-1], noise[-2])
 
 
@@ -158,9 +186,8 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> Decryption:
     monkeypatch.setattr(rlwe, "kernels", TorchKernels)
 
     def decrypt(opening: RlweOpening, part: memoryview, n: int) -> torch.Tensor:
-        b, planes = opening._take_apart(Part((0, n), part))
-        assert planes is not None
-        product = opening.secret.dot(join_planes(*planes)).reshape(n, -1)
+        b, high, low = opening.result_format.read_result(part, n)
+        product = opening.secret.dot(join_planes(high, low)).reshape(n, -1)
         return ((b.to(torch.int32) << 16) - product)[:, : len(opening.scales)].to(torch.int64)
 
     return decrypt
@@ -256,7 +283,7 @@ def test_noise_has_the_predicted_size(tokens: int, k: int, extreme: bool, intege
 
     b = torch.frombuffer(bytearray(sealed.operand.payload[0]), dtype=torch.int32).view(k, -1)
     unrounded = reference(matrix, b)[:, :tokens].to(torch.int64)
-    step = 1 << (32 - SWITCHED_B_BITS)
+    step = 1 << B_SHIFT
     rounding = (unrounded + step // 2) // step * step - unrounded
     rest = (predicted.square() - step**2 / 12).sqrt()
     assert float(((error - rounding) / rest).std()) == pytest.approx(1, rel=0.05)
@@ -285,7 +312,7 @@ def test_a_wrong_secret_opens_nothing(integers: Decryption) -> None:
     matrix, x = random_matrix(n, k), torch.randn(2048, k)
     mine, other = seal(x, max_l1(matrix)[0]), seal(x, max_l1(matrix)[0])
     part = evaluate(matrix, mine)
-    wrong = RlweOpening(mine.opening.parameters, other.opening.secret, mine.opening.scales)
+    wrong = RlweOpening(mine.opening.result_format, other.opening.secret, mine.opening.scales)
     assert abs(excess_of_high_bytes(integers(wrong, part, n))) < 8
     assert excess_of_high_bytes(integers(mine.opening, part, n)) > 1000
 
@@ -303,7 +330,7 @@ def test_ciphertexts_look_uniform_and_share_nothing() -> None:
     for words in (first, second, first - second):
         assert abs(excess_of_high_bytes(words)) < 8
     # With the masks taken away nothing changes: they are another key's than the secret's.
-    masks = expand_mask(PublicSeed.from_hex(one.operand.header["mask_seed"]), 64, 2048)
+    masks = expand_mask(PublicSeed(bytes.fromhex(one.operand.header["mask_seed"])), 64, 2048)
     for i in range(4):
         assert abs(excess_of_high_bytes(first.view(64, 512) - masks[:, 512 * i : 512 * (i + 1)])) < 8
 

@@ -10,7 +10,7 @@ import torch
 
 from hetrain.public.errors import ParameterError
 from hetrain.public.lattice.parameters import PARAMETER_SETS, ParameterSet
-from hetrain.secret.engines.rlwe.kernels import TorchKernels
+from hetrain.secret.engines.rlwe.kernels import ScaledOperand, TorchKernels
 from hetrain.secret.engines.rlwe.native import NativeKernels, library
 from hetrain.secret.randomness import SecretStream, sample_ternary
 
@@ -62,7 +62,8 @@ def test_encryption_equals_the_reference(
         outs = [torch.full((rows, n), 7, dtype=torch.int32) for _ in range(2)]
         for kernels, out in zip((TorchKernels(), native), outs, strict=True):
             ready = kernels.transform(secret)
-            kernels.encrypt(out, masks, keystream.clone(), x, inverse, limit, 3, eta, ready)
+            operand = ScaledOperand(x, inverse, limit, eta)
+            kernels.encrypt(out, operand, 3, masks, keystream.clone(), ready)
         assert torch.equal(*outs)
 
 
@@ -79,7 +80,7 @@ def test_decryption_equals_the_reference(
     for secret in secrets(parameters):
         outs = [torch.full((tokens, rows + 5), 7.0) for _ in range(2)]
         for kernels, out in zip((TorchKernels(), native), outs, strict=True):
-            kernels.decrypt(out, 2, b.to(torch.int16), high, low, scales, kernels.transform(secret))
+            kernels.decrypt(out, 2, (b.to(torch.int16), high, low), scales, kernels.transform(secret))
         assert torch.equal(*outs)
         assert bool((outs[1][:, :2] == 7).all() and (outs[1][:, rows + 2 :] == 7).all())
 
@@ -89,14 +90,15 @@ def test_operands_that_do_not_fit_never_reach_the_kernel(native: NativeKernels) 
     secret = native.transform(secrets(parameters)[0])
     out, masks = torch.zeros(4, 256, dtype=torch.int32), torch.zeros(4, 2048, dtype=torch.int32)
     stream, x, inverse = torch.zeros(6 * 4 * 256, dtype=torch.uint8), torch.zeros(9, 6), torch.ones(9)
-    native.encrypt(out, masks, stream, x, inverse, 5, 2, 21, secret)
+    operand = ScaledOperand(x, inverse, 5, 21)
+    native.encrypt(out, operand, 2, masks, stream, secret)
     for wrong in (
-        (out, masks, stream, x, inverse, 5, 3, 21, secret),
-        (out, masks, stream, x.double(), inverse, 5, 0, 21, secret),
-        (out, masks, stream, x.t(), inverse[:6], 5, 0, 21, secret),
-        (out, masks[:3], stream, x, inverse, 5, 0, 21, secret),
-        (out, masks, stream[1:], x, inverse, 5, 0, 21, secret),
-        (out, masks, stream, torch.zeros(257, 6), torch.ones(257), 5, 0, 21, secret),
+        (out, operand, 3, masks, stream, secret),
+        (out, ScaledOperand(x.double(), inverse, 5, 21), 0, masks, stream, secret),
+        (out, ScaledOperand(x.t(), inverse[:6], 5, 21), 0, masks, stream, secret),
+        (out, operand, 0, masks[:3], stream, secret),
+        (out, operand, 0, masks, stream[1:], secret),
+        (out, ScaledOperand(torch.zeros(257, 6), torch.ones(257), 5, 21), 0, masks, stream, secret),
     ):
         with pytest.raises(ParameterError):
             native.encrypt(*wrong)
@@ -105,11 +107,11 @@ def test_operands_that_do_not_fit_never_reach_the_kernel(native: NativeKernels) 
             native.transform(torch.zeros(shape, dtype=torch.int8))
     with pytest.raises(ParameterError):
         native.transform(torch.zeros(2048, 1, dtype=torch.int8).t()[:, ::2])
-    planes = torch.zeros(4, 2048, dtype=torch.int16), torch.zeros(4, 2048, dtype=torch.uint8)
-    b, scales = torch.zeros(4, 256, dtype=torch.int16), torch.ones(9)
-    native.decrypt(torch.zeros(9, 5), 1, b, *planes, scales, secret)
+    shapes = ((256, torch.int16), (2048, torch.int16), (2048, torch.uint8))
+    planes, scales = [torch.zeros(4, width, dtype=dtype) for width, dtype in shapes], torch.ones(9)
+    native.decrypt(torch.zeros(9, 5), 1, planes, scales, secret)
     with pytest.raises(ParameterError):
-        native.decrypt(torch.zeros(9, 5), 2, b, *planes, scales, secret)
+        native.decrypt(torch.zeros(9, 5), 2, planes, scales, secret)
 
 
 def test_secrets_stay_where_they_are(native: NativeKernels) -> None:

@@ -19,10 +19,9 @@ from hetrain.public.lattice.parameters import (
     PARAMETER_SETS,
     SECURITY_ESTIMATES,
     ParameterSet,
-    largest_operand,
     parameters_for,
-    switching_error_bound,
 )
+from hetrain.public.lattice.result_format import largest_operand, switching_error_bound
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import input_scales, matrix_digest, max_l1, quantize
 from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, PrepareTask
@@ -364,6 +363,9 @@ SEED = "00" * 32
         {"header": {"parameters": "rlwe-512x4", "mask_seed": SEED}},
         {"header": {"parameters": "rlwe-256x8", "mask_seed": SEED[2:]}},
         {"header": {"parameters": "rlwe-256x8", "mask_seed": 12}},
+        {"header": {"parameters": "rlwe-256x8", "mask_seed": SEED, "result": "b"}},
+        {"header": {"parameters": "rlwe-256x8", "mask_seed": SEED, "more": 1}},
+        {"header": {"parameters": "rlwe-256x8", "result": "a"}},
         {"payload": b""},
         {"payload": bytes(4 * 8 * 256 - 1)},
         {"payload": bytes(4 * 8 * 256 + 4)},

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from hetrain.public.errors import WireError
+from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.lattice.masks import PublicSeed, expand_mask
 from hetrain.secret import randomness
 from hetrain.secret.randomness import (
     SecretStream,
     centred_binomial,
-    sample_centred_binomial,
     sample_ternary,
     ternary,
 )
@@ -87,10 +88,15 @@ def test_centred_binomial_counts_bits(eta: int) -> None:
         assert centred_binomial(data.clone(), eta).tolist() == expected
 
 
+def noise(count: int, eta: int) -> torch.Tensor:
+    """`count` values, a multiple of 8, of fresh noise."""
+    return centred_binomial(SecretStream("test").take(6 * count), eta)
+
+
 @pytest.mark.parametrize("eta", [16, 21])
 def test_centred_binomial_distribution(eta: int) -> None:
     n = 1_000_000
-    samples = sample_centred_binomial(SecretStream("test"), n, eta)
+    samples = noise(n, eta)
     assert samples.dtype == torch.int8
     observed = counts(samples, -eta, eta)
     expected = [n * math.comb(2 * eta, eta + e) / 4**eta for e in range(-eta, eta + 1)]
@@ -107,13 +113,8 @@ def test_centred_binomial_distribution(eta: int) -> None:
     assert float(values.var()) == pytest.approx(eta / 2, rel=8 * math.sqrt(2 / n))
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
-def test_centred_binomial_gives_as_many_as_asked(count: int) -> None:
-    assert sample_centred_binomial(SecretStream("test"), count, 21).shape == (count,)
-
-
 def test_neighbouring_noise_is_uncorrelated() -> None:
-    e = sample_centred_binomial(SecretStream("test"), 1 << 20, 21).to(torch.float64)
+    e = noise(1 << 20, 21).to(torch.float64)
     for lag in (1, 2, 7, 8, 64):
         correlation = float((e[lag:] * e[:-lag]).mean()) / 10.5
         assert abs(correlation) < 8 / math.sqrt(e.numel()), lag
@@ -170,10 +171,15 @@ def test_mask_rows_do_not_depend_on_their_number() -> None:
     assert torch.equal(expand_mask(seed, 200, 2048)[:5], expand_mask(seed, 5, 2048))
 
 
+def header_with(seed: object) -> RlweHeader:
+    header: Any = {"parameters": "rlwe-256x8", "mask_seed": seed}
+    return RlweHeader.from_wire(header, where="test")
+
+
 def test_fresh_seeds_differ_and_travel_as_hexadecimal() -> None:
     one, other = PublicSeed.fresh(), PublicSeed.fresh()
     assert one != other
-    assert PublicSeed.from_hex(one.hex()) == one
+    assert header_with(one.hex()).seed == one
     assert not torch.equal(expand_mask(one, 1, 64), expand_mask(other, 1, 64))
 
 
@@ -194,11 +200,20 @@ def test_wrong_seeds_are_refused(value: object) -> None:
         "00" * 32 + "\n",
         "AB" * 32,
         "٠" * 64,
-        None,
         7,
         b"00" * 32,
     ],
 )
 def test_wrong_seed_texts_are_refused(text: object) -> None:
-    with pytest.raises(WireError):
-        PublicSeed.from_hex(text)
+    with pytest.raises(WireError, match="mask_seed"):
+        header_with(text)
+
+
+def test_a_header_asks_for_the_mask_product_or_not() -> None:
+    for wrong in ({}, {"mask_seed": None}, {"mask_seed": "00" * 32, "result": "b"}):
+        with pytest.raises(WireError, match="mask_seed"):
+            RlweHeader.from_wire({"parameters": "rlwe-256x8", **wrong}, where="test")
+    hinted = RlweHeader.from_wire({"parameters": "rlwe-256x8", "result": "b"}, where="test")
+    assert hinted.seed is None
+    assert hinted.result_format.row_bytes == 2 * 256
+    assert header_with("00" * 32).result_format.row_bytes == 2 * 256 + 3 * 2048

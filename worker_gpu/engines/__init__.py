@@ -1,9 +1,8 @@
-"""One module per engine's evaluating half, registered in one table and chosen by name once per job."""
+"""The evaluating half of each engine: one module for each, and the table of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -13,9 +12,9 @@ from hetrain.public.errors import WorkerRefused
 from hetrain.public.protocol.messages import EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
 from worker_gpu.device import Compute
-from worker_gpu.engines import clear, rlwe
+from worker_gpu.engines.clear import ClearEngine
 from worker_gpu.engines.concrete import ConcreteEngine
-from worker_gpu.engines.stateless import StatelessEngine
+from worker_gpu.engines.rlwe import RlweEngine
 
 
 class Engine(Protocol):
@@ -23,11 +22,20 @@ class Engine(Protocol):
 
     @property
     def description(self) -> str:
-        """What it computes on, for logs and results."""
+        """Device and kernel, for logs and results."""
         ...
 
     def prepare(self, plan: Plan, setup: Header) -> None:
-        """Makes ready for a job. Raises `WorkerRefused` when it cannot agree to the client's setup."""
+        """Prepares a job.
+
+        Args:
+            plan: the job's products that this worker serves.
+            setup: the client's, parsed here.
+
+        Raises:
+            WireError: the setup is malformed.
+            WorkerRefused: the worker cannot agree to it.
+        """
         ...
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
@@ -35,7 +43,7 @@ class Engine(Protocol):
 
         Args:
             matrix: int8 [n, K] on the device: the rows that the task asks for, in its direction.
-            task: the validated message; its header is checked here.
+            task: the validated message; its header is parsed here.
             payload: the uploaded operand, of unknown content.
 
         Raises:
@@ -45,11 +53,7 @@ class Engine(Protocol):
 
 
 ENGINES: Mapping[str, Callable[[Compute], Engine]] = MappingProxyType(
-    {
-        "rlwe": partial(StatelessEngine, product=rlwe.evaluate),
-        "concrete": ConcreteEngine,
-        "clear": partial(StatelessEngine, product=clear.evaluate),
-    }
+    {"rlwe": RlweEngine, "concrete": ConcreteEngine, "clear": ClearEngine}
 )
 
 

@@ -1,8 +1,7 @@
 """Evaluating half of `concrete`: Concrete's circuits for x·W with x encrypted and W clear. Holds no key.
 
-Concrete's GPU build runs circuits on CUDA; one without a bootstrap, like this, its scheduler leaves to the
-host's threads as far as its source says. `description` reports what is installed and what was found, so that
-nobody has to guess.
+Concrete's GPU build runs circuits on CUDA; by its source, circuits without a bootstrap, like these, stay on
+the host's threads. `description` reports the installed build and the device that was found.
 """
 
 from __future__ import annotations
@@ -16,14 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hetrain.public.concrete.circuits import (
-    MAX_COLUMNS,
-    MAX_ROWS,
-    Circuit,
-    CircuitSpec,
-    compile_circuit,
-    tile,
-)
+from hetrain.public.concrete.circuits import Circuit, CircuitSpec, compile_circuit, tile
+from hetrain.public.concrete.header import ConcreteHeader, ConcreteSetup
 from hetrain.public.concrete.package import PACKAGE, load_fhe, package_version, switch
 from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerRefused
 from hetrain.public.lattice.parameters import SLOTS
@@ -36,7 +29,6 @@ from worker_gpu.device import Compute
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_X_MAX_LIMIT = 1 << 16
 _TRIAL_X_MAX = 127
 
 logger = logging.getLogger(__name__)
@@ -63,26 +55,24 @@ class ConcreteEngine:
 
     def prepare(self, plan: Plan, setup: Header) -> None:
         """Compiles the circuits of a plan and compares them with the client's."""
-        theirs = setup.get(PACKAGE)
-        if theirs != package_version():
+        job = ConcreteSetup.from_wire(setup, where="setup")
+        if job.package_version != package_version():
             raise WorkerRefused(
-                f"this worker has {PACKAGE} {package_version()}, the client {theirs}",
+                f"this worker has {PACKAGE} {package_version()}, the client {job.package_version}",
                 hint="install the same version on both sides",
             )
-        x_max = setup.get("x_max")
-        if not isinstance(x_max, int) or not 1 <= x_max <= _X_MAX_LIMIT:
-            raise WireError(f"the job's largest operand is {x_max!r}", where="setup")
         for product in products_of(plan):
-            spec = tile(product.k, product.n, x_max)
-            _compare(self._circuit(spec), setup.get(spec.name), product.group.name)
+            spec = tile(product.k, product.n, job.x_max)
+            _compare(self._circuit(spec), job.circuits.get(spec.name), product.group.name)
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """See `worker_gpu.engines.Engine.evaluate`.
 
         Results: for each tile of rows, the switched words of its ciphertexts, [rows, n, LWE dimension + 1].
         """
-        circuit = self._circuit(_requested(task, matrix.shape[1]))
-        _compare(circuit, task.header.get("circuit"), task.group)
+        header = ConcreteHeader.from_wire(task.header, where=task.group)
+        circuit = self._circuit(header.spec(matrix.shape[1]))
+        _compare(circuit, header.circuit, task.group)
         nbytes = circuit.operands.nbytes
         if payload.nbytes == 0 or payload.nbytes % nbytes or payload.nbytes > nbytes * SLOTS:
             raise WireError(
@@ -102,7 +92,7 @@ class ConcreteEngine:
 
 
 def _choose_place() -> tuple[bool, str]:
-    """Whether to compile for a GPU, and what is there."""
+    """Whether to compile for a GPU; a description of build and device."""
     from concrete.compiler import check_gpu_available, check_gpu_enabled
 
     if not check_gpu_enabled():
@@ -117,35 +107,20 @@ def _choose_place() -> tuple[bool, str]:
     return True, "GPU build and device (circuits without a bootstrap may stay on the host's threads)"
 
 
-def _requested(task: EvaluateTask, k: int) -> CircuitSpec:
-    """The circuit that the header asks for. Raises `WireError` for one that no client would choose."""
-    header = task.header
-    sizes = []
-    for name, limit in (("rows", MAX_ROWS), ("columns", MAX_COLUMNS), ("x_max", _X_MAX_LIMIT)):
-        size = header.get(name)
-        if not isinstance(size, int) or not 1 <= size <= limit:
-            raise WireError(
-                f"header field {name!r} is {size!r}, not a number up to {limit}", where=task.group
-            )
-        sizes.append(size)
-    rows, columns, x_max = sizes
-    return CircuitSpec(rows, k, columns, x_max)
-
-
-def _compare(circuit: Circuit, theirs: object, group: str) -> None:
-    if theirs != circuit.digest:
+def _compare(circuit: Circuit, clients_digest: str | None, group: str) -> None:
+    if clients_digest != circuit.digest:
         raise WorkerRefused(
             f"this worker compiles {circuit.spec.name} to {circuit.digest[:12]}, the client to "
-            f"{str(theirs)[:12]!r}",
+            f"{str(clients_digest)[:12]!r}",
             where=group,
             hint=f"install the same versions of hetrain and {PACKAGE} on both sides",
         )
 
 
 def _column_tiles(matrix: torch.Tensor, columns: int) -> list[NDArray[np.int64]]:
-    """Wᵀ [K, n] in tiles of `columns`, the last one filled up with zeros."""
+    """Wᵀ [K, n] in tiles of `columns`, the last one padded with zeros."""
     tiles = []
-    for part in matrix.cpu().split(columns):
+    for part in torch.split(matrix.cpu(), columns):
         filled = np.zeros((matrix.shape[1], columns), np.int64)
         filled[:, : len(part)] = part.t().numpy()
         tiles.append(filled)

@@ -7,12 +7,12 @@ crosses the queue.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import json
 import math
 import shutil
 import threading
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ OPERAND_BYTES = 24
 MAX_ROWS, MAX_COLUMNS = 16, 1024
 _MAX_TILE_RESULTS, _MAX_TILE_OPERANDS = 1024, 4096
 _FOUR_BYTE_WIDTH, _MAX_WIDTH = 22, 31
-_KEPT = 256
 # log2 of the noise's standard deviation over the modulus, by dimension: Concrete's own curve of 128 bits of
 # security. For n = 1400 to 1650 malb/lattice-estimator (commit 27a581bb) gives 128.7 to 128.8 bits (MATZOV).
 _NOISE_CURVE = (-0.0256967, 2.67593)
@@ -66,7 +65,7 @@ class CircuitSpec:
 
     @property
     def name(self) -> str:
-        """How messages refer to it."""
+        """Its name in messages."""
         return f"circuit-{self.rows}x{self.k}x{self.columns}-{self.x_max}"
 
 
@@ -132,29 +131,28 @@ class Circuit:
         return holder
 
 
-_compiled: OrderedDict[tuple[CircuitSpec, bool], Circuit] = OrderedDict()
 _compiling = threading.Lock()
 
 
 def compile_circuit(spec: CircuitSpec, *, use_gpu: bool = False) -> Circuit:
-    """Compiles `spec`, or finds it among those that this process has compiled lately. Thread-safe.
+    """The circuit of `spec`: one of the 256 that this process used last, or a new one. Thread-safe.
 
-    Compiling takes about 0.1 s, and trying the result out up to a few seconds. Nothing is kept on disk: a
-    file of compiled code would be executed by whoever finds it.
+    Compiling takes about 0.1 s, and the trial of the result up to a few seconds. No compiled code is kept on
+    disk, where others could replace it.
+
+    Raises: as `build_circuit`.
+    """
+    with _compiling:
+        return _recent(spec, use_gpu)
+
+
+def build_circuit(spec: CircuitSpec, use_gpu: bool = False) -> Circuit:
+    """Compiles `spec` and tries the result. Not thread-safe.
 
     Raises:
         UsageError: concrete-python is missing.
         ParameterError: Concrete finds no parameters for it, or does not behave as this code expects.
     """
-    with _compiling:
-        circuit = _compiled.pop((spec, use_gpu), None) or _compile(spec, use_gpu)
-        _compiled[spec, use_gpu] = circuit  # now the youngest
-        while len(_compiled) > _KEPT:
-            _compiled.popitem(last=False)
-        return circuit
-
-
-def _compile(spec: CircuitSpec, use_gpu: bool) -> Circuit:
     fhe = load_fhe()
     prepare_thread()
     configuration = fhe.Configuration(
@@ -182,6 +180,9 @@ def _compile(spec: CircuitSpec, use_gpu: bool) -> Circuit:
         restore_interrupts()
     atexit.register(shutil.rmtree, server._library.get_output_dir_path(), ignore_errors=True)
     return _describe(spec, server, client_specs, description)
+
+
+_recent = functools.lru_cache(maxsize=256)(build_circuit)
 
 
 def _describe(spec: CircuitSpec, server: Any, client_specs: Any, description: bytes) -> Circuit:

@@ -74,7 +74,7 @@ def load_fhe() -> ModuleType:
 
 @dataclass(frozen=True)
 class Frame:
-    """What Concrete writes around the words of a ciphertext: constant for a circuit, made by this process."""
+    """The bytes that Concrete writes around a ciphertext's words: constant for a circuit."""
 
     head: bytes
     tail: bytes

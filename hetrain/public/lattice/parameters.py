@@ -80,11 +80,6 @@ class ParameterSet:
         """n = N·d, the LWE dimension that carries the security."""
         return self.ring_degree * self.rank
 
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation √(eta/2) of one noise coefficient."""
-        return float((self.eta / 2) ** 0.5)
-
 
 PARAMETER_SETS = MappingProxyType(
     {
@@ -115,39 +110,3 @@ def parameters_for(tokens: int) -> ParameterSet:
     """
     require_tokens(tokens)
     return next(p for p in PARAMETER_SETS.values() if p.ring_degree >= tokens)
-
-
-# Modulus switching of results: what travels back is the top 16 bits of b' and the top 24 bits of a'.
-SWITCHED_B_BITS = 16
-SWITCHED_A_BITS = 24
-
-
-def switching_error_bound(parameters: ParameterSet) -> int:
-    """Largest |error| that dropping low result bits can add: 2^15 from b', 2^7·‖s‖₁ ≤ 2^7·n from a'·s."""
-    half_b = 1 << (MODULUS_BITS - SWITCHED_B_BITS - 1)
-    half_a = 1 << (MODULUS_BITS - SWITCHED_A_BITS - 1)
-    return half_b + half_a * parameters.dimension
-
-
-def largest_operand(parameters: ParameterSet, max_l1: int) -> int:
-    """x_max: the largest |x| for which W·x never wraps modulo 2^32.
-
-    |Σ_k W[j,k]·(x_k + e_k)| ≤ (x_max + eta)·‖W_j‖₁, so x_max is the largest integer with
-    (x_max + eta)·max_j ‖W_j‖₁ + switching error < 2^31.
-
-    Args:
-        parameters: gives eta and the switching error.
-        max_l1: max_j ‖W_j‖₁ of the int8 matrix.
-
-    Raises:
-        ParameterError: the matrix is so large that fewer than 8 bits would be left.
-    """
-    room = (1 << (MODULUS_BITS - 1)) - 1 - switching_error_bound(parameters)
-    x_max = room // max(max_l1, 1) - parameters.eta
-    if x_max < 127:
-        raise ParameterError(
-            f"a matrix with max ‖W_j‖₁ = {max_l1} leaves only {x_max} levels for its operand",
-            hint="keep this module on the client",
-        )
-    # Zero or tiny matrices would admit operands wider than the modulus; 2^24 levels are exact in float32.
-    return min(x_max, 1 << 24)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from hetrain.public.errors import WireError
 
@@ -29,8 +29,8 @@ Paragraph = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-Header = Mapping[str, str | int]
-"""An engine's own public part of a message: small, and checked by the engine."""
+Header = Mapping[str, JsonValue]
+"""An engine's own public part of a message, as it travels: see `EngineHeader`."""
 
 
 def new_token() -> str:
@@ -74,13 +74,13 @@ class PrepareTask(_Message):
     engine: Name
     plan: Blob
     plan_digest: Token
-    setup: dict[str, str | int] = Field(default_factory=dict)
+    setup: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class EvaluateTask(_Message):
     """Asks a worker to multiply one ciphertext matrix by rows ``start:stop`` of one public matrix.
 
-    ``header`` is the engine's own part (parameter set, mask seed): public, small, checked by the engine.
+    ``header`` is the engine's own part (parameter set, mask seed), which it parses: see `EngineHeader`.
     """
 
     request: Token
@@ -93,7 +93,7 @@ class EvaluateTask(_Message):
     direction: Direction
     start: Annotated[int, Field(ge=0)]
     stop: Annotated[int, Field(ge=1)]
-    header: dict[str, str | int]
+    header: dict[str, JsonValue]
     input: Blob
 
 
@@ -148,6 +148,24 @@ class WorkerReport(_Message):
     concurrency: Annotated[int, Field(ge=1, le=1 << 16)]
 
 
+class EngineHeader(BaseModel):
+    """An engine's own part of a `PrepareTask` or an `EvaluateTask`: public and small. This one is empty."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def to_wire(self) -> Header:
+        """What travels: fields that are None are left out."""
+        return self.model_dump(exclude_none=True)
+
+    @classmethod
+    def from_wire(cls, header: Header, *, where: str) -> Self:
+        """Parses what a client sent. Raises `WireError`, which names the first wrong field."""
+        try:
+            return cls.model_validate(header)
+        except ValidationError as error:
+            raise _malformed(cls, error, where) from error
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -156,10 +174,14 @@ def parse(kind: type[M], text: str | bytes, *, where: str) -> M:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise WireError(
-            f"malformed {kind.__name__} message: {place}: {first['msg']}",
-            where=where,
-            hint="client and worker probably run different versions of hetrain",
-        ) from error
+        raise _malformed(kind, error, where) from error
+
+
+def _malformed(kind: type[BaseModel], error: ValidationError, where: str) -> WireError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return WireError(
+        f"malformed {kind.__name__} message: {place}: {first['msg']}",
+        where=where,
+        hint="client and worker probably run different versions of hetrain",
+    )

@@ -57,11 +57,13 @@ class Operand:
         header: the engine's public part of the message.
         payload: its bytes, as parts that travel one after the other. They must not change until the reply is
             there, since a lost request is sent again from them.
+        result_row_bytes: bytes of one row of the result, for flow control.
         row_step: rows of the result that workers evaluate together: where the product is best partitioned.
     """
 
     header: Header
     payload: Sequence[memoryview]
+    result_row_bytes: int = 0
     row_step: int = 1
 
     @property

@@ -1,7 +1,6 @@
 """Client half of `clear`: the quantisation of `rlwe` without any encryption. Hides nothing.
 
-It exists to tell what quantisation costs from what encryption costs, and to make runs reproducible to the
-bit.
+It separates the cost of quantisation from that of encryption, and makes runs reproducible to the bit.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from hetrain.public.errors import WireError
-from hetrain.public.lattice.parameters import largest_operand, parameters_for
-from hetrain.public.protocol.messages import Header
+from hetrain.public.lattice.parameters import parameters_for
+from hetrain.public.lattice.result_format import largest_operand
+from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.secret.activation_quantization import dequantize_result, limited, quantize_operand
 
@@ -57,8 +57,8 @@ class ClearSealer:
 
     @property
     def setup(self) -> Header:
-        """Workers need to know nothing in advance."""
-        return {}
+        """Empty."""
+        return EngineHeader().to_wire()
 
     def seal(self, x: torch.Tensor, product: Product) -> ClearSealed:
         """Quantises one operand; see `hetrain.secret.engine.Sealer.seal`."""
@@ -70,4 +70,5 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None) -> ClearSealed:
     parameters = parameters_for(x.shape[0])
     quantized = quantize_operand(x, limited(largest_operand(parameters, max_l1), bits))
     payload = [quantized.values.numpy().data.cast("B")]
-    return ClearSealed(Operand({}, payload), ClearOpening(quantized.scales))
+    operand = Operand(EngineHeader().to_wire(), payload, result_row_bytes=4 * len(x))
+    return ClearSealed(operand, ClearOpening(quantized.scales))

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from hetrain.public.concrete.circuits import Circuit, compile_circuit, tile
-from hetrain.public.concrete.package import PACKAGE, package_version, unswitch
-from hetrain.public.errors import UsageError, WireError
+from hetrain.public.concrete.header import ConcreteHeader, ConcreteSetup
+from hetrain.public.concrete.package import package_version, unswitch
+from hetrain.public.errors import WireError
 from hetrain.public.lattice.parameters import require_tokens
 from hetrain.public.protocol.messages import Header
 from hetrain.public.protocol.plan import Plan
@@ -100,21 +101,16 @@ class ConcreteSealer:
     """See `hetrain.secret.engine.Sealer`. Compiles all circuits of a plan and draws the job's keys.
 
     Args:
-        plan: what will be multiplied by.
-        bits: most bits of an operand's entries; None means 8.
+        plan: the job's products.
+        bits: most bits of an operand's entries, at most `MAX_BITS`; None means 8.
 
     Raises:
-        UsageError: concrete-python is missing, or the bits are out of range.
+        UsageError: concrete-python is missing.
         ParameterError: a product cannot be compiled.
     """
 
     def __init__(self, plan: Plan, bits: int | None = None) -> None:
-        bits = DEFAULT_BITS if bits is None else bits
-        if bits > MAX_BITS:
-            raise UsageError(
-                f"the concrete engine takes at most {MAX_BITS} bits, not {bits}", field="activation_bits"
-            )
-        self._x_max = (1 << (bits - 1)) - 1
+        self._x_max = (1 << ((bits or DEFAULT_BITS) - 1)) - 1
         self._circuits = {
             circuit.spec: circuit for product in products_of(plan) for circuit in [self._compile(product)]
         }
@@ -124,7 +120,7 @@ class ConcreteSealer:
     def setup(self) -> Header:
         """Package version, operand range, and the digest of every circuit."""
         digests = {spec.name: circuit.digest for spec, circuit in self._circuits.items()}
-        return {PACKAGE: package_version(), "x_max": self._x_max, **digests}
+        return ConcreteSetup(package_version=package_version(), x_max=self._x_max, circuits=digests).to_wire()
 
     def seal(self, x: torch.Tensor, product: Product) -> ConcreteSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
@@ -139,15 +135,12 @@ class ConcreteSealer:
             memoryview(circuit.operands.words(keys.encrypt(padded[start : start + spec.rows], None)[0]))
             for start in range(0, len(padded), spec.rows)
         ]
-        header: Header = {
-            "circuit": circuit.digest,
-            "rows": spec.rows,
-            "columns": spec.columns,
-            "x_max": spec.x_max,
-        }
-        # Cut at tile borders: a part of a tile costs as much as the whole.
+        header = ConcreteHeader(
+            circuit=circuit.digest, rows=spec.rows, columns=spec.columns, x_max=spec.x_max
+        ).to_wire()
+        # Ranges end at tile borders: a part of a tile costs as much as the whole.
         return ConcreteSealed(
-            Operand(header, payload, row_step=spec.columns),
+            Operand(header, payload, len(padded) * circuit.value_bytes(), row_step=spec.columns),
             ConcreteOpening(circuit, keys, operand.scales, bound=self._x_max * max(product.max_l1, 1)),
         )
 

@@ -12,8 +12,6 @@ DEFAULT_BYTES = 1 << 30
 """The limit where the broker has no maxmemory, or does not tell."""
 
 _SHARE = 2  # of the broker's memory; the rest is for queues, leases, buffers, and what is stored twice
-_BYTES_PER_VALUE = 5
-_SLOTS = 2048
 
 
 def share_of(maxmemory: int | None) -> int:
@@ -85,26 +83,26 @@ class ByteBudget:
 
 
 class FlowControl:
-    """Holds a budget's bytes for products on their way: of the operand, and as many as the result may have.
+    """Holds a budget's bytes for products on their way: those of the operand and of the result.
 
-    A result is expected to be as large as the last one to the like of its request. A first one is taken for 5
-    bytes a value and 2048 values a row, which is what `rlwe` sends for a full ring.
+    A result is expected to be as large as the last one to the like of its request, a first one as large as
+    its engine says.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
         self.budget = budget
         self._seen: dict[tuple[object, ...], int] = {}
 
-    def reserve(self, kind: tuple[object, ...], operand_bytes: int, rows: int) -> Reservation:
-        """Waits for room for a product of `rows` rows. Raises as `ByteBudget.acquire`.
+    def reserve(self, kind: tuple[object, ...], operand_bytes: int, result_bytes: int) -> Reservation:
+        """Waits for room for a product. Raises as `ByteBudget.acquire`.
 
         Args:
             kind: what the result's size depends on besides.
             operand_bytes: bytes of the operand.
-            rows: rows of the result.
+            result_bytes: bytes of the result, as its engine says.
         """
-        key = (*kind, operand_bytes, rows)
-        nbytes = operand_bytes + self._seen.get(key, rows * _SLOTS * _BYTES_PER_VALUE)
+        key = (*kind, operand_bytes, result_bytes)
+        nbytes = operand_bytes + self._seen.get(key, result_bytes)
         self.budget.acquire(nbytes)
         return Reservation(self.budget, nbytes, lambda result: self._seen.update({key: result}))
 

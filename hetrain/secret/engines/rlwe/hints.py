@@ -1,11 +1,11 @@
-"""Hints: a worker's product W·a with a mask that a job uses again and again, kept by the client on disk.
+"""Hints: products W·a with masks that a job uses again and again, kept by the client on disk.
 
 Within a job the public mask of a (group, direction) stays the same while every ciphertext has a secret of its
 own (LWE with a shared public matrix, as in SimplePIR, ePrint 2022/949). So W·a is computed once: the first
 result that brings it is checked and kept, and from then on workers compute and send W·b alone. All rings
 share it: a mask is 2048 words for each row, however they are cut into polynomials.
 
-What is kept is public. It lies in a file without a name, which ends with the process.
+Hints are public. They lie in a file without a name, which ends with the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -24,22 +24,20 @@ import torch
 
 from hetrain.public.errors import ResultRejected, WireError
 from hetrain.public.lattice.masks import PublicSeed, expand_mask
-from hetrain.public.lattice.parameters import MODULUS_BITS, SLOTS, SWITCHED_A_BITS
+from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.lattice.result_format import A_SHIFT, HINT_PLANES, join_planes, row_bytes
 from hetrain.public.protocol.plan import Group, Plan
 from hetrain.public.protocol.product import Part, Product, ProductKey, RowRange, products_of
-from hetrain.secret.engines.rlwe.kernels import join_planes
 from hetrain.secret.verification import Sketch
 
-_HIGH_BYTES, _LOW_BYTES = 2 * SLOTS, SLOTS
-ROW_BYTES = _HIGH_BYTES + _LOW_BYTES
-_A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
+ROW_BYTES = row_bytes(HINT_PLANES)
 _CHECK_ROWS_AT_ONCE = 1024
 
 _log = logging.getLogger(__name__)
 
 
 def sketches_of(group: Group, matrix: torch.Tensor) -> dict[ProductKey, Sketch]:
-    """What it takes to check both products with the group's int8 matrix [out_features, in_features]."""
+    """Sketches that check both products with the group's int8 matrix [out_features, in_features]."""
     return {
         (group.name, "forward"): Sketch.of(matrix),
         (group.name, "backward"): Sketch.of(matrix.t()),
@@ -59,9 +57,9 @@ class Hint:
         seed: expands to the mask, [K, 2048] words.
         operand_rows: K.
         rows: n, rows of the product.
-        sketch: checks the product; let go when that has been done.
+        sketch: checks the product; dropped afterwards.
         file: shared with the other hints of the job.
-        offset: where in it the product lies: int16 [n, 2048], then uint8 [n, 2048].
+        offset: where in it the product lies: `HINT_PLANES`, one after the other.
     """
 
     seed: PublicSeed
@@ -81,16 +79,15 @@ class Hint:
         """Whether the product is complete and has passed its check."""
         return self._ready
 
-    def offer(self, high: torch.Tensor, low: torch.Tensor, part: Part) -> None:
-        """Takes rows of the product as a worker sent them with `part`; keeps only what is new.
+    def offer(self, planes: Sequence[torch.Tensor], part: Part) -> None:
+        """Takes rows of the product as a worker sent them with `part`; keeps only those that are new.
 
         Args:
-            high: bits 16 to 31, int16 [rows, 2048].
-            low: bits 8 to 15, uint8 [rows, 2048].
-            part: which rows, and whose result.
+            planes: int16 [rows, 2048], bits 16 to 31, and uint8 [rows, 2048], bits 8 to 15.
+            part: which rows, and which worker's result.
 
         Raises:
-            ResultRejected: the rows complete the product, and it is wrong. What was kept is dropped.
+            ResultRejected: the rows complete the product, and it is wrong. The kept rows are dropped.
         """
         with self._lock:
             fresh = [] if self._ready else _uncovered(part.rows, self._claimed)
@@ -101,8 +98,8 @@ class Hint:
         try:
             for first, last in fresh:
                 rows = slice(first - part.rows[0], last - part.rows[0])
-                self._write(high[rows], self.offset + first * _HIGH_BYTES)
-                self._write(low[rows], self.offset + self.rows * _HIGH_BYTES + first * _LOW_BYTES)
+                for plane, offset in zip(planes, self._offsets(first), strict=True):
+                    self._write(plane[rows], offset)
         except OSError as error:
             _log.warning("a hint cannot be kept, workers go on computing it: %s", error)
             return
@@ -113,26 +110,33 @@ class Hint:
             self._check()
             self._ready = True
 
-    def read(self, start: int, high: torch.Tensor, low: torch.Tensor) -> None:
-        """Fills `high`, int16 [rows, 2048], and `low`, uint8 [rows, 2048], with rows from `start` on."""
-        self._read(high, self.offset + start * _HIGH_BYTES)
-        self._read(low, self.offset + self.rows * _HIGH_BYTES + start * _LOW_BYTES)
+    def read(self, start: int, planes: Sequence[torch.Tensor]) -> None:
+        """Fills `planes`, int16 [rows, 2048] and uint8 [rows, 2048], with rows from `start` on."""
+        for plane, offset in zip(planes, self._offsets(start), strict=True):
+            self._read(plane, offset)
+
+    def _offsets(self, row: int) -> Iterator[int]:
+        """Offsets of a row in the file, plane by plane."""
+        begin = self.offset
+        for plane in HINT_PLANES:
+            yield begin + row * row_bytes([plane])
+            begin += self.rows * row_bytes([plane])
 
     def _product(self) -> torch.Tensor:
         """a'·2^8 modulo 2^32: int32 [n, 2048]."""
         product = torch.empty(self.rows, SLOTS, dtype=torch.int32)
         for start in range(0, self.rows, _CHECK_ROWS_AT_ONCE):
             block = product[start : start + _CHECK_ROWS_AT_ONCE]
-            high, low = torch.empty_like(block, dtype=torch.int16), torch.empty_like(block, dtype=torch.uint8)
-            self.read(start, high, low)
-            block.copy_(join_planes(high, low))
+            planes = [torch.empty(len(block), width, dtype=dtype) for dtype, width in HINT_PLANES]
+            self.read(start, planes)
+            block.copy_(join_planes(*planes))
         return product
 
     def _check(self) -> None:
         if self.sketch is None:
             return
         mask = expand_mask(self.seed, self.operand_rows, SLOTS)
-        if not self.sketch.accepts(self._product(), mask, rounding=1 << (_A_SHIFT - 1)):
+        if not self.sketch.accepts(self._product(), mask, rounding=1 << (A_SHIFT - 1)):
             with self._lock:
                 workers, self._workers = sorted(self._workers), set()
                 self._claimed.clear()
@@ -165,7 +169,7 @@ class HintStore:
     """The hints of one job.
 
     Args:
-        plan: what will be multiplied by.
+        plan: the job's products.
         sketches: from `sketches_of`, for every group.
         directory: where the file goes; it needs `hint_bytes(plan)` bytes.
     """
@@ -196,7 +200,7 @@ class HintStore:
 
 
 def _uncovered(rows: RowRange, covered: Iterable[RowRange]) -> list[RowRange]:
-    """The ranges that are left of `rows` without those `covered`."""
+    """`rows` without the ranges that are `covered`."""
     left = [rows]
     for start, stop in covered:
         halves = ((a, min(b, start), max(a, stop), b) for a, b in left)

@@ -4,8 +4,8 @@ Feature k of all T tokens is one polynomial m_k(X) = Σ_t x[t,k]·X^t, and
 
     b_k = a_k·s + e_k + m_k   modulo 2^32,      a_k public, from a seed;  s, e_k fresh for every matrix.
 
-A worker returns b' = W·b and a' = W·a with their low bits dropped, and  b' − a'·s = W·m + noise. Where the
-client has kept a' from before (`hetrain.secret.engines.rlwe.hints`), b' alone.
+A worker returns b' = W·b and a' = W·a with their low bits dropped, and  b' − a'·s = W·m + noise. Once the
+client has a' from an earlier product (`hetrain.secret.engines.rlwe.hints`), a worker returns b' alone.
 
 Rule 1 of the security parameters is kept by construction: `seal` is the only place that draws a secret, it
 encrypts one matrix under it, and the secret leaves it only inside the `Opening`, which cannot encrypt.
@@ -19,47 +19,36 @@ from typing import Any
 
 import torch
 
-from hetrain.public.errors import WireError
+from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.lattice.masks import MaskStream, PublicSeed
-from hetrain.public.lattice.parameters import (
-    MODULUS_BITS,
-    SWITCHED_A_BITS,
-    SWITCHED_B_BITS,
-    ParameterSet,
-    largest_operand,
-    parameters_for,
-)
-from hetrain.public.protocol.messages import Header
+from hetrain.public.lattice.parameters import ParameterSet, parameters_for
+from hetrain.public.lattice.result_format import HINT_PLANES, ResultFormat, largest_operand
+from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.public.workspace import unaligned_empty, workspace
 from hetrain.secret.activation_quantization import limited, token_scales
 from hetrain.secret.engines.rlwe.hints import Hint, HintStore
-from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, kernels
+from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, ScaledOperand, kernels
 from hetrain.secret.randomness import SecretStream, sample_ternary
-
-_B_SHIFT = MODULUS_BITS - SWITCHED_B_BITS
-_A_SHIFT = MODULUS_BITS - SWITCHED_A_BITS
 
 
 @dataclass(frozen=True, repr=False)
 class RlweOpening:
     """The secret of one ciphertext matrix and the scales of its tokens.
 
-    With a `hint` that was ready when the matrix was sealed, results are b' alone; with one that was not, a'
-    comes along and is kept.
+    Results without a mask product take it from `hint`; results with one give it to `hint`, if there is one.
     """
 
-    parameters: ParameterSet
+    result_format: ResultFormat
     secret: Any
     scales: torch.Tensor
     hint: Hint | None = None
-    hinted: bool = False
 
     def check(self, part: Part) -> None:
         """Offers a' to the hint, where it comes along; see `hetrain.secret.engine.Opening.check`."""
-        _, planes = self._take_apart(part)
-        if planes is not None and self.hint is not None:
-            self.hint.offer(*planes, part)
+        _, *mask_product = self.result_format.read_result(part.data, part.n)
+        if mask_product and self.hint is not None:
+            self.hint.offer(mask_product, part)
 
     def open(self, parts: Sequence[Part]) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`.
@@ -76,41 +65,24 @@ class RlweOpening:
 
     def _decrypt(self, part: Part, out: torch.Tensor, column: int) -> None:
         """scale·(b'·2^16 − (a'·2^8)·s) for the rows of `part`, as columns of `out`."""
-        b, planes = self._take_apart(part)
+        b, *mask_product = self.result_format.read_result(part.data, part.n)
         for first in range(0, part.n, BLOCK_ROWS):
-            rows = slice(first, min(first + BLOCK_ROWS, part.n))
-            if planes is None:
-                high, low = self._kept(part.rows[0] + first, rows.stop - first)
-            else:
-                high, low = planes[0][rows], planes[1][rows]
-            kernels().decrypt(out, column + first, b[rows], high, low, self.scales, self.secret)
+            block = b[first : first + BLOCK_ROWS]
+            a = [plane[first : first + BLOCK_ROWS] for plane in mask_product] or self._read_hint(
+                part.rows[0] + first, len(block)
+            )
+            kernels().decrypt(out, column + first, (block, *a), self.scales, self.secret)
 
-    def _take_apart(self, part: Part) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """b' as int16 [n, N], and the planes of a', int16 and uint8 [n, d·N], where they come along."""
-        n, data = part.n, part.data
-        degree, dimension = self.parameters.ring_degree, self.parameters.dimension
-        b_bytes, high_bytes = 2 * n * degree, 2 * n * dimension
-        expected = b_bytes if self.hinted else b_bytes + high_bytes + n * dimension
-        if data.nbytes != expected:
-            raise WireError(f"a result of {n} rows has {data.nbytes} bytes, not {expected}")
-        b = torch.frombuffer(data[:b_bytes], dtype=torch.int16).view(n, degree)
-        if self.hinted:
-            return b, None
-        high = torch.frombuffer(data[b_bytes : b_bytes + high_bytes], dtype=torch.int16).view(n, dimension)
-        low = torch.frombuffer(data[b_bytes + high_bytes :], dtype=torch.uint8).view(n, dimension)
-        return b, (high, low)
-
-    def _kept(self, start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_hint(self, start: int, rows: int) -> list[torch.Tensor]:
         assert self.hint is not None
-        high = workspace("high", (rows, self.parameters.dimension), torch.int16)
-        low = workspace("low", (rows, self.parameters.dimension), torch.uint8)
-        self.hint.read(start, high, low)
-        return high, low
+        planes = [workspace(f"hint {dtype}", (rows, width), dtype) for dtype, width in HINT_PLANES]
+        self.hint.read(start, planes)
+        return planes
 
 
 @dataclass(frozen=True, repr=False)
 class RlweSealed:
-    """A ciphertext matrix: b as int32 [K, N], the mask's seed in the header."""
+    """A ciphertext matrix: b as int32 [K, N]; its header is a `RlweHeader`."""
 
     operand: Operand
     opening: RlweOpening
@@ -118,10 +90,10 @@ class RlweSealed:
 
 @dataclass(frozen=True)
 class RlweSealer:
-    """See `hetrain.secret.engine.Sealer`. A job has no keys: every ciphertext matrix has a secret of its own.
+    """See `hetrain.secret.engine.Sealer`. A job has no keys: every ciphertext matrix has its own secret.
 
     `bits` limits the operand's precision; None takes all that fits. With `hints` the masks of a product stay
-    the same throughout the job; without, every ciphertext matrix has a mask of its own, too.
+    the same throughout the job; without, every ciphertext matrix has its own mask, too.
     """
 
     bits: int | None = None
@@ -129,8 +101,8 @@ class RlweSealer:
 
     @property
     def setup(self) -> Header:
-        """Workers need to know nothing in advance."""
-        return {}
+        """Empty."""
+        return EngineHeader().to_wire()
 
     def seal(self, x: torch.Tensor, product: Product) -> RlweSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
@@ -143,10 +115,10 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | Non
 
     Args:
         x: floating point [T, K], T ≤ 2048; token t takes coefficient t, unused coefficients are zero.
-        max_l1: max_j ‖W_j‖₁ of the matrix that the result will be multiplied by: fixes the token scale such
-            that no product wraps.
+        max_l1: max_j ‖W_j‖₁ of the matrix that will multiply X: fixes the token scale such that no product
+            wraps.
         bits: entries get at most so many signed bits.
-        hint: the mask to use, and what is known of its product; None draws a fresh mask.
+        hint: the mask to use, and its product if it is ready; None draws a fresh mask.
 
     Raises:
         ParameterError: more than 2048 tokens, or a matrix with too large rows.
@@ -157,13 +129,13 @@ def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | Non
     x_max = limited(largest_operand(parameters, max_l1), bits)
     scales = token_scales(x, x_max)
     secret = _fresh_secret(parameters)
-    hinted = hint is not None and hint.is_ready
+    result_format = ResultFormat(parameters, has_mask_product=hint is None or not hint.is_ready)
     seed = PublicSeed.fresh() if hint is None else hint.seed
     b = encrypt(x, scales, x_max, seed, secret, parameters)
-    wanted = {"result": "b"} if hinted else {"mask_seed": seed.hex()}
+    header = RlweHeader.of(result_format, seed).to_wire()
     return RlweSealed(
-        Operand({"parameters": parameters.name, **wanted}, [b.numpy().data.cast("B")]),
-        RlweOpening(parameters, secret, scales, hint, hinted),
+        Operand(header, [b.numpy().data.cast("B")], result_format.row_bytes),
+        RlweOpening(result_format, secret, scales, hint),
     )
 
 
@@ -191,7 +163,7 @@ def encrypt(
         int32 [K, N].
     """
     k, degree = x.shape[1], parameters.ring_degree
-    inverse = scales.reciprocal()
+    operand = ScaledOperand(x, scales.reciprocal(), x_max, parameters.eta)
     mask_stream, noise_stream = MaskStream(seed), SecretStream("hetrain.noise")
     out = unaligned_empty((k, degree), torch.int32)
     for start in range(0, k, BLOCK_ROWS):
@@ -200,21 +172,5 @@ def encrypt(
         keystream = workspace("keystream", (6 * block.numel(),), torch.uint8)
         mask_stream.fill(masks)
         noise_stream.fill(keystream)
-        kernels().encrypt(block, masks, keystream, x, inverse, x_max, start, parameters.eta, secret)
+        kernels().encrypt(block, operand, start, masks, keystream, secret)
     return out
-
-
-def predicted_noise_std(row_l2: torch.Tensor, parameters: ParameterSet) -> torch.Tensor:
-    """Standard deviation of the decryption error of each output row, in integer units.
-
-    Three independent parts: fresh noise √(eta/2)·‖W_j‖₂; rounding b', uniform over 2^16; rounding a', uniform
-    over 2^8 and multiplied by s, whose n coefficients have variance 2/3.
-
-    Args:
-        row_l2: ‖W_j‖₂ of the int8 matrix, float [n].
-    """
-    fresh = parameters.noise_std * row_l2.to(torch.float64)
-    from_b = (1 << _B_SHIFT) / 12**0.5
-    from_a = (1 << _A_SHIFT) / 12**0.5 * (parameters.dimension * 2 / 3) ** 0.5
-    variance: torch.Tensor = fresh.square() + from_b**2 + from_a**2
-    return variance.sqrt()

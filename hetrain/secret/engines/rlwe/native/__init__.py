@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ import torch
 
 from hetrain.public.errors import ParameterError
 from hetrain.public.lattice.parameters import SLOTS
+
+if TYPE_CHECKING:
+    from hetrain.secret.engines.rlwe.kernels import Planes, ScaledOperand
 
 _ALIGNMENT = 64
 _INTERFACE = 1
@@ -46,30 +49,17 @@ def library() -> ctypes.CDLL | None:
     found.hetrain_workspace_bytes.argtypes = []
     found.hetrain_workspace_bytes.restype = _SIZE
     found.hetrain_spectrum.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3]
-    found.hetrain_encrypt.argtypes = [
-        *[_POINTER] * 5,
-        ctypes.c_int32,
-        *[_SIZE] * 5,
-        _INT,
-        _SIZE,
-        *[_POINTER] * 4,
-    ]
+    sizes = [ctypes.c_int32, *[_SIZE] * 5, _INT, _SIZE]
+    found.hetrain_encrypt.argtypes = [*[_POINTER] * 5, *sizes, *[_POINTER] * 4]
     found.hetrain_decrypt.argtypes = [*[_POINTER] * 5, *[_SIZE] * 6, *[_POINTER] * 4]
     for function in (found.hetrain_spectrum, found.hetrain_encrypt, found.hetrain_decrypt):
         function.restype = None
     return found
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """Constants of a transform of N/2 points, as kernels.c reads them: float64."""
-
-    twist: npt.NDArray[np.float64]
-    twiddles: npt.NDArray[np.float64]
-
-
 @functools.lru_cache(maxsize=16)
-def _tables(ring_degree: int) -> _Tables:
+def _tables(ring_degree: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Constants of a transform of N/2 points, as kernels.c reads them: twist and twiddles."""
     points = ring_degree // 2
     angles = np.arange(points) * (math.pi / ring_degree)
     stages, size = [], points
@@ -78,7 +68,7 @@ def _tables(ring_degree: int) -> _Tables:
         powers = [function(k * angle) for k in (1, 2, 3) for function in (np.cos, np.sin)]
         stages.append(np.stack(powers, axis=1).ravel())
         size //= 4
-    return _Tables(np.stack([np.cos(angles), np.sin(angles)], axis=1), np.concatenate(stages))
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1), np.concatenate(stages)
 
 
 _local = threading.local()
@@ -93,7 +83,7 @@ def _workspace(found: ctypes.CDLL) -> int:
 
 
 def _require(*conditions: bool) -> None:
-    """C believes what it is told: shapes, types and layout are checked here."""
+    """C checks nothing: shapes, types and layout are checked here."""
     if not all(conditions):
         raise ParameterError("the operands of a native kernel do not fit each other")
 
@@ -105,17 +95,18 @@ class NativeSecret:
         _require(secret.dtype == torch.int8, secret.dim() == 2, secret.is_contiguous())
         self.rank, self.ring_degree = secret.shape
         _require(16 <= self.ring_degree <= SLOTS, self.ring_degree & (self.ring_degree - 1) == 0)
-        self.tables = _tables(self.ring_degree)
-        self.spectrum = np.empty((self.rank, self.ring_degree // 2, 2))
+        points = self.ring_degree // 2
+        self._tables = _tables(self.ring_degree)
+        self._spectrum = np.empty((self.rank, points, 2))
+        tables = (table.ctypes.data for table in self._tables)
         found.hetrain_spectrum(
-            self.spectrum.ctypes.data,
-            secret.data_ptr(),
-            self.rank,
-            self.ring_degree // 2,
-            self.tables.twist.ctypes.data,
-            self.tables.twiddles.ctypes.data,
-            _workspace(found),
+            self._spectrum.ctypes.data, secret.data_ptr(), self.rank, points, *tables, _workspace(found)
         )
+
+    def spectrum_and_tables(self) -> tuple[int, ...]:
+        """The last arguments but one of both kernels: points, and addresses of twist, twiddles, spectrum."""
+        arrays = (*self._tables, self._spectrum)
+        return self.ring_degree // 2, *(array.ctypes.data for array in arrays)
 
     def __reduce__(self) -> NoReturn:
         """Refuses to be pickled or copied: a secret never leaves the memory it was drawn in."""
@@ -134,19 +125,12 @@ class NativeKernels:
         return NativeSecret(secret, self.found)
 
     def encrypt(
-        self,
-        out: torch.Tensor,
-        masks: torch.Tensor,
-        keystream: torch.Tensor,
-        x: torch.Tensor,
-        inverse: torch.Tensor,
-        limit: int,
-        start: int,
-        eta: int,
-        secret: NativeSecret,
-    ) -> None:
+        self, out: torch.Tensor, operand: ScaledOperand, start: int, masks: torch.Tensor,
+        keystream: torch.Tensor, secret: NativeSecret,
+    ) -> None:  # fmt: skip
         """See `Kernels.encrypt`."""
-        rows, tokens, tables = len(out), len(x), secret.tables
+        x, inverse = operand.x, operand.inverse
+        rows, tokens = len(out), len(x)
         _require(
             out.shape == (rows, secret.ring_degree),
             masks.shape == (rows, secret.rank * secret.ring_degree),
@@ -158,38 +142,16 @@ class NativeKernels:
             x.dtype == inverse.dtype == torch.float32,
             all(tensor.is_contiguous() for tensor in (out, masks, keystream, x, inverse)),
         )
-        self.found.hetrain_encrypt(
-            out.data_ptr(),
-            masks.data_ptr(),
-            keystream.data_ptr(),
-            x.data_ptr(),
-            inverse.data_ptr(),
-            limit,
-            start,
-            rows,
-            x.shape[1],
-            tokens,
-            secret.rank,
-            eta,
-            secret.ring_degree // 2,
-            tables.twist.ctypes.data,
-            tables.twiddles.ctypes.data,
-            secret.spectrum.ctypes.data,
-            _workspace(self.found),
-        )
+        pointers = (tensor.data_ptr() for tensor in (out, masks, keystream, x, inverse))
+        sizes = (operand.x_max, start, rows, x.shape[1], tokens, secret.rank, operand.eta)
+        self.found.hetrain_encrypt(*pointers, *sizes, *secret.spectrum_and_tables(), _workspace(self.found))
 
     def decrypt(
-        self,
-        out: torch.Tensor,
-        column: int,
-        b: torch.Tensor,
-        high: torch.Tensor,
-        low: torch.Tensor,
-        scales: torch.Tensor,
-        secret: NativeSecret,
+        self, out: torch.Tensor, column: int, planes: Planes, scales: torch.Tensor, secret: NativeSecret
     ) -> None:
         """See `Kernels.decrypt`."""
-        rows, (tokens, width), tables = len(b), out.shape, secret.tables
+        b, high, low = planes
+        rows, (tokens, width) = len(b), out.shape
         _require(
             b.shape == (rows, secret.ring_degree),
             high.shape == low.shape == (rows, secret.rank * secret.ring_degree),
@@ -200,20 +162,6 @@ class NativeKernels:
             out.dtype == scales.dtype == torch.float32,
             all(tensor.is_contiguous() for tensor in (out, b, high, low, scales)),
         )
-        self.found.hetrain_decrypt(
-            out.data_ptr(),
-            b.data_ptr(),
-            high.data_ptr(),
-            low.data_ptr(),
-            scales.data_ptr(),
-            column,
-            rows,
-            width,
-            tokens,
-            secret.rank,
-            secret.ring_degree // 2,
-            tables.twist.ctypes.data,
-            tables.twiddles.ctypes.data,
-            secret.spectrum.ctypes.data,
-            _workspace(self.found),
-        )
+        pointers = (tensor.data_ptr() for tensor in (out, b, high, low, scales))
+        sizes = (column, rows, width, tokens, secret.rank)
+        self.found.hetrain_decrypt(*pointers, *sizes, *secret.spectrum_and_tables(), _workspace(self.found))
