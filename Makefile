@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS := benchmarks/results
 
-.PHONY: venv compiler chromium demo test lint screenshot gpu-check bench clean
+.PHONY: venv compiler chromium demo test lint docs wheel screenshot gpu-check bench clean
 
 venv: $(READY)
 
@@ -39,6 +39,16 @@ lint: venv
 test: lint chromium
 	$(BIN)/python -m pytest
 
+# The site, in site/. Strict: a broken link or an undocumented reference fails.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A wheel with the compiled kernels, in dist/. auditwheel refuses one without them and names the oldest glibc that serves.
+wheel: venv
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
 # The picture of docs/monitoring.md.
 screenshot: venv chromium
 	HETRAIN_SCREENSHOT=docs/flower.png $(BIN)/python -m pytest tests/integration/test_flower.py
@@ -51,6 +61,7 @@ gpu-check: venv
 # the Llama-3.2-1B shape 6, scaling 12. Keeps a random model of that shape in the cache, 2.5 GB, and takes 4 GB more of
 # disk for as long as it runs. The report leaves out what is not there.
 bench: venv
+	$(BIN)/python -m pip install --quiet --requirement requirements-bench.txt
 	$(BIN)/python -m benchmarks.gemm --json $(RESULTS)/gemm.json
 	$(BIN)/python -m benchmarks.client --json $(RESULTS)/client.json
 	$(BIN)/python -m benchmarks.growth --json $(RESULTS)/growth.json
@@ -64,4 +75,4 @@ bench: venv
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -13,7 +13,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /src
-COPY pyproject.toml requirements.txt README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY hetrain hetrain/
 COPY cli cli/
 COPY tasks tasks/

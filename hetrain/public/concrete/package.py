@@ -41,7 +41,7 @@ def package_version() -> str:
     except PackageNotFoundError:
         raise UsageError(
             f"the package {PACKAGE} is not installed",
-            hint=f"pip install -r requirements.txt, or {PACKAGE}==2.11.0",
+            hint="pip install 'hetrain[concrete]', on Python 3.11 or 3.12",
         ) from None
 
 
@@ -64,7 +64,7 @@ def load_fhe() -> ModuleType:
     except (ImportError, OSError) as error:
         raise UsageError(
             f"{PACKAGE} is installed but does not load: {error}",
-            hint="it needs numpy 1.26 and setuptools < 81: pip install -r requirements.txt",
+            hint="it needs numpy 1.26 and setuptools < 81: pip install 'hetrain[concrete]'",
         ) from error
     # At exit it stops a runtime for clusters, which ends the process with status 0, whatever status it had.
     atexit.unregister(compiler._terminate_df_parallelization)
