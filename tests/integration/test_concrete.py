@@ -1,4 +1,4 @@
-"""The Concrete engine beyond what every engine promises: real training, and who refuses what."""
+"""The Concrete engine beyond what every engine guarantees: real training, and what each side refuses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,13 +17,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hetrain.public.concrete import circuits
 from hetrain.public.concrete.circuits import CircuitSpec, compile_circuit, tile
 from hetrain.public.concrete.package import PACKAGE, package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.supervisor.server import start_worker, stop
-from tests.harness.engine import Bench
-from tests.harness.processes import hetrain, serving
+from tests.harness.engine import EngineHarness
+from tests.harness.processes import broker_server, hetrain
 
 ROWS = Path(__file__).resolve().parents[1] / "data" / "tiny.jsonl"
 
@@ -103,7 +103,7 @@ def worker_without_concrete(model: Path, scratch: Path) -> Iterator[str]:
     shadow = scratch / "shadow" / "concrete"
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'concrete'\")\n")
-    with serving() as broker, ExitStack() as stack:
+    with broker_server() as broker, ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(shadow.parent))
             worker = start_worker(1, broker.url, str(model), broker.log)
@@ -127,13 +127,13 @@ def test_a_worker_without_concrete_serves_rlwe_and_says_why_not_concrete(
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def harness(tmp_path: Path) -> EngineHarness:
     weights = {"w": torch.randn(12, 16, generator=torch.Generator().manual_seed(1))}
-    return Bench("concrete", weights, tmp_path / "model")
+    return EngineHarness("concrete", weights, tmp_path / "model")
 
 
-def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Bench) -> None:
-    setup = dict(bench.sealer.setup)
+def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(harness: EngineHarness) -> None:
+    setup = dict(harness.sealer.setup)
     names = [name for name in setup if name.startswith("circuit-")]
     assert len(names) == 2
     wrong = {
@@ -144,17 +144,17 @@ def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Ben
     }
     for named, changed in wrong.items():
         with pytest.raises(WorkerRefused, match=named) as error:
-            bench.channel.prepare(
-                bench.plan.model, "concrete", bench.plan.to_bytes(), bench.plan.digest, changed
+            harness.channel.prepare(
+                harness.plan.model, "concrete", harness.plan.to_bytes(), harness.plan.digest, changed
             )
         assert "same version" in error.value.hint
 
 
-def test_a_task_for_another_circuit_is_refused(bench: Bench) -> None:
-    sealed = bench.seal("w", "forward", torch.randn(3, 16))
+def test_a_task_for_another_circuit_is_refused(harness: EngineHarness) -> None:
+    sealed = harness.seal("w", "forward", torch.randn(3, 16))
     other = compile_circuit(tile(16, 5, 127)).digest
     with pytest.raises(WorkerRefused, match="compiles"):
-        bench.answer("w", "forward", sealed, header={**sealed.operand.header, "circuit": other})
+        harness.answer("w", "forward", sealed, header={**sealed.operand.header, "circuit": other})
 
 
 def test_a_product_that_cannot_be_compiled_is_named() -> None:
@@ -166,12 +166,13 @@ def test_a_product_that_cannot_be_compiled_is_named() -> None:
 
 def test_circuits_differ_where_their_specs_do_and_nowhere_else() -> None:
     spec = CircuitSpec(rows=2, k=8, columns=4, x_max=127)
-    circuits._compiled.clear()
     first = compile_circuit(spec)
-    circuits._compiled.clear()
-    second = compile_circuit(spec)
-    assert first is not second
-    assert first.digest == second.digest
+    assert compile_circuit(spec) is first
+    code = "import sys; from hetrain.public.concrete.circuits import *; "
+    code += "print(compile_circuit(CircuitSpec(*map(int, sys.argv[1:]))).digest)"
+    sizes = (spec.rows, spec.k, spec.columns, spec.x_max)
+    elsewhere = subprocess.check_output([sys.executable, "-c", code, *map(str, sizes)], text=True)
+    assert elsewhere.strip() == first.digest, "another process compiles another circuit"
     others = [CircuitSpec(4, 8, 4, 127), CircuitSpec(2, 9, 4, 127), CircuitSpec(2, 8, 4, 126)]
     assert len({first.digest, *(compile_circuit(other).digest for other in others)}) == 4
 
@@ -186,10 +187,10 @@ def test_tiles_cover_a_product_and_stay_small(k: int, n: int) -> None:
     assert spec.rows == 1 or (spec.rows * spec.columns <= 1024 and spec.rows * k <= 4096)
 
 
-def test_larger_values_than_any_product_are_refused(bench: Bench) -> None:
-    """What a worker that adds up wrongly would most often be noticed by."""
-    sealed = bench.seal("w", "forward", torch.randn(3, 16))
-    (part,) = bench.answer("w", "forward", sealed)
+def test_larger_values_than_any_product_are_refused(harness: EngineHarness) -> None:
+    """Most wrong sums of a worker are noticed by this check."""
+    sealed = harness.seal("w", "forward", torch.randn(3, 16))
+    (part,) = harness.answer("w", "forward", sealed)
     noise = bytearray(os.urandom(part.data.nbytes))
     with pytest.raises(WireError, match="larger than any product"):
         sealed.opening.open([replace(part, data=memoryview(noise))])

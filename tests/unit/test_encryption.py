@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -158,9 +159,15 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> Decryption:
     monkeypatch.setattr(rlwe, "kernels", TorchKernels)
 
     def decrypt(opening: RlweOpening, part: memoryview, n: int) -> torch.Tensor:
-        b, planes = opening._take_apart(Part((0, n), part))
-        assert planes is not None
-        product = opening.secret.dot(join_planes(*planes)).reshape(n, -1)
+        degree, dimension = opening.parameters.ring_degree, opening.parameters.dimension
+        ends = (0, 2 * n * degree, 2 * n * (degree + dimension), part.nbytes)
+        b, high, low = (
+            torch.frombuffer(part[start:stop], dtype=dtype).view(n, -1)
+            for (start, stop), dtype in zip(
+                pairwise(ends), (torch.int16, torch.int16, torch.uint8), strict=True
+            )
+        )
+        product = opening.secret.dot(join_planes(high, low)).reshape(n, -1)
         return ((b.to(torch.int32) << 16) - product)[:, : len(opening.scales)].to(torch.int64)
 
     return decrypt

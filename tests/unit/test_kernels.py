@@ -129,7 +129,7 @@ WRONG = [saturating, saturating_pairs, wrong_when_large, wrong_when_transposed, 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_kernel_is_rejected_however_fast(monkeypatch: pytest.MonkeyPatch, wrong: Kernel) -> None:
     monkeypatch.setitem(KERNELS, "int8", wrong)
-    monkeypatch.setattr(device, "_seconds", lambda kernel, _: 0.0 if kernel is wrong else 1.0)
+    monkeypatch.setattr(device, "measure_seconds", lambda kernel, _: 0.0 if kernel is wrong else 1.0)
     assert choose_compute(CPU).kernel is float64_limbs
 
 

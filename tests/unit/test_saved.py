@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.train.step import run_step
 from tests.harness.split_model import (
     FAMILIES,
-    Bench,
+    SplitHarness,
     adapter_parameters,
     packed,
     rows,
@@ -55,38 +57,47 @@ def test_gradients_keep_three_digits(size: float) -> None:
             assert float((half - full).norm() / full.norm()) < 2e-3
 
 
-def saved(tensors: list[torch.Tensor], kept: list[torch.Tensor]) -> tuple[list[object], list[torch.Tensor]]:
-    """What a saver packs each tensor into, and what it gives back."""
-    saver = HalfSaver(kept)
-    with saver.saving():
-        packed = [saver._pack(tensor) for tensor in tensors]
-    return packed, [saver._unpack(each) for each in packed]  # type: ignore[arg-type]
+class Save(torch.autograd.Function):
+    """Has autograd save tensors, as any operation does that needs them for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, start: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return start.clone()
+
+
+def save(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Saves tensors, and returns what gives them back."""
+    node = Save.apply(torch.zeros(1, requires_grad=True), *(tensor.detach() for tensor in tensors)).grad_fn
+    return lambda: node.saved_tensors
+
+
+def saved(tensors: list[torch.Tensor], kept: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What a saver gives back for each tensor."""
+    with HalfSaver(kept).saving():
+        restore = save(*tensors)
+    return restore()
 
 
 def test_outliers_and_what_is_not_finite_survive() -> None:
     x = torch.randn(WIDTH, WIDTH)
     x[3, 5] = 3e7
-    (_,), (back,) = saved([x], [])
+    (back,) = saved([x], [])
     assert float(back[3, 5]) == pytest.approx(3e7, rel=1e-3)
     assert float((back - x).abs().max()) < 3e7 * 2**-11
     x[3, 5], x[4, 6] = float("nan"), float("inf")
-    (_,), (back,) = saved([x], [])
+    (back,) = saved([x], [])
     assert back.isnan().sum() == 1
     assert back.isinf().sum() == 1
-
-
-def stored_values(saver: HalfSaver) -> int:
-    """How many values lie in the saver's memory."""
-    return sum(arena.used for arena in saver._arenas.values())
 
 
 def test_a_tensor_that_is_saved_twice_is_stored_once() -> None:
     x, saver = torch.randn(WIDTH, WIDTH), HalfSaver([])
     tensors = [x, x, x.t(), x.view(-1), x[:, 1:], x[:, 1:]]
     with saver.saving():
-        packed = [saver._pack(tensor) for tensor in tensors]
-    assert stored_values(saver) == x.numel() + x[:, 1:].numel()
-    for tensor, back in zip(tensors, map(saver._unpack, packed), strict=True):
+        restore = save(*tensors)
+    assert saver.stored_values == x.numel() + x[:, 1:].numel()
+    for tensor, back in zip(tensors, restore(), strict=True):
         assert torch.equal(back, tensor.half().float())
 
 
@@ -105,7 +116,7 @@ def test_what_follows_from_what_is_stored_is_computed_again() -> None:
     saver = HalfSaver(weight)
     with saver.saving():
         loss = forward(inputs)
-    assert stored_values(saver) == 4 * x.numel()  # and what the square is of
+    assert saver.stored_values == 4 * x.numel()  # and what the square is of
     for half, full in zip(torch.autograd.grad(loss, [inputs, *weight]), expected, strict=True):
         assert float((half - full).norm() / full.norm()) < 2e-3
 
@@ -114,18 +125,18 @@ def test_what_was_written_to_since_is_not_computed_again() -> None:
     x, saver = torch.randn(WIDTH, WIDTH, requires_grad=True), HalfSaver([])
     with saver.saving():
         kept = x.detach() * 1.0
-        saver._pack(kept)
+        save(kept)
         product = torch.mul(kept, 2.0)
         kept.add_(1.0)
-        before = saver._pack(product)
+        before = save(product)
         other = torch.mul(kept, 2.0)
         kept.add_(1.0)
-        after = saver._pack(other)
+        after = save(other)
         product.add_(1.0)
-        changed = saver._pack(product)
-    assert torch.allclose(saver._unpack(before), 2 * x, atol=0.02)
-    assert torch.allclose(saver._unpack(after), 2 * x + 2, atol=0.02)
-    assert torch.allclose(saver._unpack(changed), 2 * x + 1, atol=0.02)
+        changed = save(product)
+    assert torch.allclose(before()[0], 2 * x, atol=0.02)
+    assert torch.allclose(after()[0], 2 * x + 2, atol=0.02)
+    assert torch.allclose(changed()[0], 2 * x + 1, atol=0.02)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -134,11 +145,11 @@ def test_every_architecture_keeps_its_gradients(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bf16 weights, and tensors that all count as large: kept in half precision or computed again."""
-    monkeypatch.setattr(saved_module, "_SMALLEST", 64)
+    monkeypatch.setattr(saved_module, "SMALLEST", 64)
     save_model(FAMILIES[name], tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
-    bench = Bench(tmp_path)
-    result = run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
-    reference = bench.stock_peft()
+    harness = SplitHarness(tmp_path)
+    result = run_step(harness.replica(), packed(rows()), harness.snapshot(), seed=0)
+    reference = harness.stock_peft()
     losses = [stock_loss(reference, row) for row in rows()]
     sum(losses).backward()
     assert result.summed_loss == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
@@ -153,12 +164,16 @@ def test_memory_that_was_given_back_is_not_taken_for_what_lay_there() -> None:
     """Temporaries come and go at the same address within one forward pass."""
     saver = HalfSaver([])
     with saver.saving():
-        packed = [saver._pack(torch.full((WIDTH, WIDTH), float(value))) for value in range(20)]
-    assert [float(saver._unpack(each)[0, 0]) for each in packed] == [float(value) for value in range(20)]
+        restored = [save(torch.full((WIDTH, WIDTH), float(value))) for value in range(20)]
+    assert [float(each()[0][0, 0]) for each in restored] == [float(value) for value in range(20)]
 
 
 def test_parameters_small_tensors_and_other_types_stay_as_they_are() -> None:
     weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH))
     tensors = [weight, weight.t(), torch.randn(10), torch.zeros(WIDTH, WIDTH, dtype=torch.int64)]
-    packed, _ = saved(tensors, [weight])
-    assert all(one is other for one, other in zip(packed, tensors, strict=True))
+    for back, tensor in zip(saved(tensors, [weight]), tensors, strict=True):
+        assert (back.data_ptr(), back.stride(), back.dtype) == (
+            tensor.data_ptr(),
+            tensor.stride(),
+            tensor.dtype,
+        )

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetrain.nn.memory.recompute import Place, Recorder, Source, View, strides_of, values_of
 from hetrain.public.allocator import release_freed_memory
 
-_SMALLEST = 1 << 14
+SMALLEST = 1 << 14
 _CHUNK = 1 << 25
 _TIDY_AFTER = 1 << 24
 _LARGEST_HALF = 32768.0
@@ -103,11 +103,16 @@ class HalfSaver:
             self._references.clear()
             release_freed_memory()
 
+    @property
+    def stored_values(self) -> int:
+        """Values that this forward pass has stored."""
+        return sum(arena.used for arena in self._arenas.values())
+
     def _is_large(self, value: object) -> bool:
         return (
             isinstance(value, torch.Tensor)
             and value.dtype == torch.float32
-            and value.numel() >= _SMALLEST
+            and value.numel() >= SMALLEST
             and value.untyped_storage().data_ptr() not in self._kept
         )
 
