@@ -19,7 +19,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from hetrain.public.model.files import resolve
 from tests.harness.exclusive import machine_lock
 
-pytest.register_assert_rewrite("tests.harness.split_model")
+pytest.register_assert_rewrite(
+    *(f"tests.harness.{module}" for module in ("agreement", "faults", "split_model", "trl_rows"))
+)
 
 
 @pytest.hookimpl(wrapper=True)
