@@ -96,11 +96,11 @@ def assert_same_adapter(a: Path, b: Path) -> None:
 
 
 def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
-    told = []
-    with stop_on_signals(lambda: told.append(True)) as asked:
+    calls = []
+    with stop_on_signals(lambda: calls.append(True)) as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
-        assert (asked(), asked(), told) == (True, True, [True])
+        assert (asked(), asked(), calls) == (True, True, [True])
         os.kill(os.getpid(), signal.SIGTERM)  # here an update could be half applied
         with pytest.raises(KeyboardInterrupt):
             asked()
