@@ -1,4 +1,4 @@
-"""Encrypted and plain training agree, on the real model over the real queue; in tests/slow, with 2048 tokens."""
+"""Encrypted and plain training agree, on the real model over the real queue (2048 tokens: tests/slow)."""
 
 from __future__ import annotations
 
