@@ -1,5 +1,6 @@
 # Everything is set up by `make demo`, `make test` or `make venv` on a machine with Python 3.11.
-# make check: lint and unit tests (minutes 1 to 3); make test: all but the slow tests (8); make test-all: what CI runs (30).
+# On two idle cores, set-up not counted: make check (lint, unit tests) at most 3 minutes, make test (all but the
+# slow tests) at most 8, make test-all (what CI runs) at most 30.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,7 +48,7 @@ test: lint chromium
 	$(PYTEST) tests/unit tests/contract tests/integration
 
 # Also the campaigns of tests/slow: fifty kills, the real model, every order of events.
-test-all: lint chromium
+test-all: lint chromium $(if $(wildcard mkdocs.yml),docs)
 	$(PYTEST)
 
 # The picture of docs/monitoring.md.
