@@ -204,7 +204,7 @@ def test_the_operator_can_ask_the_workers(shared_broker: SharedBroker) -> None:
         assert "hetrain-1@" in result.stdout
 
 
-def test_a_client_without_its_tenant_is_told_so(
+def test_a_client_without_its_tenant_gets_an_error(
     shared_broker: SharedBroker, tiny_llama: Path, tmp_path: Path
 ) -> None:
     result = submit(shared_broker, "alice", tiny_llama, tmp_path)

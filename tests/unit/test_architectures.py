@@ -113,7 +113,7 @@ def test_split_model_is_faithful(name: str, tmp_path: Path) -> None:
         [group for way, group in harness.requests if way == d] for d in ("forward", "backward")
     )
     assert forward == groups
-    # Nobody needs the gradient of an input that nothing trainable lies below: that of the first group, and
+    # No gradient is computed for an input that nothing trainable lies below: that of the first group, and
     # that of the first MLP where it stands beside attention with a norm of its own.
     below = {groups[0], "gpt_neox.layers.0.mlp.dense_h_to_4h"} if name == "gpt-neox" else {groups[0]}
     assert sorted(backward) == sorted(set(groups) - below)

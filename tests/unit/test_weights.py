@@ -93,7 +93,7 @@ def test_other_weights_are_refused_where_there_is_no_room_either(model: Path, pl
         weights.load_all(plan.model_copy(update={"groups": (*plan.groups[:-1], changed)}))
 
 
-def test_what_is_being_made_keeps_nobody_else_waiting_and_is_made_once() -> None:
+def test_a_slow_entry_delays_no_other_and_is_made_once() -> None:
     cache: LruCache[str] = LruCache()
     made: list[str] = []
     begun, go_on = threading.Event(), threading.Event()
