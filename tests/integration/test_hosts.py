@@ -297,7 +297,7 @@ def test_a_worker_is_cut_off_and_comes_back(
         eventually(lambda: updates() >= UPDATES - 4 or monotonic() > end)
         if halted := monotonic() < end:
             os.killpg(job.pid, signal.SIGSTOP)  # else nothing would be left for the worker that comes back
-            sleep(end - monotonic())
+            sleep(max(0.0, end - monotonic()))
         hosts.reconnect("worker-2")
         # From here on the job has no other worker.
         stop([workers["worker-1"]], 0.2)
