@@ -1,11 +1,16 @@
 # Everything is set up by `make demo`, `make test` or `make venv` on a machine with Python 3.11.
+# On two idle cores, set-up not counted: make check (lint, unit tests) at most 3 minutes, make test (all but the
+# slow tests) at most 8, make test-all (what CI runs) at most 30.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS := benchmarks/results
+# Two processes or more, each with its share of the cores (tests/conftest.py) and up to 4 GB of memory. Files stay
+# together at first, and a process that has nothing left takes tests from the others.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: venv compiler chromium demo test lint docs wheel screenshot gpu-check bench clean
+.PHONY: venv compiler chromium demo check test test-all lint docs wheel screenshot gpu-check bench clean
 
 venv: $(READY)
 
@@ -36,8 +41,15 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+check: lint
+	$(PYTEST) tests/unit
+
 test: lint chromium
-	$(BIN)/python -m pytest
+	$(PYTEST) tests/unit tests/contract tests/integration
+
+# Also the campaigns of tests/slow: fifty kills, the real model, every order of events.
+test-all: lint chromium docs
+	$(PYTEST)
 
 # The site, in site/. Strict: a broken link or an undocumented reference fails.
 docs: venv

@@ -1,18 +1,37 @@
-"""Models that several test files share."""
+"""Models that several test files share; cores and a lock, for processes that run tests side by side."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported, for this process and all that tests start.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, str(max(1, len(os.sched_getaffinity(0)) // processes)))
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hetrain.public.model.files import resolve
+from tests.harness.exclusive import machine_lock
 
-pytest.register_assert_rewrite("tests.harness.split_model")
+pytest.register_assert_rewrite(
+    *(f"tests.harness.{module}" for module in ("agreement", "faults", "split_model", "trl_rows"))
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Runs a test that is marked `alone` while no other process runs one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    base = item.config.getoption("basetemp")
+    with machine_lock(Path(base).parent, exclusive=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def choose_compute(device: torch.device) -> Compute:
             hint="report the device and the torch version",
         )
     # In turn, so that other load slows all of them alike.
-    rounds = [{name: _seconds(KERNELS[name], device) for name in exact} for _ in range(_ROUNDS)]
+    rounds = [{name: measure_seconds(KERNELS[name], device) for name in exact} for _ in range(_ROUNDS)]
     name = min(exact, key=lambda candidate: min(times[candidate] for times in rounds))
     return Compute(device, name, KERNELS[name])
 
@@ -95,7 +95,7 @@ def _agrees(kernel: Kernel, weights: torch.Tensor, operand: torch.Tensor, device
     return torch.equal(result, expected) and torch.equal(transposed, expected)
 
 
-def _seconds(kernel: Kernel, device: torch.device) -> float:
+def measure_seconds(kernel: Kernel, device: torch.device) -> float:
     weights = torch.ones(512, 512, dtype=torch.int8, device=device)
     operand = torch.ones(512, 1024, dtype=torch.int32, device=device)
     start = time.perf_counter()

@@ -29,13 +29,13 @@ class Replica:
 
     def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, sealer: Sealer) -> None:
         self.stats = ProductStats()
-        self._model = _share_frozen_copy(model)
-        self.parameters = adapter_parameters(self._model)
-        self._causal = self._model.get_base_model()
+        self.model = _share_frozen_copy(model)
+        self.parameters = adapter_parameters(self.model)
+        self._causal = self.model.get_base_model()
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
         self._head = OutputHead.of(self._causal)
-        self._saver = HalfSaver(self._model.parameters(), self._device)
-        self._dropouts = [m for m in self._model.modules() if isinstance(m, SeededDropout)]
+        self._saver = HalfSaver(self.model.parameters(), self._device)
+        self._dropouts = [m for m in self.model.modules() if isinstance(m, SeededDropout)]
         self._generator: torch.Generator | None = None
         blocks = [block for _, block in decoder_blocks(self._causal)]
         self._blocks = RecomputedBlocks(blocks, self._saver, self._conditions)

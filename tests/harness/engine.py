@@ -40,8 +40,8 @@ COMPUTE = choose_compute(choose_device())
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What an engine promises of W·x: the largest entry of x it takes, and the largest error of a product.
+class Guarantee:
+    """What an engine guarantees for W·x: the largest entry of x it takes, and the largest error of a product.
 
     Both are given the tokens of x and the int8 matrix W [n, K]; the error is one for each row.
     """
@@ -63,11 +63,11 @@ def _exact(tokens: int, matrix: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(matrix), dtype=torch.int64)
 
 
-PROMISES: Mapping[str, Promise] = MappingProxyType(
+GUARANTEES: Mapping[str, Guarantee] = MappingProxyType(
     {
-        "rlwe": Promise(_rlwe_x_max, _rlwe_error),
-        "concrete": Promise(lambda tokens, matrix: 127, _exact),
-        "clear": Promise(_rlwe_x_max, _exact),
+        "rlwe": Guarantee(_rlwe_x_max, _rlwe_error),
+        "concrete": Guarantee(lambda tokens, matrix: 127, _exact),
+        "clear": Guarantee(_rlwe_x_max, _exact),
     }
 )
 
@@ -79,7 +79,7 @@ def open_checked(sealed: Sealed, parts: Sequence[Part]) -> torch.Tensor:
     return sealed.opening.open(parts)
 
 
-class Bench:
+class EngineHarness:
     """A checkpoint of the given matrices, its plan, a worker that serves it, and a job of one engine."""
 
     def __init__(
@@ -113,11 +113,11 @@ class Bench:
         self.service.prepare(task, lambda: plan)
 
     def new_sealer(self, bits: int | None = None) -> Sealer:
-        """Another job's client half, with keys of its own."""
+        """The client half of another job, with its own keys."""
         return client_engine(self.name).open(self.plan, JobOptions(bits, self.new_hints()))
 
     def new_hints(self) -> HintStore | None:
-        """A store of hints, empty; None where this bench has none."""
+        """A store of hints, empty; None where this harness has none."""
         if self._hints_in is None:
             return None
         sketches: dict[ProductKey, Sketch] = {}
@@ -126,7 +126,7 @@ class Bench:
         return HintStore(self.plan, sketches, self._hints_in)
 
     def evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        """What the worker answers."""
+        """The worker's results for a task."""
         return self.service.evaluate(task, self.plan.to_bytes, payload)
 
     def group(self, name: str) -> Group:
@@ -175,14 +175,14 @@ class Bench:
         return values if direction == "forward" else values.t()
 
     def excess(self, name: str, direction: Direction, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """By how much entries of y miss what the engine promises: integers [n, T], 0 where it is kept."""
+        """By how much entries of y exceed the guaranteed error, [n, T]: 0 where the guarantee is kept."""
         w = self.matrix(name, direction)
-        promise = PROMISES[self.name]
-        operand = quantize_operand(x, promise.x_max(len(x), w))
+        guarantee = GUARANTEES[self.name]
+        operand = quantize_operand(x, guarantee.x_max(len(x), w))
         exact = w.to(torch.int64) @ operand.values.to(torch.int64)
         scales = operand.scales.to(torch.float64)
         got = (y.to(torch.float64) / scales[:, None]).t()
         # float32 carries 24 bits of a result and of its scale.
         slack = exact.abs().to(torch.float64) * 2.0**-22 + 0.01
         error = (got - exact.to(torch.float64)).abs()
-        return (error - promise.error(len(x), w)[:, None] - slack).clamp_min(0)
+        return (error - guarantee.error(len(x), w)[:, None] - slack).clamp_min(0)

@@ -17,50 +17,56 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
 
 from celery import signals
 
 from hetrain.public.protocol.messages import QUEUE
 from tasks.supervisor.server import tie_to_parent
+from tests.harness.waiting import eventually
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")
 _OPTIONS = ("-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO")
 
 
-class Fleet:
-    """The workers that a zygote keeps."""
+class ForkedWorkers:
+    """The workers that a fork server keeps running."""
 
-    def __init__(self, zygote: subprocess.Popen[str]) -> None:
-        self._zygote = zygote
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server = server
         self._lock = threading.Lock()
         self._ready: dict[int, bool] = {}
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def await_ready(self, workers: int) -> None:
-        while sum(self._ready.values()) < workers:
-            assert self._zygote.poll() is None
-            sleep(0.02)
+        """Returns when so many workers take tasks."""
 
-    def living(self) -> dict[int, bool]:
+        def all_ready() -> bool:
+            assert self._server.poll() is None, "the fork server has ended"
+            return sum(self.running().values()) >= workers
+
+        eventually(all_ready, 120)
+
+    def running(self) -> dict[int, bool]:
         """Process ids, and whether they have taken up work."""
         with self._lock:
             return dict(self._ready)
 
     def kill(self, pid: int) -> None:
+        """Kills one worker; the fork server replaces it."""
         with self._lock:
             os.kill(pid, signal.SIGKILL)
             del self._ready[pid]
 
-    def end(self) -> None:
-        self._zygote.kill()
-        self._zygote.wait()
+    def stop(self) -> None:
+        """Ends the fork server and all workers."""
+        self._server.kill()
+        self._server.wait()
         self._reader.join()
 
     def _read(self) -> None:
-        assert self._zygote.stdout is not None
-        for line in self._zygote.stdout:
+        assert self._server.stdout is not None
+        for line in self._server.stdout:
             state, pid = line.split()
             with self._lock:
                 if state == "start" or int(pid) in self._ready:
@@ -68,30 +74,30 @@ class Fleet:
 
 
 @contextmanager
-def fleet_of(workers: int, url: str, model: Path, log: Path) -> Iterator[Fleet]:
+def forked_workers(workers: int, url: str, model: Path, log: Path) -> Iterator[ForkedWorkers]:
     """So many workers, of one thread each, that serve `model` from the broker at `url`."""
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     serve = {"HETRAIN_BROKER_URL": url, "HETRAIN_MODELS": json.dumps([str(model)])}
-    zygote = subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, "-m", "tests.harness.forkserver", str(workers), str(log)],
         env=os.environ | one_thread | serve,
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=tie_to_parent(),
     )
-    fleet = Fleet(zygote)
+    pool = ForkedWorkers(server)
     try:
-        fleet.await_ready(workers)
-        yield fleet
+        pool.await_ready(workers)
+        yield pool
     finally:
-        fleet.end()
+        pool.stop()
 
 
 def main(count: int, log: str) -> None:
     """Keeps `count` workers running until it is killed, and they with it.
 
-    The environment says what they serve. Standard output gets a line ``start PID`` for every worker, and
-    ``ready PID`` once it takes tasks.
+    The environment holds the broker and the model. Standard output gets a line ``start PID`` for every
+    worker, and ``ready PID`` once it takes tasks.
     """
     from tasks.app import app
 
@@ -110,7 +116,7 @@ def main(count: int, log: str) -> None:
 
 def _fork(index: int, log: str, tie: Callable[[], None] | None) -> int:
     if pid := os.fork():
-        _say(f"start {pid}")
+        _report(f"start {pid}")
         return pid
     try:
         os.setsid()
@@ -125,15 +131,15 @@ def _fork(index: int, log: str, tie: Callable[[], None] | None) -> int:
 def _work(index: int, log: str) -> None:
     from tasks.app import app
 
-    said = os.dup(1)
+    reports = os.dup(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    signals.worker_ready.connect(lambda **_: os.write(said, f"ready {os.getpid()}\n".encode()), weak=False)
+    signals.worker_ready.connect(lambda **_: os.write(reports, f"ready {os.getpid()}\n".encode()), weak=False)
     app.start(["worker", *_OPTIONS, "-n", f"worker-{index}@%h"])
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 

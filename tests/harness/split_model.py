@@ -1,4 +1,4 @@
-"""Tiny models of every family, and a bench that runs them split and as stock transformers and peft do."""
+"""Tiny models of every family, run split and as stock transformers and peft run them."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def save_model(family: Family, directory: Path, seed: int = 0, **options: Any) -
     return model
 
 
-class Bench:
-    """A split model with a random adapter, on the real worker service, counting what it is asked for."""
+class SplitHarness:
+    """A split model with a random adapter, on the real worker service; records the products it computes."""
 
     def __init__(
         self, directory: Path, settings: LoraConfig | None = None, outsource: Sequence[str] = ("*",)
@@ -139,7 +139,7 @@ class Bench:
         with torch.no_grad():
             for parameter in adapter_parameters(self.model).values():
                 parameter.normal_(std=0.2, generator=generator)
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
         compute = Compute(torch.device("cpu"), "int8", KERNELS["int8"])
         self._service = Service(compute, WeightStore(compute.device, {checkpoint.label: str(directory)}))
         self._plan = self.split.plan.to_bytes()
@@ -149,7 +149,7 @@ class Bench:
         self.channel.prepare(self.split.plan.model, "clear", self._plan, self.split.plan.digest)
 
     def _evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        self.asked.append((task.direction, task.group))
+        self.requests.append((task.direction, task.group))
         return self._service.evaluate(task, lambda: self._plan, memoryview(bytearray(payload)))
 
     def replica(self) -> Replica:
@@ -212,10 +212,10 @@ def stock_loss(model: torch.nn.Module, row: Row) -> torch.Tensor:
     return cross_entropy(logits[counts], targets[counts], reduction="sum")
 
 
-def assert_faithful(bench: Bench) -> None:
+def assert_faithful(harness: SplitHarness) -> None:
     """Loss and gradients of packed rows equal the sum of what stock peft gives for each row alone."""
-    result = run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
-    reference = bench.stock_peft()
+    result = run_step(harness.replica(), packed(rows()), harness.snapshot(), seed=0)
+    reference = harness.stock_peft()
     losses = [stock_loss(reference, row) for row in rows()]
     sum(losses).backward()
     assert result.summed_loss == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
@@ -227,10 +227,10 @@ def assert_faithful(bench: Bench) -> None:
         assert error <= 1e-3 * gradient.norm() + 1e-6 * largest, name
 
 
-def assert_nothing_held(bench: Bench) -> None:
+def assert_nothing_held(harness: SplitHarness) -> None:
     """No outsourced matrix lies on the client."""
-    causal = bench.replica()._causal
-    outsourced = {member.module for group in bench.split.plan.groups for member in group.members}
+    causal = harness.replica().model.get_base_model()
+    outsourced = {member.module for group in harness.split.plan.groups for member in group.members}
     remotes = {
         name.removesuffix(".base_layer"): m
         for name, m in causal.named_modules()
@@ -238,9 +238,9 @@ def assert_nothing_held(bench: Bench) -> None:
     }
     assert remotes.keys() == outsourced
     assert all(module.weight.untyped_storage().nbytes() == 4 for module in remotes.values())
-    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(bench.directory).parameters())
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(harness.directory).parameters())
     matrices = sum(module.in_features * module.out_features for module in remotes.values())
-    assert bench.split.client_parameters == total - matrices
+    assert harness.split.client_parameters == total - matrices
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in causal.parameters()}
     lora = sum(p.untyped_storage().nbytes() for p in adapter_parameters(causal).values())
-    assert sum(held.values()) <= 4 * (bench.split.client_parameters + len(remotes)) + lora
+    assert sum(held.values()) <= 4 * (harness.split.client_parameters + len(remotes)) + lora

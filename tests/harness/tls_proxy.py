@@ -32,7 +32,7 @@ async def main(certificate: str, key: str, address: str, port: int, path: str) -
             asyncio.create_task(_pump(reader, server_writer)),
             asyncio.create_task(_pump(server_reader, writer)),
         ]
-        # Whoever ends first, the other one has nobody to talk to.
+        # When one direction ends, the other has no peer left.
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         for pump in pumps:
             pump.cancel()

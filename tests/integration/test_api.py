@@ -13,10 +13,7 @@ import pytest
 
 import hetrain
 from hetrain.public.errors import UsageError
-from tasks.supervisor.server import start_worker, stop
-from tests.harness.processes import serving
-
-HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
+from tests.harness.processes import HANDBOOK, broker_with_worker
 
 
 def documented_lines() -> str:
@@ -50,9 +47,7 @@ def test_the_documented_lines_run_as_written(
     with ExitStack() as stack:
         address = None
         if place == "broker":
-            served = stack.enter_context(serving())
-            stack.callback(stop, [start_worker(1, served.url, "smollm2-135m", served.log)])
-            address = served.url
+            address = stack.enter_context(broker_with_worker("smollm2-135m")).url
         exec(
             lines.replace(elided, repr(address)).replace("hetrain.evaluate", "loss = hetrain.evaluate"), names
         )

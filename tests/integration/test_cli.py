@@ -18,18 +18,13 @@ import redis
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from hetrain.public.broker.connection import parse_broker_url
 from tasks.supervisor.server import start_worker, stop
-from tests.harness.processes import HETRAIN, hetrain, serving
+from tests.harness.processes import HANDBOOK, HETRAIN, broker_server, connect, hetrain
+from tests.harness.waiting import eventually
 
-HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 SMALL = ("--micro-batch-tokens", "256", "--max-length", "64")
-
-
-def connect(url: str) -> redis.Redis:
-    return redis.Redis.from_url(parse_broker_url(url).for_redis())
 
 
 def message(result: subprocess.CompletedProcess[str]) -> str:
@@ -40,8 +35,8 @@ def message(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.fixture(scope="module")
 def broker() -> Iterator[str]:
     """A broker without workers."""
-    with serving() as running:
-        yield running.url
+    with broker_server() as server:
+        yield server.url
 
 
 def test_from_data_set_to_adapter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -56,7 +51,8 @@ def test_from_data_set_to_adapter(tiny_llama: Path, tmp_path: Path) -> None:
         "--json",
         *SMALL,
     )
-    result = hetrain("submit", HANDBOOK, *arguments, "--lora-dropout", "0.1")
+    command = [*HETRAIN, "submit", HANDBOOK, *arguments, "--lora-dropout", "0.1"]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     events = [json.loads(line) for line in result.stdout.splitlines()]
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -167,12 +163,26 @@ def fill_but(url: str, room: int) -> None:
         ballast.delete(f"ballast:{index}")
 
 
-def test_a_full_broker_is_said(tmp_path: Path) -> None:
-    with serving(maxmemory=16 << 20) as full, ExitStack() as stack:
-        worker = start_worker(1, full.url, "smollm2-135m", full.log)
+@pytest.fixture
+def wide_llama(tiny_llama: Path, tmp_path: Path) -> Path:
+    """One layer, as wide as SmolLM2's."""
+    directory = tmp_path / "wide-llama"
+    shutil.copytree(tiny_llama, directory)
+    config = AutoConfig.from_pretrained(tiny_llama)
+    config.hidden_size, config.num_hidden_layers, config.head_dim = 576, 1, 64
+    config.num_attention_heads, config.num_key_value_heads = 9, 3
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_a_full_broker_is_said(wide_llama: Path, tmp_path: Path) -> None:
+    with broker_server(maxmemory=16 << 20) as full, ExitStack() as stack:
+        worker = start_worker(1, full.url, str(wide_llama), full.log)
         stack.callback(stop, [worker])
         fill_but(full.url, 3_000_000)  # room for connections, messages and plan, but not for 576·2048·4 bytes
-        result = hetrain("submit", HANDBOOK, "--broker-url", full.url, "-o", tmp_path / "out")
+        result = hetrain(
+            "submit", HANDBOOK, "-m", wide_llama, "--broker-url", full.url, "-o", tmp_path / "out"
+        )
     assert result.returncode == 7
     assert "memory" in message(result)
 
@@ -210,11 +220,12 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
         )
         stack.callback(client.kill)
         metrics = output / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+
+        def has_trained() -> bool:
             assert client.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+            return metrics.exists() and metrics.read_text().count("\n") >= 3
+
+        eventually(has_trained, 120)
         family = psutil.Process(client.pid).children(recursive=True)
         for _ in range(presses):
             os.killpg(client.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group

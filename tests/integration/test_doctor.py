@@ -1,4 +1,4 @@
-"""`hetrain doctor`: what it says of real brokers and workers, and of answers that nobody should believe."""
+"""`hetrain doctor`: its report on real brokers and workers, and on answers that must not be trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from celery import Celery
 
 import hetrain
@@ -26,8 +25,8 @@ from hetrain.public.protocol.messages import CONTROL_REPORT, EngineReport, Worke
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.kernels import kernels
 from tasks.supervisor.server import start_worker, stop
+from tests.harness.processes import broker_server, connect
 from tests.harness.processes import hetrain as hetrain_command
-from tests.harness.processes import serving
 
 OTHER = WorkerReport(
     worker="other@elsewhere",
@@ -44,14 +43,14 @@ OTHER = WorkerReport(
 @pytest.fixture(scope="module")
 def empty() -> Iterator[str]:
     """A broker without workers."""
-    with serving() as broker:
+    with broker_server() as broker:
         yield broker.url
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, Path]]:
     """A broker with a worker that has answered once, and the worker's log."""
-    with serving() as broker, (broker.directory / "worker.log").open("wb") as log:
+    with broker_server() as broker, (broker.directory / "worker.log").open("wb") as log:
         url = broker.url
         worker = start_worker(1, url, "smollm2-135m", log)
         try:
@@ -61,13 +60,9 @@ def served() -> Iterator[tuple[str, Path]]:
             stop([worker])
 
 
-def connect(url: str) -> redis.Redis:
-    return redis.Redis.from_url(parse_broker_url(url).for_redis())
-
-
 @contextmanager
 def answering(url: str, answer: Callable[[], Any], name: str = "other@elsewhere") -> Iterator[None]:
-    """Somebody on the broker who answers the control command with whatever `answer` returns."""
+    """A node on the broker that answers the control command with what `answer` returns."""
     app = Celery(broker=parse_broker_url(url).for_celery(), set_as_current=False)
     listening, done = threading.Event(), threading.Event()
 
@@ -131,9 +126,9 @@ def test_worker_device_and_engines_are_named(
 
 
 def test_no_worker_and_a_careless_broker_are_said() -> None:
-    with serving() as broker:
-        connect(broker.url).config_set("maxmemory", 0)
-        connect(broker.url).config_set("maxmemory-policy", "allkeys-lru")
+    with broker_server() as broker:
+        broker.connect().config_set("maxmemory", 0)
+        broker.connect().config_set("maxmemory-policy", "allkeys-lru")
         result = hetrain_command("doctor", "--broker-url", broker.url, timeout=120)
     assert result.returncode == 8, result.stderr
     assert "celery -A tasks worker -Q gpu" in " ".join(result.stderr.split())

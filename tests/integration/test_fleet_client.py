@@ -33,8 +33,9 @@ from hetrain.transport.scheduling import partition as partition_module
 from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, partition
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
-from tests.harness.engine import Bench
-from tests.harness.processes import Serving, serving
+from tests.harness.engine import EngineHarness as Bench
+from tests.harness.processes import BrokerServer as Serving
+from tests.harness.processes import broker_server as serving
 
 ROWS, K = 640, 96
 NAMES = ("w0", "w1", "w2", "w3")

@@ -13,12 +13,11 @@ import subprocess
 import sys
 import warnings
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -29,10 +28,10 @@ from playwright.sync_api import FloatRect, Page, expect, sync_playwright
 
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
-from tasks.supervisor.server import start_worker, stop, tie_to_parent
-from tests.harness.processes import hetrain, serving
+from tasks.supervisor.server import stop, tie_to_parent
+from tests.harness.processes import HANDBOOK, broker_with_worker, hetrain
+from tests.harness.waiting import eventually
 
-HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Root has no sandbox; the rest keeps it from looking for its maker's hosts.
 QUIET = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -59,12 +58,10 @@ JOB = re.compile(r"job …[0-9a-f]{4} model tiny-llama")
 RESULT = re.compile(r"'\d+\.\d{4} s on cpu · \w+ kernel'")
 DURATION = re.compile(r"\d+(\.\d+)? (µs|ms|s)")
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Watched:
-    """Flower's address and process, the worker that it watches, and the broker's URL."""
+class FlowerServer:
+    """Flower's address and process id, the worker that it observes, and the broker's URL."""
 
     url: str
     pid: int
@@ -85,24 +82,14 @@ def fetch(url: str, login: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def eventually(look: Callable[[], T], seconds: float = 30) -> T:
-    end = monotonic() + seconds
-    while not (seen := look()) and monotonic() < end:
-        sleep(0.1)
-    assert seen
-    return seen
-
-
 @pytest.fixture(scope="module")
-def watched(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def flower(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowerServer]:
     """Flower, which has seen one update of a job with the engine rlwe, and a task that still waits."""
     directory = tmp_path_factory.mktemp("flower")
     with ExitStack() as stack:
-        broker = stack.enter_context(serving())
-        worker = start_worker(1, broker.url, str(tiny_llama), broker.log, threads=1)
-        stack.callback(stop, [worker])
-        flower, url = start_flower(broker.url, directory)
-        stack.callback(stop, [flower])
+        broker = stack.enter_context(broker_with_worker(tiny_llama, threads=1))
+        process, url = start_flower(broker.url, directory)
+        stack.callback(stop, [process])
         name = eventually(lambda: next(iter(json.loads(fetch(f"{url}/api/workers?refresh=1", LOGIN)[1])), ""))
 
         arguments = ("--max-steps", 1, "--micro-batch-tokens", 256, "--max-length", 64, "--engine", "rlwe")
@@ -121,7 +108,7 @@ def watched(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         assert job.returncode == 0, job.stderr
 
         eventually(lambda: covered(json.loads(fetch(f"{url}/api/tasks?state=SUCCESS", LOGIN)[1]).values()))
-        yield Watched(url, flower.pid, name, broker.url)
+        yield FlowerServer(url, process.pid, name, broker.url)
 
 
 def covered(tasks: Iterable[dict[str, Any]]) -> bool:
@@ -162,7 +149,7 @@ def start_flower(broker: str, directory: Path) -> tuple[subprocess.Popen[bytes],
 
 
 @pytest.fixture(scope="module")
-def page(watched: Watched) -> Iterator[Page]:
+def page(flower: FlowerServer) -> Iterator[Page]:
     """A page of a headless Chromium that knows Flower's user and password."""
     if CHROMIUM is None and os.environ.get("CI") != "true":
         reason = "Flower's pages were NOT looked at: install Debian's package chromium (make chromium)"
@@ -182,8 +169,8 @@ def page(watched: Watched) -> Iterator[Page]:
         yield context.new_page()
 
 
-def test_tasks_page_tells_what_each_task_is_about(page: Page, watched: Watched, tmp_path: Path) -> None:
-    page.goto(f"{watched.url}/tasks")
+def test_tasks_page_tells_what_each_task_is_about(page: Page, flower: FlowerServer, tmp_path: Path) -> None:
+    page.goto(f"{flower.url}/tasks")
     rows = page.locator("#tasks-table tbody tr")
     expect(rows).to_have_count(15)
     page.screenshot(path=os.environ.get("HETRAIN_SCREENSHOT") or tmp_path / "flower.png", clip=PICTURE)
@@ -198,37 +185,37 @@ def test_tasks_page_tells_what_each_task_is_about(page: Page, watched: Watched, 
         assert task["State"] == "SUCCESS"
         assert DURATION.fullmatch(task["Runtime"]), task
         assert RESULT.fullmatch(task["Result"]), task
-        assert task["Worker"] == watched.worker
+        assert task["Worker"] == flower.worker
 
 
-def test_task_leads_to_its_worker_and_the_worker_to_its_device(page: Page, watched: Watched) -> None:
-    page.goto(f"{watched.url}/tasks")
+def test_task_leads_to_its_worker_and_the_worker_to_its_device(page: Page, flower: FlowerServer) -> None:
+    page.goto(f"{flower.url}/tasks")
     row = page.locator("#tasks-table tbody tr", has_text="mlp.down_proj").first
     row.locator("a[href^='/task/']").click()
     details = page.locator("#task-page")
     for text in ("hetrain.evaluate", "SUCCESS", "ward 0:", "mlp.down_proj", "model tiny-llama", "on cpu ·"):
         expect(details).to_contain_text(text)
-    details.get_by_role("link", name=watched.worker).click()
+    details.get_by_role("link", name=flower.worker).click()
     pool = page.locator("#tab-pool")
     expect(pool.locator("tr", has_text="Device")).to_have_text(re.compile(r"cpu · \w+ kernel"))
     expect(pool.locator("tr", has_text="Models")).to_contain_text("tiny-llama")
 
 
-def test_workers_page_counts_its_tasks(page: Page, watched: Watched) -> None:
-    page.goto(f"{watched.url}/workers")
-    row = page.locator("#workers-table tbody tr", has_text=watched.worker)
+def test_workers_page_counts_its_tasks(page: Page, flower: FlowerServer) -> None:
+    page.goto(f"{flower.url}/workers")
+    row = page.locator("#workers-table tbody tr", has_text=flower.worker)
     expect(row).to_contain_text("Online")
     # One for each product at least, and the preparation.
     assert int(row.locator("td").nth(5).inner_text()) > len(EXPECTED)
 
 
-def test_broker_page_reads_a_socket_with_a_password(page: Page, watched: Watched) -> None:
-    page.goto(f"{watched.url}/broker")
+def test_broker_page_reads_a_socket_with_a_password(page: Page, flower: FlowerServer) -> None:
+    page.goto(f"{flower.url}/broker")
     expect(page.locator("#queue-table tbody tr")).to_contain_text(QUEUE)
 
 
-def test_no_page_has_a_message_or_the_password(watched: Watched) -> None:
-    address = parse_broker_url(watched.broker)
+def test_no_page_has_a_message_or_the_password(flower: FlowerServer) -> None:
+    address = parse_broker_url(flower.broker)
     password = address.credentials.lstrip(":")
     assert password
     with Celery(broker=address.for_celery(), set_as_current=False) as app:
@@ -236,37 +223,37 @@ def test_no_page_has_a_message_or_the_password(watched: Watched) -> None:
             TASK_EVALUATE, ["the message"], queue=QUEUE, countdown=600, argsrepr="waits", kwargsrepr="long"
         )
     # Workers tell the arguments of such a task, where that is left to Celery.
-    eventually(lambda: "waits" in watched.get(f"/worker/{watched.worker}")[1])
+    eventually(lambda: "waits" in flower.get(f"/worker/{flower.worker}")[1])
     paths = ["/", "/workers?json=1", "/tasks", "/broker", "/api/tasks", "/api/workers?refresh=1", "/metrics"]
-    paths += [f"/task/{task}" for task in json.loads(watched.get("/api/tasks")[1])]
-    for path in (f"/worker/{watched.worker}", *paths):
-        status, text = watched.get(path)
+    paths += [f"/task/{task}" for task in json.loads(flower.get("/api/tasks")[1])]
+    for path in (f"/worker/{flower.worker}", *paths):
+        status, text = flower.get(path)
         assert status == 200, path
         for secret in (password, "the message", "plan_digest"):
             assert secret not in text, path
 
 
 @pytest.mark.parametrize("login", ["", "watcher:wrong", "other:flower-secret-7"])
-def test_refuses_without_the_password(watched: Watched, login: str) -> None:
+def test_refuses_without_the_password(flower: FlowerServer, login: str) -> None:
     for path in (
         "/",
         "/tasks",
         "/tasks/datatable?draw=1&start=0&length=9",
         "/api/tasks",
-        f"/worker/{watched.worker}",
+        f"/worker/{flower.worker}",
     ):
-        status, text = watched.get(path, login)
-        assert (status, watched.worker in text) == (401, False), path
+        status, text = flower.get(path, login)
+        assert (status, flower.worker in text) == (401, False), path
 
 
-def test_only_shows_and_only_here(watched: Watched) -> None:
-    request = Request(f"{watched.url}/api/worker/shutdown/{watched.worker}", method="POST")
+def test_only_shows_and_only_here(flower: FlowerServer) -> None:
+    request = Request(f"{flower.url}/api/worker/shutdown/{flower.worker}", method="POST")
     request.add_header("Authorization", f"Basic {b64encode(LOGIN.encode()).decode()}")
     with pytest.raises(HTTPError, match="403"):
         urlopen(request, timeout=20)
     listening = [
         socket.laddr.ip
-        for socket in psutil.Process(watched.pid).net_connections("inet")
+        for socket in psutil.Process(flower.pid).net_connections("inet")
         if socket.status == psutil.CONN_LISTEN
     ]
     assert listening == ["127.0.0.1"]

@@ -30,11 +30,12 @@ from cryptography.x509.oid import NameOID
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerError
 from tasks.supervisor.worker_process import stop, tie_to_parent
-from tests.harness.processes import HETRAIN, serving
+from tests.harness.processes import HANDBOOK, HETRAIN, broker_server
+from tests.harness.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 PROXY = (sys.executable, str(ROOT / "tests" / "harness" / "tls_proxy.py"))
-GUESTS = ("client", "worker-1", "worker-2")
+HOSTS = ("client", "worker-1", "worker-2")
 UPDATES = 16
 CUT_S = 10.0
 
@@ -56,17 +57,17 @@ Spawn = Callable[..., "subprocess.Popen[bytes]"]
 class Hosts(Protocol):
     """Hosts that reach a broker, each at an address of `addresses`."""
 
-    def on(self, guest: str) -> Sequence[str]:
-        """What to put before a command that runs on `guest`."""
+    def on(self, host: str) -> Sequence[str]:
+        """What to put before a command that runs on `host`."""
 
-    def broker(self, guest: str) -> str:
-        """HOST:PORT of the broker, for `guest`."""
+    def broker(self, host: str) -> str:
+        """HOST:PORT of the broker, for `host`."""
 
-    def cut(self, guest: str) -> None:
-        """From now on nothing passes between `guest` and the others, and nobody is told."""
+    def disconnect(self, host: str) -> None:
+        """From now on all packets between `host` and the others are lost; no connection is reset."""
 
-    def mend(self, guest: str) -> None:
-        """Ends what `cut` began."""
+    def reconnect(self, host: str) -> None:
+        """Ends what `disconnect` began."""
 
 
 class Namespaces:
@@ -79,7 +80,7 @@ class Namespaces:
         self._add("switch", stack)
         self._ip("switch", "link add name bridge type bridge")
         self._ip("switch", "link set dev bridge up")
-        for index, name in enumerate(("broker", *GUESTS), start=1):
+        for index, name in enumerate(("broker", *HOSTS), start=1):
             self._add(name, stack)
             peer = f"netns {self._prefix}{name}"
             self._ip("switch", f"link add name {name} type veth peer name eth0 {peer}")
@@ -89,18 +90,18 @@ class Namespaces:
             self._ip(name, "link set dev lo up")
         proxy(self.on("broker"), "10.77.0.1", self.PORT)
 
-    def on(self, guest: str) -> Sequence[str]:
-        return ("ip", "netns", "exec", self._prefix + guest)
+    def on(self, host: str) -> Sequence[str]:
+        return ("ip", "netns", "exec", self._prefix + host)
 
-    def broker(self, guest: str) -> str:
+    def broker(self, host: str) -> str:
         return f"10.77.0.1:{self.PORT}"
 
-    def cut(self, guest: str) -> None:
+    def disconnect(self, host: str) -> None:
         # Its cable stays in, but leads nowhere: packets vanish, no connection is reset.
-        self._ip("switch", f"link set dev {guest} nomaster")
+        self._ip("switch", f"link set dev {host} nomaster")
 
-    def mend(self, guest: str) -> None:
-        self._ip("switch", f"link set dev {guest} master bridge")
+    def reconnect(self, host: str) -> None:
+        self._ip("switch", f"link set dev {host} master bridge")
 
     def _add(self, name: str, stack: ExitStack) -> None:
         subprocess.run(["ip", "netns", "add", self._prefix + name], check=True)
@@ -130,28 +131,28 @@ class Namespaces:
 
 
 class Loopback:
-    """Addresses of the loopback device. Each guest has its own TLS end, which is halted to cut it off."""
+    """Addresses of the loopback device. Each host has its own TLS end, which is halted to cut it off."""
 
     def __init__(self, stack: ExitStack, proxy: Callable[[Sequence[str], str, int], subprocess.Popen[bytes]]):
-        self._places: dict[str, tuple[str, int]] = {}
+        self._addresses: dict[str, tuple[str, int]] = {}
         self._proxies: dict[str, subprocess.Popen[bytes]] = {}
-        for index, name in enumerate(GUESTS, start=2):
+        for index, name in enumerate(HOSTS, start=2):
             with socket.create_server((f"127.0.0.{index}", 0)) as free:
-                self._places[name] = free.getsockname()[:2]
-            self._proxies[name] = proxy((), *self._places[name])
-            stack.callback(self.mend, name)  # what is halted cannot be ended politely
+                self._addresses[name] = free.getsockname()[:2]
+            self._proxies[name] = proxy((), *self._addresses[name])
+            stack.callback(self.reconnect, name)  # what is halted cannot be ended politely
 
-    def on(self, guest: str) -> Sequence[str]:
+    def on(self, host: str) -> Sequence[str]:
         return ()
 
-    def broker(self, guest: str) -> str:
-        return "{}:{}".format(*self._places[guest])
+    def broker(self, host: str) -> str:
+        return "{}:{}".format(*self._addresses[host])
 
-    def cut(self, guest: str) -> None:
-        self._proxies[guest].send_signal(signal.SIGSTOP)
+    def disconnect(self, host: str) -> None:
+        self._proxies[host].send_signal(signal.SIGSTOP)
 
-    def mend(self, guest: str) -> None:
-        self._proxies[guest].send_signal(signal.SIGCONT)
+    def reconnect(self, host: str) -> None:
+        self._proxies[host].send_signal(signal.SIGCONT)
 
 
 KINDS = [Namespaces] if Namespaces.can_be_made() else [Loopback]
@@ -243,14 +244,7 @@ def clean_environment() -> dict[str, str]:
 def submit(model: Path, output: Path, *more: object) -> list[object]:
     place = ("--model-name-or-path", model, "--output-dir", output, "--quiet")
     what = ("--engine", "clear", "--sync", "--micro-batch-tokens", 64, "--max-length", 32)
-    return [*HETRAIN, "submit", ROOT / "examples" / "handbook.jsonl", *place, *what, *more]
-
-
-def await_that(what: str, condition: Callable[[], bool], *, limit_s: float = 60) -> None:
-    end = monotonic() + limit_s
-    while not condition():
-        assert monotonic() < end, f"not within {limit_s:.0f} s: {what}"
-        sleep(0.05)
+    return [*HETRAIN, "submit", HANDBOOK, *place, *what, *more]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,10 +253,10 @@ def test_a_worker_is_cut_off_and_comes_back(
 ) -> None:
     ours, others = Authority(tmp_path / "ours"), Authority(tmp_path / "others")
     certificate = ours.issue(["10.77.0.1", *(f"127.0.0.{index}" for index in range(2, 5))])
-    logs = {name: tmp_path / f"{name}.log" for name in (*GUESTS, "proxy", "calm", "refused")}
+    logs = {name: tmp_path / f"{name}.log" for name in (*HOSTS, "proxy", "undisturbed", "refused")}
     with ExitStack() as stack:
         files = {name: stack.enter_context(path.open("wb")) for name, path in logs.items()}
-        broker = stack.enter_context(serving())
+        broker = stack.enter_context(broker_server())
         path, login = parse_broker_url(broker.url).socket, parse_broker_url(broker.url).credentials
 
         def proxy(prefix: Sequence[str], address: str, port: int) -> subprocess.Popen[bytes]:
@@ -270,21 +264,23 @@ def test_a_worker_is_cut_off_and_comes_back(
 
         hosts: Hosts = kind(stack, proxy)
 
-        def start(guest: str, command: Sequence[object], log: str = "", trusted: Path = ours.path):  # type: ignore[no-untyped-def]
-            url = f"rediss://{login}@{hosts.broker(guest)}/0?ssl_ca_certs={trusted}"
+        def start(host: str, command: Sequence[object], log: str = "", trusted: Path = ours.path):  # type: ignore[no-untyped-def]
+            url = f"rediss://{login}@{hosts.broker(host)}/0?ssl_ca_certs={trusted}"
             environment = {"HETRAIN_BROKER_URL": url, "HETRAIN_MODELS": json.dumps([str(tiny_llama)])}
-            return spawn([*hosts.on(guest), *command], files[log or guest], environment)
+            return spawn([*hosts.on(host), *command], files[log or host], environment)
 
-        def has(guest: str, text: str) -> bool:
-            return text in logs[guest].read_text(errors="replace")
+        def has(host: str, text: str) -> bool:
+            return text in logs[host].read_text(errors="replace")
 
         serve = (sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", "gpu", "-l", "INFO", "-n")
-        workers = {name: start(name, [*serve, f"{name}@{name}"]) for name in GUESTS[1:]}
+        workers = {name: start(name, [*serve, f"{name}@{name}"]) for name in HOSTS[1:]}
         # An undisturbed run, on this host alone.
-        calm = spawn(submit(tiny_llama, tmp_path / "calm", "--max-steps", UPDATES), files["calm"])
+        undisturbed = spawn(
+            submit(tiny_llama, tmp_path / "undisturbed", "--max-steps", UPDATES), files["undisturbed"]
+        )
         refused = start("client", [sys.executable, "-c", PING], "refused", trusted=others.path)
         for name in workers:
-            await_that(f"{name} is ready", lambda name=name: has(name, "ready."))  # type: ignore[misc]
+            eventually(lambda name=name: has(name, "ready."), what=f"{name} is ready")  # type: ignore[misc]
 
         assert refused.wait(60) == BrokerError.exit_code
         assert has("refused", "certificate"), logs["refused"].read_text()
@@ -295,26 +291,25 @@ def test_a_worker_is_cut_off_and_comes_back(
         def updates() -> int:
             return len(metrics.read_text().splitlines()) // 2 if metrics.is_file() else 0
 
-        await_that("updates", lambda: updates() >= 2)
-        hosts.cut("worker-2")
-        end, halted = monotonic() + CUT_S, False
-        while monotonic() < end:
-            if not halted and updates() >= UPDATES - 4:
-                os.killpg(
-                    job.pid, signal.SIGSTOP
-                )  # else nothing would be left for the worker that comes back
-                halted = True
-            sleep(0.02)
-        hosts.mend("worker-2")
+        eventually(lambda: updates() >= 2, what="two updates")
+        hosts.disconnect("worker-2")
+        end = monotonic() + CUT_S
+        eventually(lambda: updates() >= UPDATES - 4 or monotonic() > end)
+        if halted := monotonic() < end:
+            os.killpg(job.pid, signal.SIGSTOP)  # else nothing would be left for the worker that comes back
+            sleep(max(0.0, end - monotonic()))
+        hosts.reconnect("worker-2")
         # From here on the job has no other worker.
         stop([workers["worker-1"]], 0.2)
         served = logs["worker-2"].read_text().count("succeeded")
         if halted:
             os.killpg(job.pid, signal.SIGCONT)
         assert job.wait(90) == 0, logs["client"].read_text()
-        assert calm.wait(60) == 0, logs["calm"].read_text()
+        assert undisturbed.wait(60) == 0, logs["undisturbed"].read_text()
         assert logs["worker-2"].read_text().count("succeeded") > served
         steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
         assert sorted(steps) == sorted([*range(1, UPDATES + 1)] * 2)
-        adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("calm", "cut")]
+        adapters = [
+            (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("undisturbed", "cut")
+        ]
         assert adapters[0] == adapters[1]

@@ -58,7 +58,7 @@ from hetrain.transport.requests.state import Timeouts, prepare_task
 from tasks.request_log import RequestLog
 from tasks.supervisor.embedded import SupervisedWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
-from tests.harness.processes import serving
+from tests.harness.processes import broker_server as serving
 
 OUT, IN = 1536, 1024
 GUARD_S = 60

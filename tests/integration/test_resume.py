@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import JobResult, finetune
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.signals import stop_on_signals
-from tasks.supervisor.server import start_worker, stop
-from tests.harness.processes import serving
+from tests.harness.processes import HANDBOOK, broker_with_worker
 
-HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 TRAINING = TrainingConfig(
     learning_rate=1e-2,
     lr_scheduler_type="cosine",
@@ -40,13 +37,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def spec(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobSpec]:
     """A worker that all runs share; the output directory is still missing."""
-    with serving() as served, ExitStack() as stack:
-        worker = start_worker(1, served.url, str(tiny_llama), served.log)
-        stack.callback(stop, [worker])
+    with broker_with_worker(tiny_llama) as broker:
         yield JobSpec(
             dataset=HANDBOOK,
             model=str(tiny_llama),
-            workers=served.url,
+            workers=broker.url,
             output_dir=Path("/nonexistent"),
             lora=LoraConfig(r=4, alpha=8, dropout=0.1),
             outsourcing=OutsourcingConfig(engine="clear"),
@@ -101,11 +96,11 @@ def assert_same_adapter(a: Path, b: Path) -> None:
 
 
 def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
-    told = []
-    with stop_on_signals(lambda: told.append(True)) as asked:
+    calls = []
+    with stop_on_signals(lambda: calls.append(True)) as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
-        assert (asked(), asked(), told) == (True, True, [True])
+        assert (asked(), asked(), calls) == (True, True, [True])
         os.kill(os.getpid(), signal.SIGTERM)  # here an update could be half applied
         with pytest.raises(KeyboardInterrupt):
             asked()
@@ -114,15 +109,15 @@ def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
 
 
 def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) -> None:
-    calm, stopped, left = (tmp_path / name for name in ("calm", "stopped", "left"))
-    run(spec, replace(IN_STEP, max_steps=6), calm)
-    assert checkpoint_steps(calm) == []
+    undisturbed, stopped, left = (tmp_path / name for name in ("undisturbed", "stopped", "left"))
+    run(spec, replace(IN_STEP, max_steps=6), undisturbed)
+    assert checkpoint_steps(undisturbed) == []
 
     error = interrupt(spec, replace(IN_STEP, max_steps=6), stopped, at=2)
     assert "`resume_from_checkpoint` latest" in str(error)
     reached = checkpoint_steps(stopped)[-1]
     assert 2 <= reached <= 3  # the window that was in flight was finished
-    assert course(stopped) == course(calm)[: 2 * reached]
+    assert course(stopped) == course(undisturbed)[: 2 * reached]
     assert_same_adapter(stopped, stopped / f"checkpoint-{reached}")
     files = sorted(path.name for path in (stopped / f"checkpoint-{reached}").iterdir())
     assert files == [
@@ -135,9 +130,9 @@ def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) ->
     # How much may be in flight changes nothing: room for little more than one product is enough.
     narrow = replace(IN_STEP, max_steps=6, max_bytes_in_flight=2_200_000)
     outcome = run(spec, narrow, stopped, "latest")
-    assert (outcome.steps, outcome.tokens) == (6, sum(int(r["tokens"]) for r in metrics(calm)))  # type: ignore[call-overload]
-    assert course(stopped) == course(calm)
-    assert_same_adapter(stopped, calm)
+    assert (outcome.steps, outcome.tokens) == (6, sum(int(r["tokens"]) for r in metrics(undisturbed)))  # type: ignore[call-overload]
+    assert course(stopped) == course(undisturbed)
+    assert_same_adapter(stopped, undisturbed)
     elapsed = [float(record["elapsed_s"]) for record in metrics(stopped)]  # type: ignore[arg-type]
     assert elapsed == sorted(elapsed)
 
@@ -150,8 +145,8 @@ def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) ->
     (left / ".checkpoint-9.new").mkdir()
     run(spec, how, left, str(left / "checkpoint-3"))
     assert checkpoint_steps(left) == [5, 6]
-    assert course(left) == course(calm)
-    assert_same_adapter(left, calm)
+    assert course(left) == course(undisturbed)
+    assert_same_adapter(left, undisturbed)
     assert not list(left.glob(".*"))
 
 

@@ -49,7 +49,7 @@ class Wiretap:
         self._listener.listen(64)
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def heard(self) -> bytes:
+    def recorded(self) -> bytes:
         """All streams, one after the other."""
         return b"\0\0\0\0".join(bytes(stream) for stream in self._streams)
 
@@ -149,7 +149,7 @@ def tapped_broker(model: Path, log: Path) -> Iterator[tuple[str, Wiretap]]:
 
 
 def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, RecordingSealer]:
-    """One forward and backward over canary rows: all that was heard and logged, and what was secret."""
+    """One forward and backward over canary rows: all that was recorded and logged, and what was secret."""
     base = open_base(str(model))
     data = scratch / "rows.jsonl"
     data.write_text("".join(f'{{"text": "{CANARY}, said {name}"}}\n' for name in ("ann", "bob", "cy")))
@@ -172,18 +172,18 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Rec
             recorder.secrets += [ids, ids.to(torch.int32)]
         finally:
             channel.close()
-        heard = tap.heard()
-    return heard + log.read_bytes(), recorder
+        recorded = tap.recorded()
+    return recorded + log.read_bytes(), recorder
 
 
 @pytest.mark.parametrize(("engine", "readable"), [("rlwe", False), ("clear", True)])
 def test_what_leaves_the_client(tiny_llama: Path, tmp_path: Path, engine: str, readable: bool) -> None:
     """With `rlwe` nothing is found; with `clear` the very same search finds plenty, so it can find."""
-    heard, recorder = run_canary_step(tiny_llama, engine, tmp_path)
+    recorded, recorder = run_canary_step(tiny_llama, engine, tmp_path)
     windows = list(recorder.windows())
     assert len(windows) > 500
-    assert b"hetrain.evaluate" in heard, "the wiretap heard nothing"
-    found = sum(window in heard for window in windows)
+    assert b"hetrain.evaluate" in recorded, "the wiretap recorded no task"
+    found = sum(window in recorded for window in windows)
     assert (found > 20) if readable else (found == 0)
-    assert CANARY.encode() not in heard
-    assert CANARY.split()[1].encode() not in heard
+    assert CANARY.encode() not in recorded
+    assert CANARY.split()[1].encode() not in recorded

@@ -1,4 +1,4 @@
-"""Several jobs at once on one fleet: each gets the adapter that it gets alone, and none waits for another."""
+"""Several jobs share workers: each gets the adapter that it gets alone, and none waits for another to end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
 
 import torch
 from safetensors.torch import load_file
 
 from benchmarks.convergence import cosine
 from hetrain.train.updater import Tensors
-from tests.harness.forkserver import fleet_of
-from tests.harness.processes import hetrain, serving
+from tests.harness.forkserver import forked_workers
+from tests.harness.processes import HANDBOOK, broker_server, hetrain
+from tests.harness.waiting import eventually
 
-HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 COMMON = ("--quiet", "--sync", "--max-length", 48, "--micro-batch-tokens", 48, "--lora-dropout", 0.1)
 COMMON += ("--learning-rate", 1e-2, "--lora-r", 4, "--no-hints")
 
@@ -55,19 +54,24 @@ class Job:
 
 BIG = Job("big", "clear", (0, 60), seed=1, updates=6, in_flight=6)
 SMALL = Job("small", "clear", (60, 90), seed=2, updates=3, in_flight=1)
-HIDDEN = Job("hidden", "rlwe", (90, 120), seed=3, updates=2, in_flight=1)
-JOBS = (BIG, SMALL, HIDDEN)
+ENCRYPTED = Job("encrypted", "rlwe", (90, 120), seed=3, updates=2, in_flight=1)
+JOBS = (BIG, SMALL, ENCRYPTED)
 
 
-def watch(jobs: Sequence[Job], directory: Path, is_over: Callable[[], bool]) -> dict[str, dict[str, int]]:
-    """How far every job was when each of them ended."""
+def progress_at_ends(
+    jobs: Sequence[Job], directory: Path, is_over: Callable[[], bool]
+) -> dict[str, dict[str, int]]:
+    """Micro-batches that every job has finished when each of them ends."""
     ends: dict[str, dict[str, int]] = {}
-    while not is_over():
+
+    def look() -> bool:
         now = {job.name: job.done(directory) for job in jobs}
         for job in jobs:
             if now[job.name] == job.updates * job.in_flight:
                 ends.setdefault(job.name, now)
-        sleep(0.02)
+        return is_over()
+
+    eventually(look, 240)
     return ends
 
 
@@ -85,12 +89,12 @@ def test_jobs_that_share_a_fleet_get_the_adapters_they_get_alone(tiny_llama: Pat
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir()
     alone.mkdir()
-    with serving() as served, fleet_of(2, served.url, tiny_llama, tmp_path / "workers.log"):
+    with broker_server() as broker, forked_workers(2, broker.url, tiny_llama, tmp_path / "workers.log"):
         with ThreadPoolExecutor(len(JOBS)) as pool:
-            running = [pool.submit(job.run, tiny_llama, served.url, together) for job in JOBS]
-            ends = watch(JOBS, together, lambda: all(each.done() for each in running))
+            running = [pool.submit(job.run, tiny_llama, broker.url, together) for job in JOBS]
+            ends = progress_at_ends(JOBS, together, lambda: all(each.done() for each in running))
             shared = {job.name: each.result() for job, each in zip(JOBS, running, strict=True)}
-        solo = {job.name: job.run(tiny_llama, served.url, alone) for job in JOBS}
+        solo = {job.name: job.run(tiny_llama, broker.url, alone) for job in JOBS}
     for name, path in shared.items():
         logger.warning("%s waits %.3f s, alone %.3f s", name, waiting(path), waiting(solo[name]))
     logger.warning("when one ends: %s", ends)
@@ -98,7 +102,7 @@ def test_jobs_that_share_a_fleet_get_the_adapters_they_get_alone(tiny_llama: Pat
     for one, other in (adapters[BIG.name], adapters[SMALL.name]):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
-    assert cosine(*adapters[HIDDEN.name]) > 0.99
+    assert cosine(*adapters[ENCRYPTED.name]) > 0.99
     # None waits for the end of the one that keeps six times as much in the queue, nor does that stand still.
     assert 0 < ends[SMALL.name][BIG.name] < BIG.updates * BIG.in_flight
-    assert ends[HIDDEN.name][BIG.name] < BIG.updates * BIG.in_flight
+    assert ends[ENCRYPTED.name][BIG.name] < BIG.updates * BIG.in_flight

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from hetrain.public.model.packaged import ALIASES
 from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import stop, tie_to_parent
+from tests.harness.processes import HANDBOOK, hetrain
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "worker.Dockerfile"
@@ -148,9 +149,8 @@ def test_jobs_run_on_a_worker_of_the_image(
     url, log = worker
     place = ("--model-name-or-path", tiny_llama, "--broker-url", url, "--output-dir", tmp_path)
     what = ("--engine", engine, "--outsource", outsource, "--json")
-    size = ("--max-steps", "1", "--micro-batch-tokens", "64", "--max-length", "32")
-    command = [sys.executable, "-m", "cli", "submit", ROOT / "examples" / "handbook.jsonl"]
-    result = subprocess.run([*command, *place, *what, *size], capture_output=True, text=True, timeout=240)
+    size = ("--max-steps", 1, "--micro-batch-tokens", 16, "--max-length", 16)
+    result = hetrain("submit", HANDBOOK, *place, *what, *size)
     assert result.returncode == 0, result.stderr + log.read_text()
     record = json.loads(result.stdout.splitlines()[0])
     assert record["server_s"] > 0

@@ -28,8 +28,8 @@ from tests.harness.split_model import (
     GROUPED,
     SIZES,
     VOCABULARY,
-    Bench,
     Family,
+    SplitHarness,
     assert_faithful,
     assert_nothing_held,
     packed,
@@ -105,13 +105,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_split_model_is_faithful(name: str, tmp_path: Path) -> None:
     save_model(FAMILIES[name], tmp_path)
-    bench = Bench(tmp_path)
-    assert_faithful(bench)
-    assert_nothing_held(bench)
-    groups = [group.name for group in bench.split.plan.groups]
-    forward, backward = ([group for way, group in bench.asked if way == d] for d in ("forward", "backward"))
+    harness = SplitHarness(tmp_path)
+    assert_faithful(harness)
+    assert_nothing_held(harness)
+    groups = [group.name for group in harness.split.plan.groups]
+    forward, backward = (
+        [group for way, group in harness.requests if way == d] for d in ("forward", "backward")
+    )
     assert forward == groups
-    # No gradient is due of an input that nothing trainable lies below: that of the first group, and
+    # No gradient is computed for an input that nothing trainable lies below: that of the first group, and
     # that of the first MLP where it stands beside attention with a norm of its own.
     below = {groups[0], "gpt_neox.layers.0.mlp.dense_h_to_4h"} if name == "gpt-neox" else {groups[0]}
     assert sorted(backward) == sorted(set(groups) - below)
@@ -142,12 +144,12 @@ def test_forms_of_a_checkpoint(form: str, name: str, tmp_path: Path) -> None:
     assert any("lm_head" in t or t.startswith(("model.", "transformer.")) for t in tensors) == (
         form != "bare"
     )
-    bench = Bench(tmp_path)
+    harness = SplitHarness(tmp_path)
     # Embeddings are most of what the client holds.
     stored = torch.bfloat16 if form == "bf16" else torch.float32
-    assert bench.split.causal.get_input_embeddings().weight.dtype == stored
-    assert bench.split.causal.get_output_embeddings().weight.dtype == stored
-    assert_faithful(bench)
+    assert harness.split.causal.get_input_embeddings().weight.dtype == stored
+    assert harness.split.causal.get_output_embeddings().weight.dtype == stored
+    assert_faithful(harness)
 
 
 def test_tied_embeddings_may_be_saved_under_the_name_of_the_head(tmp_path: Path) -> None:
@@ -155,14 +157,14 @@ def test_tied_embeddings_may_be_saved_under_the_name_of_the_head(tmp_path: Path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_faithful(Bench(tmp_path))
+    assert_faithful(SplitHarness(tmp_path))
 
 
 def test_only_what_lies_above_an_adapter_is_differentiated(llama: Path) -> None:
-    bench = Bench(llama, LoraConfig(r=2, target_modules=("layers.1.self_attn.q_proj",)))
-    run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
+    harness = SplitHarness(llama, LoraConfig(r=2, target_modules=("layers.1.self_attn.q_proj",)))
+    run_step(harness.replica(), packed(rows()), harness.snapshot(), seed=0)
     block = "model.layers.1"
-    assert [group for way, group in bench.asked if way == "backward"] == [
+    assert [group for way, group in harness.requests if way == "backward"] == [
         f"{block}.mlp.down_proj",
         f"{block}.mlp.gate_proj",
         f"{block}.self_attn.o_proj",
@@ -173,23 +175,23 @@ def test_rows_longer_than_a_ciphertext_travel_in_blocks(tmp_path: Path) -> None:
     save_model(
         Family("llama", {**GROUPED, "num_hidden_layers": 1, "max_position_embeddings": 2048}), tmp_path
     )
-    bench = Bench(tmp_path)
+    harness = SplitHarness(tmp_path)
     batch = packed(rows((1200, 900)))
-    loss = run_evaluation(bench.replica(), batch)
+    loss = run_evaluation(harness.replica(), batch)
     with torch.no_grad():
-        expected = sum(stock_loss(bench.stock_peft(), row).item() for row in rows((1200, 900)))
+        expected = sum(stock_loss(harness.stock_peft(), row).item() for row in rows((1200, 900)))
     assert loss == pytest.approx(expected, rel=1e-4)
-    assert len(bench.asked) == 2 * len(bench.split.plan.groups)
+    assert len(harness.requests) == 2 * len(harness.split.plan.groups)
 
 
 def test_dropout_is_a_function_of_seed_and_micro_batch(llama: Path) -> None:
-    bench = Bench(llama, LoraConfig(r=4, alpha=8, dropout=0.3))
+    harness = SplitHarness(llama, LoraConfig(r=4, alpha=8, dropout=0.3))
     first, second = micro_batches(rows() + rows(), [(0, 1, 2), (3, 4, 5)])
     assert torch.equal(first.tokens, second.tokens)
-    one, other = bench.replica(), bench.replica()
+    one, other = harness.replica(), harness.replica()
 
     def loss(replica: Replica, batch: MicroBatch, seed: int) -> float:
-        return run_step(replica, batch, bench.snapshot(), seed).summed_loss
+        return run_step(replica, batch, harness.snapshot(), seed).summed_loss
 
     expected = loss(one, first, 7)
     others = {loss(one, second, 7), loss(one, first, 8), run_evaluation(one, first)}
@@ -229,21 +231,21 @@ def test_adapter_is_seeded_and_starts_at_zero(llama: Path) -> None:
 def test_saved_adapter_loads_in_stock_peft_and_here(name: str, outsource: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     save_model(FAMILIES[name], base)
-    bench = Bench(base, outsource=(outsource,))
-    expected = run_evaluation(bench.replica(), packed(rows()))
-    bench.model.save_pretrained(adapter)
+    harness = SplitHarness(base, outsource=(outsource,))
+    expected = run_evaluation(harness.replica(), packed(rows()))
+    harness.model.save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is (name == "gpt2")
-    stock = PeftModel.from_pretrained(bench.stock(), adapter)
+    stock = PeftModel.from_pretrained(harness.stock(), adapter)
     with torch.no_grad():
         loss = sum(stock_loss(stock, row).item() for row in rows())
-        untrained = sum(stock_loss(bench.stock(), row).item() for row in rows())
+        untrained = sum(stock_loss(harness.stock(), row).item() for row in rows())
         merged = stock.merge_and_unload()
         assert sum(stock_loss(merged, row).item() for row in rows()) == pytest.approx(loss, rel=1e-4)
     assert loss == pytest.approx(expected, rel=1e-4)
     assert abs(untrained - loss) > 2e-3 * loss
     fresh = split_model(resolve(str(base)), (outsource,))
-    replica = Replica(fresh, load_adapter(fresh, adapter), bench.channel, ClearSealer())
+    replica = Replica(fresh, load_adapter(fresh, adapter), harness.channel, ClearSealer())
     assert run_evaluation(replica, packed(rows())) == expected
 
 

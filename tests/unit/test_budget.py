@@ -21,7 +21,7 @@ from hetrain.public.protocol.product import Operand, Product
 from hetrain.train.session import open_base, open_session
 from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from tasks.supervisor.server import start_worker, stop
-from tests.harness.processes import serving
+from tests.harness.processes import broker_server as serving
 
 
 @given(sizes=st.lists(st.integers(1, 150), max_size=12))

@@ -18,62 +18,62 @@ from hetrain.secret.engines.rlwe.hints import ROW_BYTES, hint_bytes
 from hetrain.secret.engines.rlwe.kernels import TorchKernels
 from hetrain.secret.verification import Sketch
 from hetrain.train.session import open_hints, wants_hints
-from tests.harness.engine import Bench, open_checked
+from tests.harness.engine import EngineHarness, open_checked
 from worker_gpu.kernels import reference
 
 SHAPE = (37, 29)
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def harness(tmp_path: Path) -> EngineHarness:
     generator = torch.Generator().manual_seed(4)
     weights = {name: torch.randn(SHAPE, generator=generator) for name in ("one", "other")}
-    return Bench("rlwe", weights, tmp_path / "model", hints=True)
+    return EngineHarness("rlwe", weights, tmp_path / "model", hints=True)
 
 
-def test_from_the_second_product_on_only_b_travels(bench: Bench) -> None:
+def test_from_the_second_product_on_only_b_travels(harness: EngineHarness) -> None:
     x = torch.randn(300, 29)
-    first = bench.seal("one", "forward", x)
-    full = bench.answer("one", "forward", first)
+    first = harness.seal("one", "forward", x)
+    full = harness.answer("one", "forward", first)
     assert "mask_seed" in first.operand.header
     assert full[0].data.nbytes == 37 * (2 * 512 + 3 * SLOTS)
     expected = open_checked(first, full)
-    second = bench.seal("one", "forward", x)
+    second = harness.seal("one", "forward", x)
     assert second.operand.header == {"parameters": "rlwe-512x4", "result": "b"}
-    short = bench.answer("one", "forward", second)
+    short = harness.answer("one", "forward", second)
     assert short[0].data.nbytes == 37 * 2 * 512
     y = open_checked(second, short)
-    assert not bench.excess("one", "forward", x, expected).any()
-    assert not bench.excess("one", "forward", x, y).any()
+    assert not harness.excess("one", "forward", x, expected).any()
+    assert not harness.excess("one", "forward", x, y).any()
     # What is sealed for another direction or matrix knows nothing of it yet.
     for name, direction, k in (("one", "backward", 37), ("other", "forward", 29)):
-        assert "mask_seed" in bench.seal(name, direction, torch.randn(3, k)).operand.header  # type: ignore[arg-type]
+        assert "mask_seed" in harness.seal(name, direction, torch.randn(3, k)).operand.header  # type: ignore[arg-type]
 
 
-def test_rings_of_every_degree_share_a_hint(bench: Bench) -> None:
-    bench.multiply("one", "backward", torch.randn(9, 37))
+def test_rings_of_every_degree_share_a_hint(harness: EngineHarness) -> None:
+    harness.multiply("one", "backward", torch.randn(9, 37))
     for tokens in (1, 256, 257, 1000, 2048):
         x = torch.randn(tokens, 37)
-        assert bench.seal("one", "backward", x).operand.header["result"] == "b"
-        assert not bench.excess("one", "backward", x, bench.multiply("one", "backward", x)).any()
+        assert harness.seal("one", "backward", x).operand.header["result"] == "b"
+        assert not harness.excess("one", "backward", x, harness.multiply("one", "backward", x)).any()
 
 
-def test_ranges_of_rows_complete_a_hint_in_any_order(bench: Bench) -> None:
+def test_ranges_of_rows_complete_a_hint_in_any_order(harness: EngineHarness) -> None:
     x = torch.randn(20, 29)
     for rows in ([(0, 13)], [(20, 37)], [(0, 13), (13, 20)]):
-        sealed = bench.seal("one", "forward", x)
+        sealed = harness.seal("one", "forward", x)
         assert "mask_seed" in sealed.operand.header
-        open_checked(sealed, bench.answer("one", "forward", sealed, rows))
+        open_checked(sealed, harness.answer("one", "forward", sealed, rows))
     rows = [(30, 37), (0, 30)]
-    sealed = bench.seal("one", "forward", x)
+    sealed = harness.seal("one", "forward", x)
     assert sealed.operand.header["result"] == "b"
-    y = open_checked(sealed, bench.answer("one", "forward", sealed, rows))
+    y = open_checked(sealed, harness.answer("one", "forward", sealed, rows))
     back = torch.cat([y[:, 7:], y[:, :7]], dim=1)
-    assert not bench.excess("one", "forward", x, back).any()
+    assert not harness.excess("one", "forward", x, back).any()
 
 
 def test_two_messages_never_meet_one_mask_and_one_secret(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many operands of one job, from several threads: the mask repeats, the secret never does."""
     seen: list[tuple[bytes, bytes]] = []
@@ -89,26 +89,26 @@ def test_two_messages_never_meet_one_mask_and_one_secret(
     monkeypatch.setattr(rlwe, "encrypt", watch)
     x = torch.randn(5, 29)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: bench.multiply("one", "forward", x), range(12)))
-        list(pool.map(lambda _: bench.seal("other", "forward", x), range(12)))
+        list(pool.map(lambda _: harness.multiply("one", "forward", x), range(12)))
+        list(pool.map(lambda _: harness.seal("other", "forward", x), range(12)))
     assert len({mask for mask, _ in seen}) == 2, "hints share a mask within a job and a product"
     assert len({secret for _, secret in seen}) == len(seen) == 24
 
 
-def test_no_way_leads_to_a_second_message_under_a_secret(bench: Bench) -> None:
+def test_no_way_leads_to_a_second_message_under_a_secret(harness: EngineHarness) -> None:
     """Neither what is sealed nor what opens it has anything that encrypts, or gives its secret away."""
-    sealed = bench.seal("one", "forward", torch.randn(5, 29))
-    for holder in (sealed, sealed.opening, bench.sealer):
+    sealed = harness.seal("one", "forward", torch.randn(5, 29))
+    for holder in (sealed, sealed.opening, harness.sealer):
         for name in dir(holder):
             assert not name.startswith(("encrypt", "reseal")), name
     with pytest.raises((AttributeError, TypeError)):
         sealed.opening.secret = None  # type: ignore[misc]
 
 
-def test_masks_of_different_products_and_jobs_differ(bench: Bench) -> None:
-    stores = [bench.new_hints(), bench.new_hints()]
+def test_masks_of_different_products_and_jobs_differ(harness: EngineHarness) -> None:
+    stores = [harness.new_hints(), harness.new_hints()]
     seeds = {
-        store.hint(bench.product(name, direction)).seed.value  # type: ignore[union-attr]
+        store.hint(harness.product(name, direction)).seed.value  # type: ignore[union-attr]
         for store in stores
         for name in ("one", "other")
         for direction in ("forward", "backward")
@@ -117,9 +117,9 @@ def test_masks_of_different_products_and_jobs_differ(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("place", "flip"), [("first", 0x01), ("last", 0x80)])
-def test_a_wrong_hint_is_found_before_it_is_used(bench: Bench, place: str, flip: int) -> None:
-    sealed = bench.seal("one", "forward", torch.randn(5, 29))
-    (part,) = bench.answer("one", "forward", sealed)
+def test_a_wrong_hint_is_found_before_it_is_used(harness: EngineHarness, place: str, flip: int) -> None:
+    sealed = harness.seal("one", "forward", torch.randn(5, 29))
+    (part,) = harness.answer("one", "forward", sealed)
     data = bytearray(part.data)
     b_bytes, high_bytes = 37 * 2 * 256, 37 * 2 * SLOTS
     data[b_bytes + 1 if place == "first" else b_bytes + high_bytes - 1] ^= flip
@@ -127,18 +127,18 @@ def test_a_wrong_hint_is_found_before_it_is_used(bench: Bench, place: str, flip:
         sealed.opening.check(replace(part, data=memoryview(data)))
     assert "do not trust" in error.value.hint
     assert error.value.where == part.worker == "worker"
-    assert "mask_seed" in bench.seal("one", "forward", torch.randn(5, 29)).operand.header
+    assert "mask_seed" in harness.seal("one", "forward", torch.randn(5, 29)).operand.header
 
 
-def test_a_full_disk_costs_speed_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_speed_only(harness: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.pwrite", full)
     for _ in range(2):
         x = torch.randn(5, 29)
-        assert "mask_seed" in bench.seal("one", "forward", x).operand.header
-        assert not bench.excess("one", "forward", x, bench.multiply("one", "forward", x)).any()
+        assert "mask_seed" in harness.seal("one", "forward", x).operand.header
+        assert not harness.excess("one", "forward", x, harness.multiply("one", "forward", x)).any()
 
 
 @pytest.mark.parametrize("k", [3, 300])
@@ -166,26 +166,28 @@ def test_sketches_are_secret_and_fresh() -> None:
     assert "tensor" not in repr(one)
 
 
-def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(bench: Bench) -> None:
+def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(harness: EngineHarness) -> None:
     """5000 tokens are three ciphertexts."""
-    matmul = RemoteMatmul(bench.channel, bench.sealer, ProductStats())
+    matmul = RemoteMatmul(harness.channel, harness.sealer, ProductStats())
     x = torch.randn(5000, 29)
-    y = matmul.multiply(bench.product("one", "forward"), x)
+    y = matmul.multiply(harness.product("one", "forward"), x)
     for start in range(0, 5000, SLOTS):
         part = slice(start, start + SLOTS)
-        assert not bench.excess("one", "forward", x[part], y[part]).any()
+        assert not harness.excess("one", "forward", x[part], y[part]).any()
 
 
-def test_hints_are_used_where_they_pay(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hints_are_used_where_they_pay(
+    harness: EngineHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rlwe_engine, clear = ENGINES["rlwe"], ENGINES["clear"]
     assert [wants_hints(rlwe_engine, None, count) for count in (1, 3, 4, 100)] == [False, False, True, True]
     assert [wants_hints(rlwe_engine, asked, 1) for asked in (True, False)] == [True, False]
     assert not wants_hints(clear, None, 100)
     with pytest.raises(UsageError, match="no hints"):
         wants_hints(clear, True, 100)
-    assert hint_bytes(bench.plan) == 2 * (37 + 29) * ROW_BYTES
+    assert hint_bytes(harness.plan) == 2 * (37 + 29) * ROW_BYTES
     monkeypatch.setenv("HETRAIN_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("not a directory")
-    assert open_hints(bench.plan, {}, required=False) is None
+    assert open_hints(harness.plan, {}, required=False) is None
     with pytest.raises(UsageError, match="hints take"):
-        open_hints(bench.plan, {}, required=True)
+        open_hints(harness.plan, {}, required=True)

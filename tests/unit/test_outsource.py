@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from typer.testing import CliRunner, Result
 
-import cli.evaluate
-import cli.plan
-import cli.submit
 from hetrain.config import LoraConfig
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
@@ -27,7 +20,7 @@ from hetrain.public.model.files import resolve
 from hetrain.train.step import run_step
 from tests.harness.split_model import (
     FAMILIES,
-    Bench,
+    SplitHarness,
     assert_faithful,
     assert_nothing_held,
     packed,
@@ -37,7 +30,6 @@ from tests.harness.split_model import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HANDBOOK = Path(__file__).resolve().parents[2] / "examples" / "handbook.jsonl"
 LLAMA = "model.layers"
 NEOX_MLP = "gpt_neox.layers.0.mlp"
 
@@ -102,26 +94,26 @@ SUBSETS = {
 def test_any_subset_gives_the_same_loss_and_gradients(name: str, tmp_path: Path) -> None:
     subset = SUBSETS[name]
     save_model(FAMILIES[subset.family], tmp_path)
-    bench = Bench(tmp_path, outsource=subset.patterns)
-    groups = [" ".join(member.module for member in group.members) for group in bench.split.plan.groups]
+    harness = SplitHarness(tmp_path, outsource=subset.patterns)
+    groups = [" ".join(member.module for member in group.members) for group in harness.split.plan.groups]
     assert groups == list(subset.groups)
-    assert_faithful(bench)  # the adapter has the parameters of stock peft: those of all linears
-    assert_nothing_held(bench)
+    assert_faithful(harness)  # the adapter has the parameters of stock peft: those of all linears
+    assert_nothing_held(harness)
     heads = [members.split()[0] for members in subset.groups]
-    assert [group for way, group in bench.asked if way == "forward"] == heads
-    backward = [group for way, group in bench.asked if way == "backward"]
+    assert [group for way, group in harness.requests if way == "forward"] == heads
+    backward = [group for way, group in harness.requests if way == "backward"]
     assert sorted(backward) == sorted(set(heads) - set(subset.bottom))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_clients_own_linears_are_frozen_and_shared(name: str, tmp_path: Path) -> None:
     save_model(FAMILIES[name], tmp_path)
-    bench = Bench(tmp_path, outsource=("*.mlp.c_proj", "*.1.*") if name == "gpt2" else ("*.q_proj",))
-    one, other = bench.replica(), bench.replica()
-    run_step(one, packed(rows()), bench.snapshot(), seed=0)
+    harness = SplitHarness(tmp_path, outsource=("*.mlp.c_proj", "*.1.*") if name == "gpt2" else ("*.q_proj",))
+    one, other = harness.replica(), harness.replica()
+    run_step(one, packed(rows()), harness.snapshot(), seed=0)
     kinds = set()
-    for module in bench.split.block_linears:
-        mine, yours = (replica._causal.get_submodule(module) for replica in (one, other))
+    for module in harness.split.block_linears:
+        mine, yours = (replica.model.get_base_model().get_submodule(module) for replica in (one, other))
         assert isinstance(mine, LoraLayer)
         base = mine.get_base_layer()
         kinds.add(type(base))
@@ -134,9 +126,9 @@ def test_the_clients_own_linears_are_frozen_and_shared(name: str, tmp_path: Path
 def test_nothing_is_sent_back_below_the_lowest_adapter_though_it_is_the_clients(tmp_path: Path) -> None:
     save_model(FAMILIES["llama"], tmp_path)
     settings = LoraConfig(r=2, target_modules=("layers.1.self_attn.q_proj",))
-    bench = Bench(tmp_path, settings, ("*.mlp.*",))
-    run_step(bench.replica(), packed(rows()), bench.snapshot(), seed=0)
-    assert [group for way, group in bench.asked if way == "backward"] == [
+    harness = SplitHarness(tmp_path, settings, ("*.mlp.*",))
+    run_step(harness.replica(), packed(rows()), harness.snapshot(), seed=0)
+    assert [group for way, group in harness.requests if way == "backward"] == [
         f"{LLAMA}.1.mlp.down_proj",
         f"{LLAMA}.1.mlp.gate_proj",
     ]
@@ -164,37 +156,3 @@ def test_a_pattern_that_matches_nothing_is_refused(patterns: tuple[str, ...], tm
     assert repr(patterns[-1]) in caught.value.what
     assert f"{LLAMA}.0.mlp.down_proj" in caught.value.hint
     assert "hetrain plan" in caught.value.hint
-
-
-def call(command: Callable[..., None], *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def test_outsource_on_the_command_line(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("HETRAIN_BROKER_URL", raising=False)
-    patterns = ("--outsource", "*.1.mlp.*", "--outsource", "*.0.*.o_proj")
-    plan = json.loads(call(cli.plan.plan, tiny_llama, "--json", *patterns).stdout)
-    assert [len(group["group"]["members"]) for group in plan["groups"]] == [1, 2, 1]
-    assert plan["outsourced_parameters"] == 64 * 64 + 3 * 64 * 96
-    assert len(plan["client_linears"]) == 14 - 4
-    text = call(cli.plan.plan, tiny_llama, *patterns).stdout
-    assert f"{plan['client_parameters']:,} parameters include 10 linears" in text
-
-    small = (HANDBOOK, "-m", tiny_llama, "--micro-batch-tokens", "256", "--max-length", "64")
-    output = tmp_path / "out"
-    result = call(cli.submit.submit, *small, "-o", output, "--max-steps", "1", "--quiet", *patterns)
-    assert result.exit_code == 0, result.exception
-    job = json.loads((output / "job.json").read_text())
-    assert job["outsourcing"]["outsource"] == ["*.1.mlp.*", "*.0.*.o_proj"]
-    assert job["plan_digest"] == plan["digest"]
-    record = json.loads((output / "metrics.jsonl").read_text())
-    # Every value up takes 4 bytes, in a ring of 256 slots.
-    assert record["bytes_up"] == ((64 + 64 + 96) + (64 + 192 + 64)) * 256 * 4
-
-    refused = call(cli.evaluate.evaluate, *small, "--adapter", output, "--outsource", "mlp.down_proj")
-    assert isinstance(refused.exception, UsageError)
-    assert "mlp.down_proj" in refused.exception.what

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hetrain.public.allocator import release_freed_memory
 
-_SMALLEST = 1 << 14
+SMALLEST = 1 << 14
 _CHUNK = 1 << 25
 _LARGEST_HALF = 32768.0
 
@@ -97,7 +97,7 @@ class HalfSaver:
         """The tensor in the form in which it is kept; itself where that is as it is."""
         if (
             tensor.dtype != torch.float32
-            or tensor.numel() < _SMALLEST
+            or tensor.numel() < SMALLEST
             or tensor.untyped_storage().data_ptr() in self._parameters
         ):
             return tensor

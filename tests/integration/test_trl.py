@@ -1,0 +1,168 @@
+"""Rows, token ids and loss masks are those of TRL's own `SFTTrainer`; docs/trl.md lists what differs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from hetrain.data.packing import IGNORE_INDEX, micro_batches
+from hetrain.public.errors import DatasetError
+from tests.harness.trl_rows import (
+    FORMS,
+    TEMPLATES,
+    assert_rows_equal,
+    counts_in_loss,
+    labels_of,
+    our_rows,
+    random_lines,
+    trl_rows,
+)
+
+LONG = 1024
+SAYS = {"role": "user", "content": "What sings?"}
+ANSWERS = {"role": "assistant", "content": "Herrings."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_dir)
+
+
+def changed(tokenizer: PreTrainedTokenizerBase, **attributes: str) -> PreTrainedTokenizerBase:
+    """A copy with other attributes."""
+    other = copy.deepcopy(tokenizer)
+    for name, value in attributes.items():
+        setattr(other, name, value)
+    return other
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(form: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    assert assert_rows_equal(random_lines(form, 150, seed=1), tokenizer, LONG, tmp_path) > 140
+
+
+@pytest.mark.parametrize("max_length", [2, 9, 40])
+@pytest.mark.parametrize("form", FORMS)
+def test_truncation(form: str, max_length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Rows are cut at their end, and prompts that leave no room for a target drop their row."""
+    short = {"text": "a fish sings", "prompt": "a", "completion": " fish sings"}
+    keep = {"text": ("text",), "strings": ("prompt", "completion")}.get(form)
+    extra = [{name: short[name] for name in keep}] if keep else []
+    lines = random_lines(form, 100, seed=2) + extra
+    if form == "message pairs" and max_length < 40:  # the template alone is longer than that
+        with pytest.raises(DatasetError, match="none of the 100 rows"):
+            our_rows(lines, tokenizer, max_length, tmp_path)
+        assert not trl_rows(lines, tokenizer, max_length, tmp_path)
+        return
+    count = assert_rows_equal(lines, tokenizer, max_length, tmp_path)
+    assert 0 < count <= len(lines)
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_end_of_sequence(form: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Another token than that of the chat template ends a row; one that is there is not doubled."""
+    other = changed(tokenizer, eos_token="<|endoftext|>")
+    last = "text" if form == "text" else "completion"
+    lines = random_lines(form, 60, seed=3)
+    lines += [line | {last: line[last] + "<|endoftext|>"} for line in lines[:20]]
+    lines += [line | {last: line[last] + "<|endoftext|> "} for line in lines[:5]]
+    assert assert_rows_equal(lines, other, LONG, tmp_path) == len(lines)
+    assert all(row.tokens[-1] == other.eos_token_id for row in our_rows(lines, other, LONG, tmp_path))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tokenizer_that_adds_a_first_token(
+    form: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(tokenizer)
+    first = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first[0]} $A", pair=f"{first[0]} $A $B", special_tokens=[first]
+    )
+    assert other("x")["input_ids"][0] == first[1]
+    lines = random_lines(form, 40, seed=4)
+    assert assert_rows_equal(lines, other, LONG, tmp_path) == len(lines)
+
+
+@pytest.mark.parametrize("template", ["deepseekv3", "gemma3", "llama3", "phi3", "qwen3"])
+@pytest.mark.parametrize("form", FORMS[2:])
+def test_chat_templates(form: str, template: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Among them some that render a prompt alone otherwise than before its completion."""
+    other = changed(tokenizer, chat_template=(TEMPLATES / f"{template}.jinja").read_text())
+    assert_rows_equal(random_lines(form, 30, seed=5), other, LONG, tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_rows(form: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A micro-batch has the tokens, positions and shifted labels of TRL's collator without padding."""
+    lines = random_lines(form, 20, seed=6)
+    ours = our_rows(lines, tokenizer, LONG, tmp_path)
+    theirs = trl_rows(lines, tokenizer, LONG, tmp_path)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    expected = collator(
+        [{"input_ids": ids, "labels": labels} for ids, labels in theirs if counts_in_loss(labels)]
+    )
+    (batch,) = micro_batches(ours, [range(len(ours))])
+    assert torch.equal(batch.tokens, expected["input_ids"][0])
+    assert torch.equal(batch.positions, expected["position_ids"][0])
+    after = torch.cat([expected["labels"][0, 1:], torch.tensor([IGNORE_INDEX])])
+    assert torch.equal(batch.targets, after)
+    assert torch.equal(torch.tensor([0, *batch.lengths]).cumsum(0), expected["cu_seq_lens_q"])
+
+
+# --- the differences of docs/trl.md
+
+
+@pytest.mark.parametrize(
+    "line", [{"text": "a fish"}, {"messages": [SAYS, ANSWERS]}], ids=["text", "messages"]
+)
+def test_only_trl_labels_the_first_token(
+    line: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ((ids, labels),) = trl_rows([line], tokenizer, LONG, tmp_path)
+    (row,) = our_rows([line], tokenizer, LONG, tmp_path)
+    assert labels == ids
+    assert labels_of(row) == [IGNORE_INDEX, *ids[1:]]
+
+
+def test_only_trl_keeps_rows_without_anything_to_predict(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    lines = [{"text": "<|im_end|>"}, {"text": "a fish"}]
+    assert [len(ids) for ids, _ in trl_rows(lines, tokenizer, LONG, tmp_path)] == [1, 3]
+    assert [row.line for row in our_rows(lines, tokenizer, LONG, tmp_path)] == [2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"text": "a fish", "id": 7},
+        {"text": ""},
+        {"prompt": "", "completion": "a fish"},
+        {"prompt": "a fish", "completion": ""},
+        {"conversations": [{"from": "user", "value": "a fish"}]},
+        {"messages": [SAYS | {"name": "ann"}]},
+        {"messages": [SAYS], "chat_template_kwargs": {"x": 1}},
+    ],
+    ids=lambda line: "-".join(line),
+)
+def test_only_trl_accepts(line: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    assert len(trl_rows([line], tokenizer, LONG, tmp_path)) == 1
+    with pytest.raises(DatasetError):
+        our_rows([line], tokenizer, LONG, tmp_path)
+
+
+def test_only_hetrain_refuses_a_data_set_of_which_nothing_is_left(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    lines = [{"prompt": "one two three", "completion": " four"}]
+    assert trl_rows(lines, tokenizer, 3, tmp_path) == []
+    with pytest.raises(DatasetError, match="none of the 1 rows"):
+        our_rows(lines, tokenizer, 3, tmp_path)

@@ -1,0 +1,32 @@
+"""Rows equal those of TRL's `SFTTrainer` under each of TRL's chat templates, and for many random rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tests.harness.trl_rows import FORMS, TEMPLATES, assert_rows_equal, random_lines
+
+
+@pytest.fixture
+def tokenizer(smollm2_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_dir)
+
+
+@pytest.mark.parametrize("max_length", [16, 60, 1024])
+@pytest.mark.parametrize("form", FORMS)
+def test_many_rows(form: str, max_length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    if form == "message pairs" and max_length == 16:
+        pytest.skip("the chat template alone is longer")
+    assert assert_rows_equal(random_lines(form, 2000, seed=max_length), tokenizer, max_length, tmp_path) > 300
+
+
+@pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+@pytest.mark.parametrize("form", FORMS[2:])
+def test_every_chat_template(
+    form: str, template: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    assert_rows_equal(random_lines(form, 20, seed=7), tokenizer, 1024, tmp_path)
