@@ -54,10 +54,6 @@ _POLL_S = 0.1
 T = TypeVar("T")
 
 
-def _all_well() -> None:
-    return None
-
-
 class CeleryChannel:
     """A job's way to the workers; see `Channel`.
 
@@ -65,7 +61,7 @@ class CeleryChannel:
         url: the broker's address.
         job: the job's token; a fresh one by default.
         timeouts: how long to wait for what.
-        health_check: says what became of processes that this client depends on (see `Embedded.failure`).
+        health_check: reports what became of processes that this client depends on (see `Embedded.failure`).
         max_reply_bytes: the largest result that is accepted for one task.
         max_bytes_in_flight: the most that operands and results may take in the broker at once; None takes a
             share of its memory, and lets a request that is larger than that travel alone.
@@ -77,7 +73,7 @@ class CeleryChannel:
     Raises:
         UsageError: the URL makes no sense.
         BrokerUnreachable: the broker does not answer.
-        BrokerFull: the broker has no memory even for small messages, for as long as the channel is patient.
+        BrokerFull: the broker has no memory even for small messages, for as long as the channel waits.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class CeleryChannel:
         *,
         job: str | None = None,
         timeouts: Timeouts | None = None,
-        health_check: Callable[[], HetrainError | None] = _all_well,
+        health_check: Callable[[], HetrainError | None] = lambda: None,
         max_reply_bytes: int = MAX_REPLY_BYTES,
         max_bytes_in_flight: int | None = None,
     ) -> None:
@@ -168,7 +164,7 @@ class CeleryChannel:
 
     def _collect(self, outcomes: dict[Outcome, Request], operand: Blob, accept: Accept) -> list[Part]:
         """The requests' results in the order in which they arrive, each accepted. Their blobs are deleted."""
-        parts: list[Part] = []
+        accepted: dict[Request, Part] = {}
         while outcomes:
             done, _ = wait(outcomes, timeout=TICK_S, return_when=FIRST_COMPLETED)
             if not done:
@@ -176,16 +172,18 @@ class CeleryChannel:
             for outcome in done:
                 request, completion = outcomes.pop(outcome), outcome.result()
                 try:
-                    part = self._download(request, completion, [] if outcomes else [operand])
-                    accept(part)
+                    accepted[request] = self._download(request, completion, [] if outcomes else [operand])
+                    accept(accepted[request])
                 except BlobMissing as error:
                     outcomes[self._collector.reopen(request.id, ResultLost(error))] = request
                 except ResultRejected as error:
-                    refused = ResultRefused(completion.worker, error)
-                    outcomes[self._collector.reopen(request.id, refused)] = request
-                else:
-                    parts.append(part)
-        return parts
+                    if error.where != completion.worker:  # it is not this worker alone that is wrong
+                        raise
+                    event = ResultRefused(completion.worker, error)
+                    for each in [each for each in accepted if accepted[each].worker == completion.worker]:
+                        del accepted[each]
+                        outcomes[self._collector.reopen(each.id, event)] = each
+        return list(accepted.values())
 
     def _download(self, request: Request, completion: Completion, finished: Sequence[Blob]) -> Part:
         """Takes a result, and the blobs that are needed no more with it."""

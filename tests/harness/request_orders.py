@@ -158,8 +158,11 @@ class RequestOrder:
         if outcome.reason is Reason.NO_WORKER:
             assert self.now - max(self._signs) > TIMEOUTS.no_worker_s
             assert state.queue not in self.serving.values() or self.now - max(self._signs) > TIMEOUTS.run_s
-        if outcome.reason is Reason.RESULT_REJECTED:
-            assert not takers(state, self.serving) or state.resends == TIMEOUTS.attempts
+        if outcome.reason in {Reason.RESULT_REJECTED, Reason.WORKER_EXCLUDED}:
+            is_late = self.now - state.asked_at > REQUEST.run_limit_s
+            is_counted = outcome.reason is Reason.RESULT_REJECTED
+            is_exhausted = state.resends == TIMEOUTS.attempts if is_counted else is_late
+            assert is_exhausted or not takers(state, self.serving)
             assert isinstance(state.error, ResultRejected)
         if outcome.reason in COUNTED - {Reason.RESULT_REJECTED}:
             assert state.resends == TIMEOUTS.attempts

@@ -295,12 +295,30 @@ def test_a_wrong_result_names_its_worker_and_is_computed_by_another(
             reply = in_flight.start(channel, product, sealed.operand, pieces=2, accept=check).result(GUARD_S)
             assert {part.worker for part in reply.parts} == {honest}
             assert torch.equal(sealed.opening.open(reply.parts), expected)
-        rejections = [line for line in caplog.messages if "liar@host: the result is wrong" in line]
-        assert rejections
+        assert [line for line in caplog.messages if "liar@host: the result is wrong" in line]
         assert any(in_flight.sends(request) > 1 for request, _ in in_flight.sent)
         assert not [line for line in caplog.messages if f"{honest}: " in line]
+    # A check that rejects only what is complete, as that of hints: parts accepted before are computed anew.
+    with closing(stage.open(bench)) as another:
+        wrong: list[Part] = []
+
+        def check_late(part: Part) -> None:
+            try:
+                check(part)
+            except ResultRejected:
+                wrong.append(part)
+                if len(wrong) == 2:
+                    raise
+
+        stage.send(signal.SIGSTOP, "honest")
+        pending = in_flight.start(another, product, sealed.operand, pieces=2, accept=check_late)
+        assert eventually(lambda: len(wrong) == 2)
+        stage.send(signal.SIGCONT, "honest")
+        reply = pending.result(GUARD_S)
+        assert torch.equal(sealed.opening.open(reply.parts), expected)
     with broker_client(stage.served.url) as client:
         assert not client.keys(f"hetrain:{channel.job}:*")
+        assert not client.keys(f"hetrain:{another.job}:*")
 
 
 GOOD = WorkerRegistration(worker="a@host", device="cpu", queue="gpu", models=("tiny",), concurrency=1)

@@ -60,4 +60,5 @@ def test_a_hundred_thousand_orders_of_events() -> None:
         seen.add(hash(tuple(steps)))
         decisions += order.decisions
     assert {each.reason for each in decisions if isinstance(each, Resend)} == set(Reason) - FINAL
-    assert {each.reason for each in decisions if isinstance(each, Fail)} == FINAL | COUNTED | {Reason.REFUSED}
+    failures = FINAL | COUNTED | {Reason.REFUSED, Reason.WORKER_EXCLUDED}
+    assert {each.reason for each in decisions if isinstance(each, Fail)} == failures

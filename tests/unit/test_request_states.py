@@ -203,8 +203,10 @@ def test_a_rejected_worker_is_excluded() -> None:
     assert decided(state) == Fail(Reason.RESULT_REJECTED), "no other worker serves it"
     assert decided(state, serving=both) == Resend(Reason.RESULT_REJECTED)
     state = after(Sent("gpu"), Started("a"), Finished(COMPLETIONS["a"]), state=state)
-    assert decided(state, serving=both) == Resend(Reason.RESULT_REJECTED)
-    assert after(failed("a", TaskFailed), state=state).due is Reason.RESULT_REJECTED
+    assert decided(state, serving=both) == Resend(Reason.WORKER_EXCLUDED)
+    assert decided(state, 600.1, serving=both) == Fail(Reason.WORKER_EXCLUDED)
+    assert decided(state) == Fail(Reason.WORKER_EXCLUDED)
+    assert after(failed("a", TaskFailed), state=state).due is Reason.WORKER_EXCLUDED
     assert decided(after(Sent("gpu"), Finished(COMPLETIONS["b"]), state=state)) == Done(COMPLETIONS["b"])
     assert decided(after(Sent("gpu"), state=state), serving={"a": "gpu", "b": "gpu.1"}) == Resend(
         Reason.MISROUTED

@@ -106,9 +106,12 @@ def _is_final(
     state: RequestState, due: Reason, serving: Mapping[str, str], now: float, timeouts: Timeouts
 ) -> bool:
     """Whether a request that is due fails instead of being sent again."""
+    is_late = now - state.asked_at > state.request.run_limit_s
     if due is Reason.REFUSED:
         is_stranger = bool(serving) and state.worker not in serving
-        return not is_stranger or now - state.asked_at > state.request.run_limit_s
+        return is_late or not is_stranger
+    if due is Reason.WORKER_EXCLUDED:
+        return is_late or not takers(state, serving)
     if due is Reason.RESULT_REJECTED and not takers(state, serving):
         return True
     return due is Reason.FAILED or (due in COUNTED and state.resends >= timeouts.attempts)

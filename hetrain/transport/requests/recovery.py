@@ -109,7 +109,7 @@ class RecoveryLoop:
             if source is not None:
                 self._restore(source)
         self._remove_stale(request, reason)
-        queue = self._router.choose(state.request, state.queue, state.refused_on, state.rejections)
+        queue = self._router.choose(state.request, state.queue, state.refused_on)
         self._connection.sender.send(state.request, queue, full_s=0)
         self._table.observe(request, Sent(queue))
 
@@ -119,6 +119,7 @@ class RecoveryLoop:
         stale = {
             Reason.RESULT_LOST: keys.finished(job, request),
             Reason.RESULT_REJECTED: keys.finished(job, request),
+            Reason.WORKER_EXCLUDED: keys.finished(job, request),
             # Workers count how often a request was begun, to give up one that kills them.
             Reason.REFUSED: keys.tries(job, request),
         }

@@ -42,7 +42,8 @@ class Reason(Enum):
     )
     INPUT_LOST = "a worker reports `BlobMissing`"
     RESULT_LOST = "it is done, and its result is gone from the broker"
-    RESULT_REJECTED = "the client's check rejects the result; or its worker answers once more"
+    RESULT_REJECTED = "the client's check rejects the result, and names its worker"
+    WORKER_EXCLUDED = "a worker answers of which the client has rejected a result"
     REFUSED = "a worker reports `WorkerRefused`"
     FAILED = "a worker reports any other failure"
     RUN_LIMIT = (
@@ -179,7 +180,7 @@ def observe(state: RequestState, event: Event, now: float) -> RequestState:
         case Started(worker):
             return replace(state, started_at=now, worker=worker, missed_looks=0)
         case Finished(Completion(worker=worker)) | Failed(worker) if worker in state.rejections:
-            return _due(state, Reason.RESULT_REJECTED, state.rejections[worker])
+            return _due(state, Reason.WORKER_EXCLUDED, state.rejections[worker])
         case Finished(completion):
             return replace(state, completion=completion, worker=completion.worker, due=None, error=None)
         case Failed(worker, error):
@@ -197,6 +198,11 @@ def observe(state: RequestState, event: Event, now: float) -> RequestState:
         case Observation.QUEUE_LOST_WORKER | Observation.BROKER_FULL if state.started_at is None:
             return _due(state, Reason[event.name])
     return state
+
+
+def excluding(state: RequestState, worker: str, error: HetrainError) -> RequestState:
+    """The state once a result of `worker` was rejected: what that worker reports does not end the request."""
+    return replace(state, rejections={**state.rejections, worker: error})
 
 
 def event_of(completion: Completion, request: Request) -> WorkerEvent:
@@ -236,8 +242,7 @@ def _reopened(state: RequestState, event: ClientEvent) -> RequestState:
     state = replace(state, completion=None, started_at=None, missed_looks=0)
     if isinstance(event, ResultLost):
         return _due(state, Reason.RESULT_LOST, event.error)
-    rejections = {**state.rejections, event.worker: event.error}
-    return _due(replace(state, rejections=rejections), Reason.RESULT_REJECTED, event.error)
+    return _due(excluding(state, event.worker, event.error), Reason.RESULT_REJECTED, event.error)
 
 
 def _sent_again(state: RequestState, queue: str, now: float) -> RequestState:

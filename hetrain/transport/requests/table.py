@@ -5,13 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from time import monotonic
 
 from hetrain.public.errors import HetrainError, TaskFailed
 from hetrain.public.protocol.messages import Completion, EvaluateTask
 from hetrain.transport.requests.decision import Decision, Done, Fail, Progress, Wait, decide
 from hetrain.transport.requests.request import Timeouts
-from hetrain.transport.requests.state import ClientEvent, Event, Reason, RequestState, observe
+from hetrain.transport.requests.state import (
+    ClientEvent,
+    Event,
+    Reason,
+    RequestState,
+    ResultRefused,
+    excluding,
+    observe,
+)
 from hetrain.transport.scheduling.router import Router
 from hetrain.transport.scheduling.throughput import work_of
 
@@ -34,11 +43,12 @@ class RequestTable:
         self._states: dict[str, RequestState] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._removed: list[RequestState] = []
+        self._rejections: dict[str, HetrainError] = {}
         self.progress = Progress(monotonic())
 
     def add(self, state: RequestState, outcome: Outcome) -> None:
         """Takes a request that is being sent, and is counted on its queue."""
-        self._states[state.request.id] = state
+        self._states[state.request.id] = replace(state, rejections=dict(self._rejections))
         self._outcomes[state.request.id] = outcome
 
     def remove(self, ids: Iterable[str]) -> None:
@@ -81,7 +91,15 @@ class RequestTable:
         return self.settle(request)
 
     def reopen(self, request: str, event: ClientEvent, outcome: Outcome) -> Decision:
-        """Notes that the client has lost or rejects the result of an ended request; see `settle`."""
+        """Notes that the client has lost or rejects the result of an ended request; see `settle`.
+
+        A worker whose result was rejected is excluded from all requests.
+        """
+        if isinstance(event, ResultRefused):
+            self._rejections[event.worker] = event.error
+            self._router.exclude(event.worker)
+            for each, state in self._states.items():
+                self._states[each] = excluding(state, event.worker, event.error)
         self._outcomes[request] = outcome
         self._router.count(self._states[request].queue, 1)
         return self.observe(request, event)

@@ -50,6 +50,7 @@ class Router:
         self._url = url
         self._model = ""
         self._groups = _NO_GROUPS
+        self._excluded: frozenset[str] = frozenset()
         self._in_flight: float | None = None
         self._load: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -84,38 +85,34 @@ class Router:
             self._load[chosen] += 1
         return chosen
 
-    def choose(
-        self, request: Request, queue: str, refused_on: Collection[str], rejected: Collection[str]
-    ) -> str:
+    def choose(self, request: Request, queue: str, refused_on: Collection[str]) -> str:
         """The queue of a request that is sent again: of those that serve it the one with the fewest per slot.
 
         Args:
             request: what is sent.
             queue: where it was sent before, and stays if no registered worker serves its group.
             refused_on: queues that are taken only if there is no other.
-            rejected: workers that do not count.
         """
         with self._lock:
             others = Counter(self._load)
             others[queue] -= 1
-            return self._choose(request, queue, others, refused_on, rejected)
+            return self._choose(request, queue, others, refused_on)
 
     def count(self, queue: str, change: int) -> None:
         """Counts `change` more requests on `queue`."""
         with self._lock:
             self._load[queue] += change
 
+    def exclude(self, worker: str) -> None:
+        """Sends nothing to a queue for the sake of `worker` any more."""
+        self._excluded |= {worker}
+
     def _choose(
-        self,
-        request: Request,
-        queue: str,
-        load: Counter[str],
-        refused_on: Collection[str] = (),
-        rejected: Collection[str] = (),
+        self, request: Request, queue: str, load: Counter[str], refused_on: Collection[str] = ()
     ) -> str:
         slots: Counter[str] = Counter()
         for registration in self._serving_task(request.task):
-            if registration.worker not in rejected:
+            if registration.worker not in self._excluded:
                 slots[registration.queue] += registration.concurrency
         return min(
             slots,
@@ -159,6 +156,7 @@ class Router:
         paces = [
             (registration.concurrency, self.throughput.of(registration.worker))
             for registration in self._serving(group)
+            if registration.worker not in self._excluded
         ]
         return count_pieces(paces, load, work)
 
