@@ -96,6 +96,7 @@ class RequestTable:
         A worker whose result was rejected is excluded from all requests.
         """
         if isinstance(event, ResultRefused):
+            logger.warning("no result of worker %s is accepted any more: %s", event.worker, event.error.what)
             self._rejections[event.worker] = event.error
             self._router.exclude(event.worker)
             for each, state in self._states.items():
