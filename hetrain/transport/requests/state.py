@@ -26,7 +26,9 @@ class Reason(Enum):
     """Why a request is sent again, or fails: what is observed. What is done then: docs/architecture.md."""
 
     BROKER_RESTARTED = "the broker has forgotten the job (`alive` is gone)"
-    BROKER_FULL = "it waits, and the broker has no memory for as much as a task takes: kombu may have lost it"
+    BROKER_FULL = (
+        "it waits, and the broker has no memory for as much as a task takes: a worker may have given it up"
+    )
     QUEUE_LOST_WORKER = (
         "it waits, and a worker of its queue has left: its registration lapsed or was withdrawn"
     )

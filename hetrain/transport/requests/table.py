@@ -96,11 +96,7 @@ class RequestTable:
         A worker whose result was rejected is excluded from all requests.
         """
         if isinstance(event, ResultRefused):
-            logger.warning("no result of worker %s is accepted any more: %s", event.worker, event.error.what)
-            self._rejections[event.worker] = event.error
-            self._router.exclude(event.worker)
-            for each, state in self._states.items():
-                self._states[each] = excluding(state, event.worker, event.error)
+            self._exclude(event.worker, event.error)
         self._outcomes[request] = outcome
         self._router.count(self._states[request].queue, 1)
         return self.observe(request, event)
@@ -126,6 +122,14 @@ class RequestTable:
         for outcome in self._outcomes.values():
             if not outcome.done():
                 outcome.set_exception(error)
+
+    def _exclude(self, worker: str, error: HetrainError) -> None:
+        if worker not in self._rejections:
+            logger.warning("no result of worker %s is accepted any more: %s", worker, error.what)
+        self._rejections[worker] = error
+        self._router.exclude(worker)
+        for each, state in self._states.items():
+            self._states[each] = excluding(state, worker, error)
 
     def _measure(self, state: RequestState, completion: Completion) -> None:
         if isinstance(state.request.task, EvaluateTask):
