@@ -33,20 +33,15 @@ def _configuration(settings: WorkerSettings) -> dict[str, Any]:
         # Else a broker that is out of memory for a moment ends the worker.
         "broker_channel_error_retry": True,
         "worker_consumer": "tasks.consumer:Consumer",
-        "broker_transport_options": {
-            "visibility_timeout": settings.visibility_timeout,
-            "unacked_restore_interval": 1,
-            "unacked_restore_throttle": 1,
-            "unacked_mutex_expire": 5,
-            **KEEPALIVE,
-        },
+        # Kombu keeps no copies of messages under way: clients alone send again what is lost.
+        "broker_transport_options": {"ack_emulation": False, **KEEPALIVE},
         "include": ["tasks.evaluate", "tasks.inspect_command", "tasks.display", "tasks.heartbeat"],
         "task_default_queue": QUEUE,
         "accept_content": ["json"],
         "task_serializer": "json",
         "task_ignore_result": True,
+        # With a multiplier of 1: a worker takes a message only when it can run it at once.
         "task_acks_late": True,
-        "task_reject_on_worker_lost": True,
         "task_send_sent_event": True,
         "worker_send_task_events": True,
         "worker_prefetch_multiplier": 1,

@@ -1,7 +1,7 @@
-"""A worker's consumer that keeps running while the broker is out of memory.
+"""A worker's consumer: publishes events in batches, and keeps running while the broker is out of memory.
 
-Kombu keeps records in the broker, so a broker without memory breaks the consumer's connection repeatedly. A
-message that was taken at that moment may be lost; its client sends it again.
+A broker without memory breaks the consumer's connection repeatedly. A message that was taken at that moment
+may be lost; its client sends it again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from celery.worker import consumer
 from redis.exceptions import OutOfMemoryError
 
+_EVENTS_PAUSE_S = 0.25
 _PAUSE_S = 1.0
 _LOG_INTERVAL_S = 10.0
 _NOISY_LOGGERS = ("kombu.asynchronous.hub", "kombu.transport.redis")
@@ -23,9 +24,21 @@ class Consumer(consumer.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._has_events = False
         limit = _LimitOutOfMemoryLogs()
         for name in _NOISY_LOGGERS:
             logging.getLogger(name).addFilter(limit)
+
+    def on_send_event_buffered(self) -> None:
+        """Has events published soon. At once, as in Celery, they would be three round trips for each task."""
+        if self.hub and not self._has_events:
+            self._has_events = True
+            self.hub.call_later(_EVENTS_PAUSE_S, self._publish_events)
+
+    def _publish_events(self) -> None:
+        self._has_events = False
+        if self.event_dispatcher:
+            self.event_dispatcher.flush()
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
         super().on_connection_error_before_connected(exc)

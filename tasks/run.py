@@ -1,4 +1,4 @@
-"""Running one request: whether it is still wanted, its lease, its start, its result, its end."""
+"""Runs one request: its lease and start, its result, its end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import BrokerFull, BrokerUnreachable, HetrainError, TaskFailed, WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
+    Blob,
     Completion,
     EvaluateTask,
     Failure,
@@ -37,18 +38,18 @@ _SKIPPED = "no result: finished, given up or running elsewhere"
 
 
 class WorkerContext:
-    """A worker process's connections: blobs, ledger, leases."""
+    """A worker process's connections: blobs, request log, leases."""
 
     def __init__(self, url: str) -> None:
         self.store = BlobStore(url)
-        self.request_log = RequestLog(url, self.store)
         owner = f"{socket.gethostname()}:{os.getpid()}:{new_token()[:8]}"
-        self.leases = Leases(url, self.store.client, owner)
+        self.request_log = RequestLog(url, self.store, owner)
+        self.leases = Leases(self.store.client, owner)
 
 
 @functools.cache
 def worker_context() -> WorkerContext:
-    """The process's desk, opened at the first task."""
+    """The process's context, opened at the first task."""
     return WorkerContext(broker_url())
 
 
@@ -83,21 +84,65 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> str:
     except WireError as malformed:
         _report_malformed(message, worker, malformed)
         raise
-    tools = worker_context()
-    if not tools.request_log.is_wanted(task.job, task.request):
+    from worker_gpu.service import service
+
+    context = worker_context()
+    report = functools.partial(
+        Completion, request=task.request, worker=worker, device=service().describe(task.engine)[:200]
+    )
+    tries = context.request_log.begin(task.job, report(state="started"))
+    if not tries:
         return _SKIPPED
-    with tools.leases.held(keys.lease(task.job, task.request)) as mine:
-        completion, error = _attempt(tools, worker, task, work) if mine else (None, None)
-    if completion is not None:
-        _report(tools, task.job, completion)
+    with context.leases.renewed(keys.lease(task.job, task.request)) as end_lease:
+        completion, parts, error = _attempt(task, tries, functools.partial(work, task, context.store), report)
+        end_lease()
+        _report(context, task.job, completion, parts)
     if error is not None:
         raise error
-    return _SKIPPED if completion is None else f"{completion.seconds:.4f} s on {completion.device}"
+    return f"{completion.seconds:.4f} s on {completion.device}"
 
 
-def _report(tools: WorkerContext, job: str, completion: Completion) -> None:
+def _attempt(
+    task: PrepareTask | EvaluateTask,
+    tries: int,
+    work: Callable[[], TaskOutput],
+    report: Callable[..., Completion],
+) -> tuple[Completion, Sequence[memoryview] | None, HetrainError | None]:
+    """What to report of a request's end, the result's parts, and the error it ended with, if any."""
+    worker = report(state="started").worker
     try:
-        tools.request_log.end(job, completion)
+        if tries > keys.MAX_TRIES:
+            raise TaskFailed(
+                f"the task killed its worker {keys.MAX_TRIES} times",
+                where=worker,
+                hint="see the workers' logs",
+            )
+        parts, seconds = work()
+    except BrokerUnreachable:
+        raise  # no report can be sent; the client sees the lease run out and asks again
+    except HetrainError as error:
+        return report(state="failed", failure=_failure(error)), None, error
+    except Exception as error:
+        logger.exception("request %s of job %s failed", task.request, task.job)
+        failed = TaskFailed(
+            f"{type(error).__name__}: {error}", where=worker, hint="the worker's log has the traceback"
+        )
+        return report(state="failed", failure=_failure(failed)), None, failed
+    output = None if parts is None else _output(task, parts)
+    return report(state="done", seconds=seconds, output=output), parts, None
+
+
+def _output(task: PrepareTask | EvaluateTask, parts: Sequence[memoryview]) -> Blob:
+    """Where the result of `task` will lie."""
+    nbytes = sum(memoryview(part).nbytes for part in parts)
+    return Blob(job=task.job, kind="out", token=keys.output_token(task.request), nbytes=nbytes)
+
+
+def _report(
+    context: WorkerContext, job: str, completion: Completion, parts: Sequence[memoryview] | None = None
+) -> None:
+    try:
+        context.request_log.end(job, completion, parts)
     except BrokerFull as error:
         # The lease runs out, so a client that is still there will ask again.
         logger.warning(
@@ -117,42 +162,6 @@ def _report_malformed(message: str, worker: str, error: WireError) -> None:
         return
     failed = Completion(request=address.request, worker=worker, state="failed", failure=_failure(error))
     _report(worker_context(), address.job, failed)
-
-
-def _attempt(
-    tools: WorkerContext, worker: str, task: M, work: Work[M]
-) -> tuple[Completion | None, HetrainError | None]:
-    """What to report of a request's end, if anything, and the error it ended with, if any."""
-    from worker_gpu.service import service
-
-    report = functools.partial(
-        Completion, request=task.request, worker=worker, device=service().describe(task.engine)[:200]
-    )
-    try:
-        if tools.request_log.begin(task.job, report(state="started")) > keys.MAX_TRIES:
-            raise TaskFailed(
-                f"the task killed its worker {keys.MAX_TRIES} times",
-                where=worker,
-                hint="see the workers' logs",
-            )
-        parts, seconds = work(task, tools.store)
-        if parts is None:
-            return report(state="done", seconds=seconds), None
-        # A client that has gone would leave the result behind.
-        if not tools.request_log.is_wanted(task.job, task.request):
-            return None, None
-        output = tools.store.put(task.job, "out", keys.output_token(task.request), parts)
-        return report(state="done", seconds=seconds, output=output), None
-    except BrokerUnreachable:
-        raise  # nobody to report to; the client sees the lease run out and asks again
-    except HetrainError as error:
-        return report(state="failed", failure=_failure(error)), error
-    except Exception as error:
-        logger.exception("request %s of job %s failed", task.request, task.job)
-        failed = TaskFailed(
-            f"{type(error).__name__}: {error}", where=worker, hint="the worker's log has the traceback"
-        )
-        return report(state="failed", failure=_failure(failed)), failed
 
 
 def _failure(error: HetrainError) -> Failure:

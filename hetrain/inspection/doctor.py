@@ -105,7 +105,7 @@ def diagnose(workers: str | None) -> DoctorReport:
     found = ProbeResult((), ())
     try:
         with _target(workers) as target:
-            broker = ask_broker(target.url)
+            broker = ask_broker(target.url, pings=5)
             found = probe_workers(
                 target.url,
                 first_s=target.first_s,

@@ -167,7 +167,7 @@ def _app(url: str) -> Celery:
         # Both: CELERY_BROKER_URL in the environment would replace broker_url.
         broker_read_url=address,
         broker_write_url=address,
-        broker_transport_options={"socket_timeout": 30, "socket_connect_timeout": 5},
+        broker_transport_options={"socket_timeout": 30, "socket_connect_timeout": 5, "ack_emulation": False},
         accept_content=["json"],
         task_serializer="json",
     )

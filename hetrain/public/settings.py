@@ -127,10 +127,6 @@ class WorkerSettings(Settings):
         description="weights that it holds at once, such as `20GB`; the least recently used are dropped for "
         "others and loaded again when needed; default: 3/4 of a GPU's memory, no limit on a CPU",
     )
-    visibility_timeout: Annotated[int, _COUNT] = Field(
-        default=120,
-        description="seconds after which the queue offers an unfinished task again; default 120",
-    )
     ready_fd: int | None = Field(
         default=None,
         ge=0,

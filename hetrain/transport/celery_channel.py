@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, wait
 from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
 from typing import TypeVar
 
 from hetrain.public.broker.blobs import BlobStore
-from hetrain.public.broker.connection import ping
 from hetrain.public.broker.server_info import ask_broker
 from hetrain.public.errors import (
     BlobMissing,
@@ -18,19 +18,30 @@ from hetrain.public.errors import (
     BrokerUnreachable,
     HetrainError,
     Interrupted,
+    ResultRejected,
     UsageError,
 )
-from hetrain.public.protocol import keys
-from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, Header, PrepareTask, new_token
+from hetrain.public.protocol.messages import (
+    QUEUE,
+    Blob,
+    Completion,
+    EvaluateTask,
+    Header,
+    PrepareTask,
+    new_token,
+)
 from hetrain.public.protocol.plan import parse_plan
 from hetrain.public.protocol.product import Operand, Part, Product
+from hetrain.public.protocol.registration import WorkerRegistration
 from hetrain.public.protocol.tenants import new_job
 from hetrain.transport.channel import NO_HEADER, Accept, Reply, accept_any
 from hetrain.transport.requests.cleanup import JobKeys
-from hetrain.transport.requests.collector import Collector
+from hetrain.transport.requests.collector import TICK_S, Collector
 from hetrain.transport.requests.job_connection import JobConnection
+from hetrain.transport.requests.request import Request, Source, Timeouts, evaluate_task, prepare_task
 from hetrain.transport.requests.sender import Sender
-from hetrain.transport.requests.state import Request, Source, Timeouts, evaluate_task, prepare_task
+from hetrain.transport.requests.state import ResultLost, ResultRefused, sent
+from hetrain.transport.requests.table import Outcome
 from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from hetrain.transport.scheduling.partition import partition
 from hetrain.transport.scheduling.registry import WorkerRegistry
@@ -43,10 +54,6 @@ _POLL_S = 0.1
 T = TypeVar("T")
 
 
-def _all_well() -> None:
-    return None
-
-
 class CeleryChannel:
     """A job's way to the workers; see `Channel`.
 
@@ -54,15 +61,19 @@ class CeleryChannel:
         url: the broker's address.
         job: the job's token; a fresh one by default.
         timeouts: how long to wait for what.
-        health_check: says what became of processes that this client depends on (see `Embedded.failure`).
+        health_check: reports what became of processes that this client depends on (see `Embedded.failure`).
         max_reply_bytes: the largest result that is accepted for one task.
         max_bytes_in_flight: the most that operands and results may take in the broker at once; None takes a
             share of its memory, and lets a request that is larger than that travel alone.
 
+    Attributes:
+        job: the job's token.
+        flow_control: how many bytes it has in flight.
+
     Raises:
         UsageError: the URL makes no sense.
         BrokerUnreachable: the broker does not answer.
-        BrokerFull: the broker has no memory even for small messages, for as long as the channel is patient.
+        BrokerFull: the broker has no memory even for small messages, for as long as the channel waits.
     """
 
     def __init__(
@@ -71,13 +82,12 @@ class CeleryChannel:
         *,
         job: str | None = None,
         timeouts: Timeouts | None = None,
-        health_check: Callable[[], HetrainError | None] = _all_well,
+        health_check: Callable[[], HetrainError | None] = lambda: None,
         max_reply_bytes: int = MAX_REPLY_BYTES,
         max_bytes_in_flight: int | None = None,
     ) -> None:
-        ping(url)
         limit = max_bytes_in_flight or share_of(ask_broker(url).maxmemory)
-        self._flow_control = FlowControl(ByteBudget(limit, strict=max_bytes_in_flight is not None))
+        self.flow_control = FlowControl(ByteBudget(limit, strict=max_bytes_in_flight is not None))
         timeouts = timeouts or Timeouts()
         self.job = job or new_job()
         self._connection = JobConnection(
@@ -86,14 +96,19 @@ class CeleryChannel:
         self._max_reply_bytes = max_reply_bytes
         self._job_keys = JobKeys(self._connection)
         self._router = Router(WorkerRegistry(self._connection), url)
-        self._collector = Collector(self._connection, self._router, health_check)
+        self._collector = Collector(self._connection, self._router, self._job_keys, health_check)
         self._prepared: PrepareTask | None = None
-        self._closed = False
+        self._closing = threading.Lock()
         try:
             self._collector.start()
         except BaseException:
             self._connection.close()
             raise
+
+    @property
+    def workers(self) -> tuple[WorkerRegistration, ...]:
+        """The workers that are registered now."""
+        return self._router.registry.workers.registrations
 
     def prepare(
         self, model: str, engine: str, plan: bytes, plan_digest: str, setup: Header = NO_HEADER
@@ -113,80 +128,84 @@ class CeleryChannel:
         """See `Channel.multiply`. Waits while as much is on its way as may be."""
         self._collector.check()
         result_bytes = product.n * operand.result_row_bytes
-        reservation = self._flow_control.reserve(product.key, operand.nbytes, result_bytes)
-        nbytes: int | None = None
-        try:
-            blob, requests = self._ship(product, operand)
-            try:
-                parts = self._collect(requests, accept)
-                nbytes = sum(part.data.nbytes for part in parts)
-            finally:
-                self._forget(requests, [blob])
-        finally:
-            reservation.release(nbytes)
-        return Reply(tuple(sorted(parts, key=lambda part: part.rows)), blob.nbytes)
+        with self.flow_control.reserved(product.key, operand.nbytes, result_bytes) as learn_size:
+            reply = self._exchange(product, operand, accept)
+            learn_size(reply.bytes_down)
+        return reply
 
-    def _ship(self, product: Product, operand: Operand) -> tuple[Blob, list[Request]]:
-        """Uploads the operand and sends one request for each range of rows."""
+    def _exchange(self, product: Product, operand: Operand, accept: Accept) -> Reply:
+        """Uploads the operand, sends one request for each range of rows, and collects their results."""
         self._collector.check()
-        prepared = self._prepared
-        if prepared is None:
+        if self._prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
-        pieces = self._router.pieces(
-            product.group.name, product.n * operand.nbytes, 1 + self._collector.count_products()
-        )
-        token = new_token()
-        blob = self._patiently(lambda: self._connection.store.put(self.job, "in", token, operand.payload))
-        source = Source(blob, operand.payload)
-        done_event = threading.Event()
+        work = product.n * operand.nbytes
+        pieces = self._router.pieces(product.group.name, work, len(self.flow_control.budget.held))
+        put = partial(self._connection.store.put, self.job, "in", new_token(), operand.payload)
+        source = Source(blob := self._patiently(put), operand.payload)
         requests = [
             Request(
-                evaluate_task(prepared, new_token(), product, operand.header, rows, blob),
+                evaluate_task(self._prepared, new_token(), product, operand.header, rows, blob),
                 source,
                 self._connection.timeouts.run_s,
-                done_event=done_event,
             )
             for rows in partition(product.n, pieces, operand.row_step)
         ]
+        ids = [request.id for request in requests]
         try:
-            self._submit(requests)
+            outcomes = {self._submit(request, QUEUE): request for request in requests}
+            parts = self._collect(outcomes, blob, accept)
         except BaseException:
-            self._forget(requests, [blob])
+            self._collector.forget(ids)
+            with suppress(BrokerError):  # they expire anyway
+                self._job_keys.remove_blobs(ids, blob)
             raise
-        return blob, requests
+        self._collector.forget(ids)
+        return Reply(tuple(sorted(parts, key=lambda part: part.rows)), blob.nbytes)
 
-    def _collect(self, requests: Sequence[Request], accept: Accept) -> list[Part]:
-        """The requests' results in the order in which they arrive, each accepted."""
-        parts, left = [], list(requests)
-        while left:
-            request = self._collector.wait_any(left)
-            left.remove(request)
-            completion, data = self._fetch(request)
-            assert isinstance(request.task, EvaluateTask)
-            rows = request.task.start, request.task.stop
-            part = Part(rows, data, completion.worker, completion.device, completion.seconds)
-            accept(part)
-            parts.append(part)
-        return parts
+    def _collect(self, outcomes: dict[Outcome, Request], operand: Blob, accept: Accept) -> list[Part]:
+        """The requests' results in the order in which they arrive, each accepted. Their blobs are deleted."""
+        accepted: dict[Request, Part] = {}
+        while outcomes:
+            done, _ = wait(outcomes, timeout=TICK_S, return_when=FIRST_COMPLETED)
+            if not done:
+                self._collector.check()
+            for outcome in done:
+                request, completion = outcomes.pop(outcome), outcome.result()
+                try:
+                    accepted[request] = self._download(request, completion, [] if outcomes else [operand])
+                    accept(accepted[request])
+                except BlobMissing as error:
+                    outcomes[self._collector.reopen(request.id, ResultLost(error))] = request
+                except ResultRejected as error:
+                    if error.where != completion.worker:  # it is not this worker alone that is wrong
+                        raise
+                    event = ResultRefused(completion.worker, error)
+                    for each in [each for each in accepted if accepted[each].worker == completion.worker]:
+                        del accepted[each]
+                        outcomes[self._collector.reopen(each.id, event)] = each
+        return list(accepted.values())
+
+    def _download(self, request: Request, completion: Completion, finished: Sequence[Blob]) -> Part:
+        """Takes a result, and the blobs that are needed no more with it."""
+        assert isinstance(request.task, EvaluateTask)
+        assert completion.output is not None  # a completion without it is not this request's
+        take = partial(self._connection.store.take, completion.output, finished, limit=self._max_reply_bytes)
+        data = self._patiently(take)
+        rows = request.task.start, request.task.stop
+        return Part(rows, data, completion.worker, completion.device, completion.seconds)
 
     def close(self) -> None:
         """See `Channel.close`."""
-        if self._closed:
+        if not self._closing.acquire(blocking=False):
             return
-        self._closed = True
         reason = Interrupted("the channel was closed")
+        self.flow_control.budget.close(reason)
         self._collector.stop(reason)
-        self._flow_control.budget.close(reason)
-        with suppress(BrokerError), self._connection.errors():
-            pipe = self._connection.client.pipeline(transaction=True)
-            pipe.rpush(keys.done_list(self.job), "")  # wakes the collector
-            pipe.expire(keys.done_list(self.job), keys.DONE_TTL_S)
-            pipe.execute()
         # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
-        self._collector.join(5.0)
+        states = self._collector.join(5.0)
         with suppress(BrokerError):
             self._job_keys.declare_dead()
-            self._job_keys.remove_all(self._collector.remaining())
+            self._job_keys.remove_all(states)
         self._connection.close()
 
     def _agree(self, task: PrepareTask) -> Completion:
@@ -194,7 +213,8 @@ class CeleryChannel:
 
         Raises: what a worker refuses with; `NoWorker` when a part stays without any.
         """
-        asked: dict[str, Request] = {}
+        asked: dict[str, Outcome] = {}
+        ids: list[str] = []
         missing: tuple[int, ...] = ()
         missing_at = 0.0
         timeouts = self._connection.timeouts
@@ -203,12 +223,13 @@ class CeleryChannel:
                 coverage = self._router.coverage()
                 for queue in set(coverage.queues) - set(asked):
                     copy = task.model_copy(update={"request": new_token()})
-                    asked[queue] = Request(copy, None, timeouts.prepare_s, queue=queue)
-                    self._submit([asked[queue]])
-                answers = [asked[queue].outcome(_POLL_S) for queue in coverage.queues]
-                agreed = [answer for answer in answers if answer is not None]
-                if agreed and len(agreed) == len(answers) and not coverage.missing:
-                    return agreed[0]
+                    ids.append(copy.request)
+                    asked[queue] = self._submit(Request(copy, None, timeouts.prepare_s), queue)
+                wanted = [asked[queue] for queue in coverage.queues]
+                done, waiting = wait(wanted, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+                answers = [outcome.result() for outcome in wanted if outcome in done]
+                if answers and not waiting and not coverage.missing:
+                    return answers[0]
                 self._collector.check()
                 if coverage.missing != missing:
                     missing, missing_at = coverage.missing, monotonic()
@@ -217,24 +238,19 @@ class CeleryChannel:
                         raise self._router.not_served(missing, timeouts.no_worker_s)
                     sleep(_POLL_S)
         finally:
-            self._forget(list(asked.values()), [])
+            self._collector.forget(ids)
 
-    def _submit(self, requests: Sequence[Request]) -> None:
-        self._collector.add(requests)
-        for request in requests:
-            self._collector.assign(request)
-            request.mark_sent()  # first: a broker that restarts now must not be missed
-            self._patiently(
-                partial(self._connection.sender.send, request, full_s=self._connection.timeouts.full_s)
-            )
-
-    def _forget(self, requests: Sequence[Request], operands: Sequence[Blob]) -> None:
-        self._collector.remove(requests)
-        with suppress(BrokerError):  # they expire anyway
-            self._job_keys.remove(requests, operands)
+    def _submit(self, request: Request, queue: str) -> Outcome:
+        """Sends a request: to `queue`, unless the registered workers tell better."""
+        queue = self._router.assign(request, queue)
+        # First: neither an answer nor a broker that restarts may be missed.
+        outcome = self._collector.submit(sent(request, queue, monotonic()))
+        full_s = self._connection.timeouts.full_s
+        self._patiently(partial(self._connection.sender.send, request, queue, full_s=full_s))
+        return outcome
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
-        """Calls `attempt` until the broker can be reached, within the limits of patience."""
+        """Calls `attempt` until the broker can be reached, for as long as the channel waits."""
         end = monotonic() + self._connection.timeouts.outage_s
         while True:
             self._collector.check()
@@ -244,20 +260,3 @@ class CeleryChannel:
                 if monotonic() > end:
                     raise
                 sleep(_RETRY_PAUSE_S)
-
-    def _fetch(self, request: Request) -> tuple[Completion, memoryview]:
-        """Waits for a request and downloads its result, and has it run again if that was lost."""
-        while True:
-            completion = self._collector.wait(request)
-            try:
-                data = self._patiently(partial(self._download, completion))
-            except BlobMissing:
-                if request.resends >= self._connection.timeouts.attempts:
-                    raise
-                self._patiently(partial(self._collector.ask_again, request))
-            else:
-                return completion, data
-
-    def _download(self, completion: Completion) -> memoryview:
-        assert completion.output is not None  # the collector has checked
-        return self._connection.store.get(completion.output, limit=self._max_reply_bytes)

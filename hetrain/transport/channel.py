@@ -13,7 +13,11 @@ from hetrain.public.protocol.product import Operand, Part, Product
 NO_HEADER: Header = MappingProxyType({})
 
 Accept = Callable[[Part], None]
-"""Checks one part of a result; raises `ResultRejected` to have it computed by another worker."""
+"""Checks one part of a result; raises `ResultRejected` to have it computed by another worker.
+
+Where ``where`` of the error names the part's worker, nothing is accepted from that worker any more, and the
+product's parts that were accepted from it are computed anew as well. Where it names others, the job ends.
+"""
 
 
 def accept_any(part: Part) -> None:

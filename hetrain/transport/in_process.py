@@ -17,7 +17,7 @@ from hetrain.public.protocol.messages import (
 )
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.transport.channel import NO_HEADER, Accept, Reply, accept_any
-from hetrain.transport.requests.state import evaluate_task, prepare_task
+from hetrain.transport.requests.request import evaluate_task, prepare_task
 
 Handler = Callable[[EvaluateTask, memoryview], list[memoryview]]
 Preparer = Callable[[PrepareTask, bytes], None]

@@ -31,7 +31,7 @@ from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
 from hetrain.secret.verification import Sketch
 from hetrain.transport.in_process import InProcessChannel
-from hetrain.transport.requests.state import evaluate_task
+from hetrain.transport.requests.request import evaluate_task
 from worker_gpu.device import choose_compute, choose_device
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore

@@ -1,4 +1,4 @@
-"""The client's side of a fleet: who is there, where requests go, how products are cut. All of it is real."""
+"""The client's side of a fleet: registered workers, routing, partition, rejected results, all real."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import textwrap
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from time import monotonic, sleep, time
-from typing import TypeVar
+from time import time
 
 import pytest
 import torch
@@ -22,64 +23,75 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetrain.nn.remote import ProductStats, RemoteMatmul
-from hetrain.public.broker.connection import client, connection_pool
-from hetrain.public.errors import NoWorker
+from hetrain.public.broker.blobs import BlobStore
+from hetrain.public.errors import NoWorker, ResultRejected
+from hetrain.public.protocol.product import Part
 from hetrain.public.protocol.registration import REGISTRATION_TTL_S, REGISTRY_KEY, WorkerRegistration
 from hetrain.secret.engines.concrete import ConcreteSealer
-from hetrain.secret.engines.rlwe.hints import Hint
-from hetrain.transport.celery_channel import CeleryChannel, CeleryPending
-from hetrain.transport.requests.state import Timeouts
+from hetrain.transport.celery_channel import CeleryChannel
+from hetrain.transport.requests.job_connection import JobConnection
+from hetrain.transport.requests.request import Timeouts
+from hetrain.transport.requests.sender import Sender
+from hetrain.transport.requests.state import Reason
 from hetrain.transport.scheduling import partition as partition_module
 from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_pieces, partition
+from hetrain.transport.scheduling.registry import WorkerRegistry
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
-from tests.harness.engine import EngineHarness as Bench
-from tests.harness.processes import BrokerServer as Serving
-from tests.harness.processes import broker_server as serving
+from tests.harness.engine import EngineHarness
+from tests.harness.in_flight import GUARD_S, InFlight, broker_client, within_guard
+from tests.harness.processes import BrokerServer, broker_server
+from tests.harness.waiting import eventually
 
 ROWS, K = 640, 96
 NAMES = ("w0", "w1", "w2", "w3")
-GUARD_S = 60
 # Only what a test is about may bring a request back.
 PATIENT = Timeouts(no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
-
-T = TypeVar("T")
 
 
 @dataclass
 class Stage:
     """A broker, a model's directory, and the workers that a test has started, by name."""
 
-    served: Serving
+    served: BrokerServer
     model: Path
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, name: str, *, model: Path | None = None, shards: str = "") -> None:
-        self.workers[name] = spawn_worker(
-            name,
-            {
-                "HETRAIN_BROKER_URL": self.served.url,
-                "HETRAIN_MODELS": json.dumps([str(model or self.model)]),
-                "HETRAIN_SHARDS": shards,
-                "OMP_NUM_THREADS": "1",
-            },
-            self.served.log,
+    def start(self, name: str, *, model: Path | None = None, shards: str = "", script: str = "") -> None:
+        """Starts a worker; one that runs `script` instead of Celery's command must start the app itself."""
+        settings = {
+            "HETRAIN_BROKER_URL": self.served.url,
+            "HETRAIN_MODELS": json.dumps([str(model or self.model)]),
+            "HETRAIN_SHARDS": shards,
+            "OMP_NUM_THREADS": "1",
+        }
+        if not script:
+            self.workers[name] = spawn_worker(name, settings, self.served.log)
+            return
+        self.workers[name] = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env=os.environ | settings,
+            stdout=self.served.log,
+            stderr=self.served.log,
+            start_new_session=True,
         )
 
     def await_cards(self, count: int) -> None:
-        broker = client(connection_pool(self.served.url))
-        eventually(lambda: broker.zcard(REGISTRY_KEY) == count)
+        with broker_client(self.served.url) as client:
+            assert eventually(lambda: client.zcard(REGISTRY_KEY) == count)
 
     def send(self, signum: signal.Signals, *names: str) -> None:
         for name in names:
             os.kill(self.workers[name].pid, signum)
 
-    def open(self, bench: Bench, timeouts: Timeouts = PATIENT) -> CeleryChannel:
+    def open(self, harness: EngineHarness, timeouts: Timeouts = PATIENT) -> CeleryChannel:
         channel = CeleryChannel(self.served.url, timeouts=timeouts)
-        plan, engine = bench.plan, bench.name
+        plan, engine = harness.plan, harness.name
         try:
             within_guard(
-                lambda: channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest, bench.sealer.setup)
+                lambda: channel.prepare(
+                    plan.model, engine, plan.to_bytes(), plan.digest, harness.sealer.setup
+                )
             )
         except BaseException:
             channel.close()
@@ -89,7 +101,7 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    with serving() as served:
+    with broker_server() as served:
         made = Stage(served, tmp_path / "tiny")
         try:
             yield made
@@ -99,154 +111,220 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
             stop(list(made.workers.values()), grace_s=0)
 
 
-def bench_of(stage: Stage, engine: str) -> Bench:
+def harness_of(stage: Stage, engine: str) -> EngineHarness:
     generator = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(ROWS, K, generator=generator) for name in NAMES}
-    return Bench(engine, weights, stage.model, hints=engine == "rlwe")
+    return EngineHarness(engine, weights, stage.model, hints=engine == "rlwe")
 
 
-def within_guard(call: Callable[[], T]) -> T:
-    """What `call` returns or raises; a call that hangs fails the test."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(call).result(GUARD_S)
-    finally:
-        pool.shutdown(wait=False)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    end = monotonic() + GUARD_S
-    while not condition():
-        assert monotonic() < end
-        sleep(0.02)
+@pytest.fixture
+def in_flight(monkeypatch: pytest.MonkeyPatch) -> InFlight:
+    return InFlight(monkeypatch)
 
 
 def seen(channel: CeleryChannel) -> dict[str, str]:
     """Name before the @ and queue of each worker that the channel sees."""
-    return {
-        card.worker.partition("@")[0]: card.queue for card in channel._router.registry.workers.registrations
-    }
+    return {each.worker.partition("@")[0]: each.queue for each in channel.workers}
 
 
-def ask(bench: Bench, channel: CeleryChannel, name: str, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Sends x·Wᵀ in one piece; what is returned waits for it."""
-    sealed, rows = bench.seal(name, "forward", x), [(0, ROWS)]
-    pending = channel.send(name, "forward", sealed.header, sealed.payload, rows)
+class Asked:
+    """x·Wᵀ, sent in one piece."""
 
-    def answer() -> torch.Tensor:
-        return sealed.opening.open(within_guard(pending.result).parts, rows)
+    def __init__(
+        self, in_flight: InFlight, harness: EngineHarness, channel: CeleryChannel, name: str, x: torch.Tensor
+    ) -> None:
+        product = harness.product(name, "forward")
+        self._sealed = harness.sealer.seal(x, product)
+        check = self._sealed.opening.check
+        self._reply = in_flight.start(channel, product, self._sealed.operand, pieces=1, accept=check)
+        self.request, self.queue = in_flight.sent[-1]
 
-    answer.pending = pending  # type: ignore[attr-defined]
-    return answer
-
-
-def queue_of(answer: Callable[[], torch.Tensor]) -> str:
-    pending: CeleryPending = answer.pending  # type: ignore[attr-defined]
-    return pending._requests[0].queue
+    def answer(self) -> torch.Tensor:
+        """Waits for it."""
+        return self._sealed.opening.open(self._reply.result(GUARD_S).parts)
 
 
 def test_two_workers_share_every_product_and_nothing_changes(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partition_module, "MIN_PIECE_S", 1e-9)  # these products are tiny
-    clear = bench_of(stage, "clear")
+    clear = harness_of(stage, "clear")
     stage.start("a")
     stage.start("b")
     stage.await_cards(2)
     with closing(stage.open(clear)) as channel:
-        assert channel.partition("w0", ROWS, 4 * K * 256, 1) == [(0, 320), (320, 640)]
-        outsourcer = RemoteMatmul(channel, clear.sealer, ProductStats())
+        product = clear.product("w0", "forward")
+        reply = channel.multiply(product, clear.sealer.seal(torch.randn(256, K), product).operand)
+        assert [part.rows for part in reply.parts] == [(0, 320), (320, 640)]
+        remote = RemoteMatmul(channel, clear.sealer, ProductStats())
         local = RemoteMatmul(clear.channel, clear.sealer, ProductStats())
-        rates = channel._router.throughput
-        workers = [card.worker for card in channel._router.registry.workers.registrations]
-        rounds = 0
-        while rounds < 4 or not all(rates.of(worker) for worker in workers):
+        rounds, workers = 0, {part.worker for part in reply.parts}
+        while rounds < 4 or workers != {each.worker for each in channel.workers}:
             rounds += 1
             assert rounds < 200
             for direction, k in (("forward", K), ("backward", ROWS)):
-                x, group = torch.randn(100, k), clear.group(NAMES[rounds % 4])
-                y = outsourcer.multiply(group, direction, x)  # type: ignore[arg-type]
-                assert torch.equal(y, local.multiply(group, direction, x))  # type: ignore[arg-type]
+                x, product = torch.randn(100, k), clear.product(NAMES[rounds % 4], direction)  # type: ignore[arg-type]
+                assert torch.equal(remote.multiply(product, x), local.multiply(product, x))
+                reply = channel.multiply(product, clear.sealer.seal(x, product).operand)
+                workers |= {part.worker for part in reply.parts}
+        assert len(workers) == 2
         name = f"hetrain:{channel.job}:*"
-    assert not client(connection_pool(stage.served.url)).keys(name)
+    with broker_client(stage.served.url) as client:
+        assert not client.keys(name)
 
     # With hints, from several threads: cuts differ with the load, and still every hint is completed.
-    rlwe = bench_of(stage, "rlwe")
+    rlwe = harness_of(stage, "rlwe")
     with closing(stage.open(rlwe)) as channel, ThreadPoolExecutor(4) as pool:
-        outsourcer = RemoteMatmul(channel, rlwe.sealer, ProductStats())
+        remote = RemoteMatmul(channel, rlwe.sealer, ProductStats())
 
         def work(index: int) -> bool:
-            x, group = torch.randn(20, K), rlwe.group(NAMES[index % 4])
-            y = outsourcer.multiply(group, "forward", x)
-            return bool(rlwe.excess(group.name, "forward", x, y).any())
+            x, product = torch.randn(20, K), rlwe.product(NAMES[index % 4], "forward")
+            y = remote.multiply(product, x)
+            return bool(rlwe.excess(*product.key, x, y).any())
 
         assert not any(within_guard(lambda: list(pool.map(work, range(16)))))
         for name in NAMES:
-            assert rlwe.seal(name, "forward", torch.randn(3, K)).header["result"] == "b"
+            assert rlwe.seal(name, "forward", torch.randn(3, K)).operand.header["result"] == "b"
 
 
-def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage) -> None:
-    bench = bench_of(stage, "clear")
+def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage, in_flight: InFlight) -> None:
+    harness = harness_of(stage, "clear")
     stage.start("first", shards="0/2")
     stage.await_cards(1)
     x = torch.randn(5, K)
     with pytest.raises(NoWorker, match=r"2 of the 4 groups of tiny: w2, w3 \(shards 1-1/2\)") as error:
-        stage.open(bench, Timeouts(no_worker_s=2))
+        stage.open(harness, Timeouts(no_worker_s=2))
     assert "HETRAIN_SHARDS=1-1/2" in error.value.hint
     stage.start("last", shards="1/2")
     stage.start("whole")
     stage.await_cards(3)
-    with closing(stage.open(bench)) as channel:
-        eventually(lambda: seen(channel) == {"first": "gpu.0-0of2", "last": "gpu.1-1of2", "whole": "gpu"})
+    with closing(stage.open(harness)) as channel:
+        assert eventually(
+            lambda: seen(channel) == {"first": "gpu.0-0of2", "last": "gpu.1-1of2", "whole": "gpu"}
+        )
         stage.send(signal.SIGSTOP, *stage.workers)
-        asked = {name: [ask(bench, channel, name, x) for _ in range(4)] for name in NAMES}
-        queues = {name: sorted(map(queue_of, answers)) for name, answers in asked.items()}
+        asked = {name: [Asked(in_flight, harness, channel, name, x) for _ in range(4)] for name in NAMES}
+        queues = {name: sorted(each.queue for each in several) for name, several in asked.items()}
         assert queues["w0"] == queues["w1"] == ["gpu", "gpu", "gpu.0-0of2", "gpu.0-0of2"]
         assert queues["w2"] == ["gpu.1-1of2"] * 4
         assert queues["w3"] == ["gpu", "gpu", "gpu.1-1of2", "gpu.1-1of2"]
         stage.send(signal.SIGKILL, "last")
         stage.send(signal.SIGCONT, "first", "whole")
-        for name, answers in asked.items():
-            expected = bench.multiply(name, "forward", x)
-            assert all(torch.equal(answer(), expected) for answer in answers)
-        # The last one that serves w2 goes: what waits for it is given up, what does not goes on.
-        stage.send(signal.SIGTERM, "whole")  # it says goodbye
-        eventually(lambda: seen(channel) == {"first": "gpu.0-0of2"})
-    with closing(CeleryChannel(stage.served.url, timeouts=Timeouts(no_worker_s=2))) as channel:
-        channel._router.follow(bench.plan)
-        channel._prepared = prepared(bench, channel)
-        answer = ask(bench, channel, "w2", x)
-        assert torch.equal(ask(bench, channel, "w1", x)(), bench.multiply("w1", "forward", x))
+        for name, several in asked.items():
+            expected = harness.multiply(name, "forward", x)
+            assert all(torch.equal(each.answer(), expected) for each in several)
+    # The last one that serves w2 goes: what waits for it is given up, what does not goes on.
+    with closing(stage.open(harness, Timeouts(no_worker_s=2))) as channel:
+        stage.send(signal.SIGTERM, "whole")  # it withdraws its registration
+        assert eventually(lambda: seen(channel) == {"first": "gpu.0-0of2"})
+        given_up = Asked(in_flight, harness, channel, "w2", x)
+        served = Asked(in_flight, harness, channel, "w1", x)
+        assert torch.equal(served.answer(), harness.multiply("w1", "forward", x))
         with pytest.raises(NoWorker, match="shards 1-1/2"):
-            answer()
+            given_up.answer()
 
 
-def prepared(bench: Bench, channel: CeleryChannel):  # type: ignore[no-untyped-def]
-    """What `prepare` would have left, had all workers been there."""
-    from hetrain.transport.requests.state import prepare_task
-
-    plan = bench.plan.to_bytes()
-    blob = channel._connection.store.put(channel.job, "plan", bench.plan.digest, [plan])
-    return prepare_task(bench.plan.model, bench.name, blob, {})
-
-
-def test_a_worker_of_another_model_does_not_end_the_job(stage: Stage, tmp_path: Path) -> None:
-    bench = bench_of(stage, "clear")
-    other = Bench("clear", {"v": torch.randn(3, 3)}, tmp_path / "other")
+def test_a_worker_of_another_model_does_not_end_the_job(
+    stage: Stage, tmp_path: Path, in_flight: InFlight, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hetrain.transport.requests.recovery")
+    harness = harness_of(stage, "clear")
+    other = EngineHarness("clear", {"v": torch.randn(3, 3)}, tmp_path / "other")
     stage.start("own")
     stage.start("stranger", model=tmp_path / "other")
     stage.await_cards(2)
-    with closing(stage.open(bench)) as channel:
+    with closing(stage.open(harness)) as channel:
         stage.send(signal.SIGSTOP, "own")
         x = torch.randn(5, K)
-        answers = [ask(bench, channel, "w0", x) for _ in range(3)]
-        requests = [answer.pending._requests[0] for answer in answers]  # type: ignore[attr-defined]
-        eventually(lambda: any(request.refused_on for request in requests))
+        asked = [Asked(in_flight, harness, channel, "w0", x) for _ in range(3)]
+        assert eventually(lambda: Reason.REFUSED.value in caplog.text)
         stage.send(signal.SIGCONT, "own")
-        expected = bench.multiply("w0", "forward", x)
-        assert all(torch.equal(answer(), expected) for answer in answers)
+        expected = harness.multiply("w0", "forward", x)
+        assert all(torch.equal(each.answer(), expected) for each in asked)
     with closing(stage.open(other)):
         pass
+
+
+LIAR = """
+    import sys, torch
+    from worker_gpu.service import Service
+    from tasks.app import app
+
+    honest = Service.evaluate
+
+    def evaluate(service, task, load_plan, payload):
+        parts = [bytearray(part) for part in honest(service, task, load_plan, payload)]
+        for part in parts:
+            for index in range(0, len(part), 7):
+                part[index] ^= 0x40
+        return [memoryview(part) for part in parts]
+
+    Service.evaluate = evaluate
+    app.start(["worker", "-Q", "gpu", "--without-gossip", "--without-mingle", "-n", "liar@host"])
+"""
+
+
+def test_a_wrong_result_names_its_worker_and_is_computed_by_another(
+    stage: Stage, in_flight: InFlight, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = harness_of(stage, "clear")
+    stage.start("liar", script=LIAR)
+    stage.await_cards(1)
+    product, x = harness.product("w0", "forward"), torch.randn(5, K)
+    expected = harness.multiply("w0", "forward", x)
+
+    def check(part: Part) -> None:
+        """What a verifier does: compares the part with what it must be."""
+        start, stop = part.rows
+        wanted = harness.matrices["w0"][start:stop].to(torch.int64) @ operand.to(torch.int64)
+        got = torch.frombuffer(bytearray(part.data), dtype=torch.int32).view(part.n, len(x))
+        if not torch.equal(got, wanted.to(torch.int32)):
+            raise ResultRejected("the result is wrong", where=part.worker)
+
+    with closing(stage.open(harness)) as channel:
+        sealed = harness.sealer.seal(x, product)
+        payload = bytearray().join(sealed.operand.payload)
+        operand = torch.frombuffer(payload, dtype=torch.int32).view(K, len(x))
+        # No other worker serves it.
+        alone = in_flight.start(channel, product, sealed.operand, accept=check)
+        with pytest.raises(ResultRejected, match="wrong") as caught:
+            alone.result(GUARD_S)
+        assert caught.value.where == "liar@host"
+        stage.start("honest")
+        stage.await_cards(2)
+        assert eventually(lambda: len(channel.workers) == 2)
+        honest = next(each.worker for each in channel.workers if each.worker != "liar@host")
+        for _ in range(8):
+            reply = in_flight.start(channel, product, sealed.operand, pieces=2, accept=check).result(GUARD_S)
+            assert {part.worker for part in reply.parts} == {honest}
+            assert torch.equal(sealed.opening.open(reply.parts), expected)
+        warning = "no result of worker liar@host is accepted any more: the result is wrong"
+        assert caplog.messages.count(warning) == 1
+        assert any(in_flight.sends(request) > 1 for request, _ in in_flight.sent)
+        assert not [line for line in caplog.messages if honest in line]
+    # A check that rejects only what is complete, as that of hints: parts accepted before are computed anew.
+    with closing(stage.open(harness)) as another:
+        wrong: list[Part] = []
+
+        def check_late(part: Part) -> None:
+            try:
+                check(part)
+            except ResultRejected:
+                wrong.append(part)
+                if len(wrong) == 2:
+                    raise
+
+        stage.send(signal.SIGSTOP, "honest")
+        pending = in_flight.start(another, product, sealed.operand, pieces=2, accept=check_late)
+        assert eventually(lambda: len(wrong) == 2)
+        stage.send(signal.SIGCONT, "honest")
+        reply = pending.result(GUARD_S)
+        assert {part.worker for part in reply.parts} == {honest}
+        assert torch.equal(sealed.opening.open(reply.parts), expected)
+        assert caplog.messages.count(warning) == 2
+    with broker_client(stage.served.url) as client:
+        assert not client.keys(f"hetrain:{channel.job}:*")
+        assert not client.keys(f"hetrain:{another.job}:*")
 
 
 GOOD = WorkerRegistration(worker="a@host", device="cpu", queue="gpu", models=("tiny",), concurrency=1)
@@ -279,10 +357,9 @@ def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
     newer = GOOD.model_copy(update={"worker": "b@host", "queue": "gpu.0-0of2", "shards": "0/2"})
     cards |= {newer.model_copy(update={"queue": "gpu"}).model_dump_json(): soon - 1}
     cards |= {newer.model_dump_json(): soon}
-    channel = CeleryChannel(stage.served.url)
-    watch, broker = channel._router.registry, channel._connection.client
-    channel._collector.stop(NoWorker("this test refreshes by itself"))
-    channel._collector.join(GUARD_S)
+    store = BlobStore(stage.served.url)
+    connection = JobConnection(stage.served.url, "0" * 32, store, Sender(stage.served.url), PATIENT)
+    watch, broker = WorkerRegistry(connection), store.client
     broker.zadd(REGISTRY_KEY, cards)
     assert watch.refresh() == frozenset()
     assert watch.workers.registrations == (GOOD, newer.model_copy(update={"shards": "0-0/2"}))
@@ -302,7 +379,7 @@ def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
     assert [watch.refresh(), watch.refresh()] == [{"gpu"}, frozenset()]
     assert watch.workers.registrations == ()
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
-    channel.close()
+    connection.close()
 
 
 @given(n_rows=st.integers(1, 5000), pieces=st.integers(1, 300), step=st.integers(1, 1024))
@@ -346,24 +423,30 @@ def test_pieces_follow_slots_load_and_speed() -> None:
 
 
 def test_hints_are_completed_by_overlapping_ranges(stage: Stage) -> None:
-    bench = bench_of(stage, "rlwe")
+    harness = harness_of(stage, "rlwe")
     x = torch.randn(5, K)
-    hint: Hint = bench.sealer.hints.hint(bench.group("w0"), "forward")  # type: ignore[attr-defined]
+
+    def has_hint() -> bool:
+        return harness.seal("w0", "forward", x).operand.header.get("result") == "b"
+
     for rows in ([(100, 300)], [(50, 150), (290, 400)], [(0, 60)], [(0, 320), (320, 640)]):
-        assert not hint.is_ready
-        sealed = bench.seal("w0", "forward", x)
-        sealed.opening.open(bench.answer("w0", "forward", sealed, rows), rows)
-    assert hint.is_ready
-    assert not bench.excess("w0", "forward", x, bench.multiply("w0", "forward", x)).any()
+        assert not has_hint()
+        sealed = harness.seal("w0", "forward", x)
+        parts = harness.answer("w0", "forward", sealed, rows)
+        for part in parts:
+            sealed.opening.check(part)
+        sealed.opening.open(parts)
+    assert has_hint()
+    assert not harness.excess("w0", "forward", x, harness.multiply("w0", "forward", x)).any()
 
 
 def test_concrete_is_cut_between_tiles(stage: Stage) -> None:
     weights = {"w": torch.randn(1100, 8, generator=torch.Generator().manual_seed(1))}
-    bench = Bench("concrete", weights, stage.model)
-    assert isinstance(bench.sealer, ConcreteSealer)
+    harness = EngineHarness("concrete", weights, stage.model)
+    assert isinstance(harness.sealer, ConcreteSealer)
     x = torch.randn(2, 8)
-    sealed = bench.seal("w", "forward", x)
-    rows = partition(1100, 2, sealed.row_step)
+    sealed = harness.seal("w", "forward", x)
+    rows = partition(1100, 2, sealed.operand.row_step)
     assert rows == [(0, 550), (550, 1100)]
-    y = sealed.opening.open(bench.answer("w", "forward", sealed, rows), rows)
-    assert not bench.excess("w", "forward", x, y).any()
+    y = sealed.opening.open(harness.answer("w", "forward", sealed, rows))
+    assert not harness.excess("w", "forward", x, y).any()

@@ -10,24 +10,26 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from time import monotonic, sleep
-from typing import TypeVar
+from time import sleep
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import redis
 import torch
+from celery import Celery
 from safetensors.torch import save_file
 
 from hetrain.local.launcher import Embedded, start_embedded
 from hetrain.public.broker.blobs import BlobStore
+from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import (
     BrokerError,
     BrokerFull,
-    HetrainError,
     Interrupted,
     NoWorker,
     TaskFailed,
@@ -49,21 +51,23 @@ from hetrain.public.protocol.messages import (
     new_token,
 )
 from hetrain.public.protocol.plan import Member, Plan, group_of
+from hetrain.public.protocol.product import Operand, Product
 from hetrain.public.protocol.registration import REGISTRY_KEY
-from hetrain.transport.celery_channel import CeleryChannel, CeleryPending
+from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Reply
 from hetrain.transport.in_process import InProcessChannel
 from hetrain.transport.requests.remote_errors import error_of
-from hetrain.transport.requests.state import Timeouts, prepare_task
+from hetrain.transport.requests.request import Timeouts
+from tasks.leases import Leases
 from tasks.request_log import RequestLog
 from tasks.supervisor.embedded import SupervisedWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
-from tests.harness.processes import broker_server as serving
+from tests.harness.in_flight import GUARD_S, InFlight, broker_client, within_guard
+from tests.harness.processes import broker_server
+from tests.harness.waiting import eventually
 
 OUT, IN = 1536, 1024
-GUARD_S = 60
-
-T = TypeVar("T")
+Send = Callable[..., Future[Reply]]
 Lone = tuple[str, subprocess.Popen[bytes]]
 
 
@@ -118,7 +122,7 @@ def operand(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-(2**31), 2**31, (rows, tokens), dtype=np.int32)
 
 
-def product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+def exact(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
     """W·x modulo 2^32; float64 products are exact for 16-bit halves."""
     wide, low = matrix.astype(np.float64), (x & 0xFFFF).astype(np.float64)
     high = (x >> 16).astype(np.float64)
@@ -126,43 +130,52 @@ def product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
     return total.astype(np.uint32).view(np.int32)
 
 
-def send(
-    channel: CeleryChannel, x: np.ndarray, direction: Direction = "forward", shards: int = 1
-) -> CeleryPending:
-    stops = OUT if direction == "forward" else IN
-    step = -(-stops // shards)
-    rows = [(start, min(start + step, stops)) for start in range(0, stops, step)]
-    half = x.shape[0] // 2
-    parts = [memoryview(x[:half]).cast("B"), memoryview(x[half:]).cast("B")]
-    return channel.send("w", direction, {}, parts, rows)
+@pytest.fixture
+def in_flight(monkeypatch: pytest.MonkeyPatch) -> InFlight:
+    return InFlight(monkeypatch)
 
 
-def send_into_queue(channel: CeleryChannel, x: np.ndarray) -> CeleryPending:
+@pytest.fixture
+def client(embedded: Embedded) -> Iterator[redis.Redis]:
+    with broker_client(embedded.url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def send(in_flight: InFlight, plan: Plan) -> Send:
+    """Starts W·x, or Wᵀ·x, in so many pieces."""
+
+    def start(
+        channel: CeleryChannel, x: np.ndarray, direction: Direction = "forward", pieces: int = 1
+    ) -> Future[Reply]:
+        half = x.shape[0] // 2
+        parts = [memoryview(x[:half]).cast("B"), memoryview(x[half:]).cast("B")]
+        return in_flight.start(channel, Product(plan.groups[0], direction), Operand({}, parts), pieces=pieces)
+
+    return start
+
+
+def fill_queue(send: Send, channel: CeleryChannel, x: np.ndarray, client: redis.Redis) -> Future[Reply]:
     """Sends to a stopped worker, which may have one task handed to it already: so two, of which one stays."""
     send(channel, x)
-    return send(channel, x)
+    pending = send(channel, x)
+    assert client.llen(QUEUE)
+    return pending
 
 
 def values(reply: Reply, tokens: int) -> np.ndarray:
-    return np.concatenate([np.frombuffer(part, np.int32).reshape(-1, tokens) for part in reply.parts])
+    parts = [np.frombuffer(part.data, np.int32).reshape(-1, tokens) for part in reply.parts]
+    return np.concatenate(parts)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    end = monotonic() + seconds
-    while not condition():
-        if monotonic() > end:
-            return False
-        sleep(0.02)
-    return True
+def supervisor() -> int:
+    """The process id of the oldest supervisor that this process runs."""
+    children = psutil.Process().children()
+    return next(child.pid for child in children if "tasks.supervisor.embedded" in child.cmdline())
 
 
-def within_guard(call: Callable[[], T]) -> T:
-    """What `call` returns or raises; a call that hangs fails the test."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(call).result(GUARD_S)
-    finally:
-        pool.shutdown(wait=False)
+def has_lease(client: redis.Redis, channel: CeleryChannel) -> bool:
+    return bool(client.keys(f"hetrain:{channel.job}:lease:*"))
 
 
 def worker_pids(supervisor: int) -> list[int]:
@@ -170,46 +183,36 @@ def worker_pids(supervisor: int) -> list[int]:
     return [child.pid for child in family if "tasks" in child.cmdline()]
 
 
-def test_products_come_back_exactly_and_nothing_is_left(channel: CeleryChannel, matrix: np.ndarray) -> None:
+def test_products_come_back_exactly_and_nothing_is_left(
+    channel: CeleryChannel, matrix: np.ndarray, send: Send, client: redis.Redis
+) -> None:
     x, g = operand(IN, 7), operand(OUT, 5, seed=1)
-    forward, backward = send(channel, x, shards=3), send(channel, g, "backward")
-    assert (values(backward.result(), 5) == product(matrix.T, g)).all()
+    forward, backward = send(channel, x, pieces=3), send(channel, g, "backward")
+    assert (values(backward.result(), 5) == exact(matrix.T, g)).all()
     reply = forward.result()
-    assert (values(reply, 7) == product(matrix, x)).all()
+    assert (values(reply, 7) == exact(matrix, x)).all()
     assert len(reply.parts) == 3
     assert (reply.bytes_up, reply.bytes_down) == (4 * IN * 7, 4 * OUT * 7)
     assert reply.server_s > 0
-    assert "kernel" in reply.device
-    client = channel._connection.store.client
+    assert all("kernel" in device for device in reply.devices)
+    assert all(part.worker for part in reply.parts)
     names = client.keys("hetrain:*")
     kinds = {name.split(b":")[2] for name in names if name != REGISTRY_KEY.encode()}
     assert kinds <= {b"plan", b"fin", b"alive", b"done"}
     assert all(client.ttl(name) > 0 for name in names)
-    with BlobStoreOf(channel) as store:
-        channel.close()
-        channel.close()
-        assert not store.client.keys(f"hetrain:{channel.job}:*")
+    channel.close()
+    channel.close()
+    assert not client.keys(f"hetrain:{channel.job}:*")
 
 
-class BlobStoreOf:
-    """A store on a channel's broker that outlives the channel."""
-
-    def __init__(self, channel: CeleryChannel) -> None:
-        self.store = BlobStore(channel._connection.url)
-
-    def __enter__(self) -> BlobStore:
-        return self.store
-
-    def __exit__(self, *_: object) -> None:
-        self.store.close()
-
-
-def test_many_threads_share_a_channel(channel: CeleryChannel, matrix: np.ndarray) -> None:
+def test_many_threads_share_a_channel(
+    channel: CeleryChannel, matrix: np.ndarray, send: Send, client: redis.Redis
+) -> None:
     def work(seed: int) -> bool:
         x = operand(IN, 9, seed)
-        return bool((values(send(channel, x, shards=2).result(), 9) == product(matrix, x)).all())
+        return bool((values(send(channel, x, pieces=2).result(), 9) == exact(matrix, x)).all())
 
-    client, seen, lasting = channel._connection.store.client, set(), set()
+    seen, lasting = set(), set()
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(work, seed) for seed in range(40)]
         while not all(result.done() for result in results):
@@ -222,7 +225,7 @@ def test_many_threads_share_a_channel(channel: CeleryChannel, matrix: np.ndarray
     assert not lasting
 
 
-def test_workers_refuse_by_name(embedded: Embedded, plan: Plan) -> None:
+def test_workers_refuse_by_name(embedded: Embedded, plan: Plan, send: Send) -> None:
     group = plan.groups[0].model_copy(update={"digest": "0" * 64})
     other, changed = Plan(model="unknown", groups=(group,)), Plan(model="tiny", groups=(group,))
     for refused, engine in ((other, "clear"), (changed, "clear"), (plan, "rot13")):
@@ -231,94 +234,125 @@ def test_workers_refuse_by_name(embedded: Embedded, plan: Plan) -> None:
             channel.prepare(refused.model, engine, refused.to_bytes(), refused.digest)
         assert caught.value.hint
         with pytest.raises(UsageError):
-            send(channel, operand(IN, 1))
+            send(channel, operand(IN, 1)).result()
         channel.close()
 
 
-def test_a_bad_request_fails_alone(channel: CeleryChannel, matrix: np.ndarray) -> None:
-    bad = channel.send("w", "forward", {}, [memoryview(b"odd")], [(0, OUT)])
-    nowhere = channel.send("v", "forward", {}, [memoryview(b"odd")], [(0, OUT)])
+def test_a_bad_request_fails_alone(
+    channel: CeleryChannel, matrix: np.ndarray, plan: Plan, send: Send, in_flight: InFlight
+) -> None:
+    group = plan.groups[0]
+    odd = Operand({}, [memoryview(b"odd")])
+    bad = in_flight.start(channel, Product(group, "forward"), odd)
+    elsewhere = group.model_copy(update={"name": "v"})
+    nowhere = in_flight.start(channel, Product(elsewhere, "forward"), odd)
     good = send(channel, x := operand(IN, 3))
     for pending in (bad, nowhere):
         with pytest.raises(WireError):
             pending.result()
-    assert (values(good.result(), 3) == product(matrix, x)).all()
+    assert (values(good.result(), 3) == exact(matrix, x)).all()
 
 
-def test_a_product_that_fails_in_part_leaves_nothing(channel: CeleryChannel) -> None:
-    x = memoryview(operand(IN, 3)).cast("B")
-    pending = channel.send("w", "forward", {}, [x], [(OUT, OUT + 1), (0, OUT)])
-    assert eventually(lambda: all(request.is_settled for request in pending._requests))
+def test_a_product_that_fails_in_part_leaves_nothing(
+    channel: CeleryChannel, plan: Plan, embedded: Embedded, in_flight: InFlight
+) -> None:
+    members = (Member(module="w", tensor="w.weight", out_features=OUT + 64),)
+    wider = Product(plan.groups[0].model_copy(update={"members": members}), "forward")
+    x = Operand({}, [memoryview(operand(IN, 3)).cast("B")])
+    pending = in_flight.start(channel, wider, x, pieces=2)
+    assert [(request.task.start, request.task.stop) for request, _ in in_flight.sent[-2:]] == [
+        (0, 768),
+        (768, OUT + 64),
+    ]
     with pytest.raises(WireError):
         pending.result()
-    assert not [name for name in keys_of(channel) if name.split(b":")[2] in (b"in", b"out")]
+    assert not [name for name in keys_of(channel, embedded.url) if name.split(b":")[2] in (b"in", b"out")]
 
 
-def test_a_running_copy_counts_whichever_was_sent_last() -> None:
-    with serving() as served, closing(CeleryChannel(served.url)) as channel:
-        plan = Blob(job=channel.job, kind="plan", token=new_token(), nbytes=0)
-        channel._prepared = prepare_task("tiny", "clear", plan, {})
-        client = channel._connection.store.client
-        first, *others = [send(channel, operand(IN, 1))._requests[0] for _ in range(3)]
-        begun = Completion(request=first.id, state="started", worker="w").to_json()
-        client.set(keys.lease(channel.job, first.id), "w", ex=GUARD_S)
-        client.rpush(keys.done_list(channel.job), begun)
-        assert eventually(lambda: first.started_at is not None)
+def test_a_running_copy_counts_whichever_was_sent_last(plan: Plan, send: Send, in_flight: InFlight) -> None:
+    timeouts = Timeouts(run_s=8)
+    with (
+        broker_server() as served,
+        closing(CeleryChannel(served.url, timeouts=timeouts)) as channel,
+        broker_client(served.url) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        done_list = keys.done_list(channel.job)
+        # This test is the only worker.
+        preparing = pool.submit(channel.prepare, "tiny", "clear", plan.to_bytes(), plan.digest)
+        assert eventually(lambda: client.llen(QUEUE))
+        (asked, _), *_ = in_flight.sent
+        client.rpush(done_list, Completion(request=asked.id, state="done", worker="w").to_json())
+        preparing.result(GUARD_S)
+        pending, *_ = [send(channel, operand(IN, 1)) for _ in range(3)]
+        first, *others = [request for request, _ in in_flight.sent[1:]]
+        begun = Completion(request=first.id, state="started", worker="w")
+        lost = begun.model_copy(
+            update={"state": "failed", "failure": Failure(error="BlobMissing", what="a blob is gone")}
+        )
+        lease = keys.lease(channel.job, first.id)
+        client.set(lease, "w", ex=GUARD_S)
+        client.rpush(done_list, begun.to_json())
         sleep(1.5)
-        first.is_lost = True
-        assert eventually(lambda: first.sends == 2)
-        client.rpush(keys.done_list(channel.job), begun)
+        client.delete(lease)
+        client.rpush(done_list, lost.to_json())
+        assert eventually(lambda: in_flight.sends(first) == 2)
+        client.set(lease, "w", ex=GUARD_S)
+        client.rpush(done_list, begun.to_json())
         sleep(2.5)
         # It may be the first copy that has begun, so the others have not been overtaken.
-        assert [request.sends for request in others] == [1, 1]
-        client.delete(keys.alive(channel.job))
-        assert eventually(lambda: first.sends == 3)
-        # Nobody reports its start again, but its lease does.
-        assert eventually(lambda: first.started_at is not None)
-        assert (first.is_settled, first.resends) == (False, 0)
+        assert [in_flight.sends(request) for request in others] == [1, 1]
+        client.delete(keys.alive(channel.job), lease)
+        assert eventually(lambda: in_flight.sends(first) == 3)
+        # No worker reports its start again, but its lease does.
+        client.set(lease, "w", ex=GUARD_S)
+        with pytest.raises(TaskFailed, match="the worker w has not finished after 8 s"):
+            pending.result(GUARD_S)
+        assert in_flight.sends(first) == 3
 
 
-def test_a_task_that_kills_its_workers_is_given_up(channel: CeleryChannel) -> None:
-    worker = worker_pids(channel_process(channel))[0]
+def test_a_task_that_kills_its_workers_is_given_up(
+    channel: CeleryChannel, send: Send, in_flight: InFlight, client: redis.Redis
+) -> None:
+    worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send(channel, operand(IN, 3))
-    counter = keys.tries(channel.job, pending._requests[0].id)
-    channel._connection.store.client.set(counter, keys.MAX_TRIES, ex=60)
+    request, _ = in_flight.sent[-1]
+    client.set(keys.tries(channel.job, request.id), keys.MAX_TRIES, ex=60)
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(TaskFailed, match=f"killed its worker {keys.MAX_TRIES} times"):
         pending.result()
 
 
-def channel_process(channel: CeleryChannel) -> int:
-    """The supervisor's process id."""
-    return channel._collector._health_check.__self__._process.pid  # type: ignore[attr-defined]
-
-
 def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
-    channel: CeleryChannel, matrix: np.ndarray
+    channel: CeleryChannel, matrix: np.ndarray, send: Send, client: redis.Redis
 ) -> None:
-    supervisor = channel_process(channel)
-    before = worker_pids(supervisor)
+    before = worker_pids(supervisor())
     x = operand(IN, 4096)
     pending = [send(channel, x) for _ in range(4)]
-    assert eventually(lambda: pending[0]._requests[0].started_at is not None)
+    assert eventually(lambda: has_lease(client, channel))
     os.kill(before[0], signal.SIGKILL)
-    expected = product(matrix, x)
+    expected = exact(matrix, x)
     assert all((values(each.result(), 4096) == expected).all() for each in pending)
-    assert set(worker_pids(supervisor)).isdisjoint(before)
+    assert set(worker_pids(supervisor())).isdisjoint(before)
 
 
 def test_malformed_tasks_are_answered_where_they_name_their_job(
-    channel: CeleryChannel, matrix: np.ndarray
+    channel: CeleryChannel,
+    matrix: np.ndarray,
+    embedded: Embedded,
+    send: Send,
+    in_flight: InFlight,
+    client: redis.Redis,
 ) -> None:
-    app = channel._connection.sender._app
+    app = Celery(broker=parse_broker_url(embedded.url).for_celery(), set_as_current=False)
     x = operand(IN, 3)
-    worker = worker_pids(channel_process(channel))[0]
+    worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
-    other = send_into_queue(channel, x)
-    task = other._requests[0].task
+    other = fill_queue(send, channel, x, client)
+    task = in_flight.sent[-1][0].task
     newer = task.model_copy(update={"version": 2})
-    channel._connection.store.client.delete(QUEUE)  # the proper task: others come in its place
+    client.delete(QUEUE)  # the proper task: others come in its place
     for message in ("", "[]", "{", 7, task.to_json()[:-1], '{"job": "../../etc", "request": "x"}'):
         app.send_task(TASK_EVALUATE, args=[message], queue=QUEUE, ignore_result=True)
     app.send_task(TASK_EVALUATE, args=[], queue=QUEUE, ignore_result=True)
@@ -326,42 +360,65 @@ def test_malformed_tasks_are_answered_where_they_name_their_job(
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(WireError, match="version"):
         other.result()
-    assert (values(send(channel, x).result(), 3) == product(matrix, x)).all()
+    assert (values(send(channel, x).result(), 3) == exact(matrix, x)).all()
+    app.close()
 
 
-def test_a_lost_message_is_sent_again(embedded: Embedded, plan: Plan, matrix: np.ndarray) -> None:
+def test_a_lost_message_is_sent_again(
+    embedded: Embedded, plan: Plan, matrix: np.ndarray, send: Send, client: redis.Redis
+) -> None:
     channel = CeleryChannel(embedded.url, health_check=embedded.failure, timeouts=Timeouts(no_worker_s=6))
     channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
-    worker = worker_pids(channel_process(channel))[0]
+    worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
-    pending = send_into_queue(channel, x := operand(IN, 3))
-    assert channel._connection.store.client.delete(QUEUE)
+    pending = fill_queue(send, channel, x := operand(IN, 3), client)
+    assert client.delete(QUEUE)
     os.kill(worker, signal.SIGCONT)
-    assert (values(pending.result(), 3) == product(matrix, x)).all()
+    assert (values(pending.result(), 3) == exact(matrix, x)).all()
     channel.close()
 
 
-def test_a_lost_blob_is_uploaded_again(channel: CeleryChannel, matrix: np.ndarray) -> None:
-    worker = worker_pids(channel_process(channel))[0]
+def test_a_lost_blob_is_uploaded_again(
+    channel: CeleryChannel,
+    matrix: np.ndarray,
+    embedded: Embedded,
+    send: Send,
+    in_flight: InFlight,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost: list[Blob] = []
+    take = BlobStore.take
+
+    def take_what_is_left(store: BlobStore, blob: Blob, *arguments: Any, **options: Any) -> memoryview:
+        if not lost:
+            store.delete([blob])
+            lost.append(blob)
+        return take(store, blob, *arguments, **options)
+
+    worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
-    pending = send(channel, x := operand(IN, 3), shards=2)
-    channel._connection.store.delete([pending._operand])
+    pending = send(channel, x := operand(IN, 3), pieces=2)
+    with closing(BlobStore(embedded.url)) as store:
+        store.delete([in_flight.sent[-1][0].task.input])
     os.kill(worker, signal.SIGCONT)
-    assert (values(pending.result(), 3) == product(matrix, x)).all()
+    assert (values(pending.result(), 3) == exact(matrix, x)).all()
+    monkeypatch.setattr(BlobStore, "take", take_what_is_left)
     finished = send(channel, x)
-    assert eventually(lambda: finished._requests[0].is_settled)
-    output = Blob(job=channel.job, kind="out", token=keys.output_token(finished._requests[0].id), nbytes=1)
-    channel._connection.store.delete([output])
-    assert (values(finished.result(), 3) == product(matrix, x)).all()
+    assert (values(finished.result(), 3) == exact(matrix, x)).all()
+    assert lost == [Blob(job=channel.job, kind="out", token=lost[0].token, nbytes=4 * OUT * 3)]
+    assert lost[0].token == keys.output_token(in_flight.sent[-1][0].id)
+    assert in_flight.sends(in_flight.sent[-1][0]) == 2
 
 
-def test_ctrl_c_is_left_to_the_client(channel: CeleryChannel, matrix: np.ndarray) -> None:
-    os.kill(channel_process(channel), signal.SIGINT)
-    assert (values(send(channel, x := operand(IN, 3)).result(), 3) == product(matrix, x)).all()
+def test_ctrl_c_is_left_to_the_client(channel: CeleryChannel, matrix: np.ndarray, send: Send) -> None:
+    os.kill(supervisor(), signal.SIGINT)
+    assert (values(send(channel, x := operand(IN, 3)).result(), 3) == exact(matrix, x)).all()
 
 
-def test_hostile_completions_do_no_harm(channel: CeleryChannel, matrix: np.ndarray) -> None:
-    worker = worker_pids(channel_process(channel))[0]
+def test_hostile_completions_do_no_harm(
+    channel: CeleryChannel, matrix: np.ndarray, send: Send, in_flight: InFlight, client: redis.Redis
+) -> None:
+    worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
     good, bad = send(channel, x := operand(IN, 3)), send(channel, x)
     foreign = Blob(job=channel.job, kind="in", token=new_token(), nbytes=1 << 32)
@@ -371,19 +428,19 @@ def test_hostile_completions_do_no_harm(channel: CeleryChannel, matrix: np.ndarr
         '{"version": 2}',
         Completion(request=new_token(), state="done", worker="w", output=foreign).to_json(),
         Completion(request=new_token(), state="failed", worker="w").to_json(),
-        Completion(request=bad._requests[0].id, state="done", worker="w", output=foreign).to_json(),
+        Completion(request=in_flight.sent[-1][0].id, state="done", worker="w", output=foreign).to_json(),
     ]
-    channel._connection.store.client.rpush(keys.done_list(channel.job), *lies)
+    client.rpush(keys.done_list(channel.job), *lies)
     with pytest.raises(WireError, match="not this request's"):
         bad.result()
     os.kill(worker, signal.SIGCONT)
-    assert (values(good.result(), 3) == product(matrix, x)).all()
+    assert (values(good.result(), 3) == exact(matrix, x)).all()
 
 
-def test_closing_interrupts_who_waits(embedded: Embedded, plan: Plan) -> None:
+def test_closing_interrupts_who_waits(embedded: Embedded, plan: Plan, send: Send) -> None:
     channel = CeleryChannel(embedded.url, health_check=embedded.failure)
     channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
-    worker = worker_pids(channel_process(channel))[0]
+    worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
     pending = send(channel, operand(IN, 3))
     threading.Timer(0.3, channel.close).start()
@@ -391,11 +448,11 @@ def test_closing_interrupts_who_waits(embedded: Embedded, plan: Plan) -> None:
         pending.result()
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(Interrupted):
-        send(channel, operand(IN, 3))
+        send(channel, operand(IN, 3)).result()
 
 
 def test_a_restarted_broker_gets_everything_again(
-    model: Path, plan: Plan, matrix: np.ndarray, directory: Path
+    model: Path, plan: Plan, matrix: np.ndarray, directory: Path, send: Send
 ) -> None:
     with open(directory / "log", "wb") as log:
         server, url = start_server(directory, log, password="pw")
@@ -412,7 +469,7 @@ def test_a_restarted_broker_gets_everything_again(
             server, again = start_server(directory, log, password="pw")
             assert again == url
             for seed, each in enumerate(pending):
-                assert (values(each.result(), 5) == product(matrix, operand(IN, 5, seed))).all()
+                assert (values(each.result(), 5) == exact(matrix, operand(IN, 5, seed))).all()
             channel.close()
         finally:
             stop([worker])
@@ -467,9 +524,9 @@ def full(url: str) -> Iterator[None]:
             store.client.config_set("maxmemory", DEFAULT_MAXMEMORY)
 
 
-def keys_of(channel: CeleryChannel) -> list[bytes]:
-    with BlobStoreOf(channel) as store:
-        return store.client.keys(f"hetrain:{channel.job}:*")
+def keys_of(channel: CeleryChannel, url: str) -> list[bytes]:
+    with broker_client(url) as client:
+        return client.keys(f"hetrain:{channel.job}:*")
 
 
 IMPATIENT = Timeouts(full_s=1)
@@ -484,14 +541,14 @@ def test_a_job_does_not_start_on_a_full_broker(lone: Lone, plan: Plan) -> None:
         with pytest.raises(BrokerFull, match="maxmemory") as caught:
             within_guard(lambda: channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
         assert caught.value.exit_code == 7
-        assert keys_of(channel)
+        assert keys_of(channel, url)
         within_guard(channel.close)
-        assert not keys_of(channel)
+        assert not keys_of(channel, url)
 
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
-    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool
+    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool, send: Send
 ) -> None:
     url, worker = lone
     channel = CeleryChannel(url, timeouts=IMPATIENT)
@@ -499,23 +556,24 @@ def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
     if not busy:
         os.kill(worker.pid, signal.SIGSTOP)
     pending = [send(channel, operand(IN, 4096)) for _ in range(4)]
-    assert eventually(lambda: pending[0]._requests[0].started_at is not None or not busy)
+    with broker_client(url) as client:
+        assert eventually(lambda: has_lease(client, channel) or not busy)
     with full(url):
         os.kill(worker.pid, signal.SIGCONT)
         with pytest.raises(BrokerFull, match="maxmemory"):
             within_guard(lambda: [each.result() for each in pending])
         within_guard(channel.close)
-        assert not keys_of(channel)
+        assert not keys_of(channel, url)
     with closing(CeleryChannel(url)) as another:
         within_guard(lambda: another.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
         reply = within_guard(send(another, x := operand(IN, 3)).result)
-    assert (values(reply, 3) == product(matrix, x)).all()
+    assert (values(reply, 3) == exact(matrix, x)).all()
     assert worker.poll() is None
 
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_broker_that_is_full_for_a_while_is_waited_for(
-    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool
+    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool, send: Send
 ) -> None:
     url, worker = lone
     # Only the end of the shortage, and no other wait, may bring back what the worker loses meanwhile.
@@ -526,12 +584,13 @@ def test_a_broker_that_is_full_for_a_while_is_waited_for(
             os.kill(worker.pid, signal.SIGSTOP)
         x = operand(IN, 4096)
         pending = [send(channel, x) for _ in range(4)]
-        assert eventually(lambda: pending[0]._requests[0].started_at is not None or not busy)
+        with broker_client(url) as client:
+            assert eventually(lambda: has_lease(client, channel) or not busy)
         with full(url):
             os.kill(worker.pid, signal.SIGCONT)
             sleep(2)
         replies = within_guard(lambda: [each.result() for each in pending])
-    expected = product(matrix, x)
+    expected = exact(matrix, x)
     assert all((values(reply, 4096) == expected).all() for reply in replies)
     assert worker.poll() is None
 
@@ -541,9 +600,13 @@ def test_a_worker_that_waits_to_report_is_not_taken_for_dead(lone: Lone) -> None
     job, done = new_token(), Completion(request=new_token(), state="done", worker="w")
     lease = keys.lease(job, done.request)
     with closing(BlobStore(url)) as store, ThreadPoolExecutor(1) as pool:
-        store.client.set(lease, "w", px=keys.LEASE_TTL_MS)
-        with full(url):
-            report = pool.submit(RequestLog(url, store).end, job, done)
+        log = RequestLog(url, store, "w")
+        store.client.set(keys.alive(job), "", ex=GUARD_S)
+        assert log.begin(job, done.model_copy(update={"state": "started"})) == 1
+        store.client.delete(keys.done_list(job))
+        with Leases(store.client, "w").renewed(lease) as end_lease, full(url):
+            end_lease()
+            report = pool.submit(log.end, job, done)
             sleep(keys.LEASE_TTL_MS / 1000 + 1)
             assert store.client.exists(lease)
         report.result()
@@ -593,7 +656,7 @@ PARENT = """
     from pathlib import Path
     from hetrain.local.launcher import start_embedded
     with start_embedded(sys.argv[1], Path(sys.argv[2])) as running:
-        print(running._process.pid, running.url.partition("@")[2], flush=True)
+        print(running.url.partition("@")[2], flush=True)
         time.sleep(600)
 """
 
@@ -606,12 +669,12 @@ def test_no_process_survives(model: Path, tmp_path: Path, victim: str) -> None:
         text=True,
     )
     assert parent.stdout is not None
-    words = parent.stdout.readline().split()
-    supervisor, directory = int(words[0]), Path(words[1]).parent
-    assert eventually(lambda: len(psutil.Process(supervisor).children()) == 2)
+    directory = Path(parent.stdout.readline().strip()).parent
+    (only,) = psutil.Process(parent.pid).children()
+    assert eventually(lambda: len(only.children()) == 2)
     family = psutil.Process(parent.pid).children(recursive=True)
     assert len(family) >= 3
-    os.kill(parent.pid if victim == "parent" else supervisor, signal.SIGKILL)
+    os.kill(parent.pid if victim == "parent" else only.pid, signal.SIGKILL)
     try:
         assert eventually(lambda: not any(map(is_alive, family)), seconds=10)
     finally:
@@ -625,9 +688,11 @@ def test_leaving_the_block_ends_everything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks.py").write_text("raise SystemExit('not this one')")
+    before = psutil.Process().children()
     with start_embedded(str(model), tmp_path / "log") as running:
-        assert eventually(lambda: len(psutil.Process(running._process.pid).children()) == 2)
-        family = psutil.Process(running._process.pid).children(recursive=True)
+        (own,) = [child for child in psutil.Process().children() if child not in before]
+        assert eventually(lambda: len(own.children()) == 2)
+        family = own.children(recursive=True)
         directory = Path(running.url.partition("@")[2]).parent
         assert directory.stat().st_mode & 0o777 == 0o700
         password = running.url.rsplit("@", 1)[0].rsplit(":", 1)[1]
@@ -650,26 +715,22 @@ def test_failures_of_no_class_of_ours_are_failed_tasks(name: str) -> None:
     assert error.what.isprintable()
 
 
-def test_the_local_channel_speaks_the_same_messages() -> None:
+def test_the_local_channel_speaks_the_same_messages(plan: Plan) -> None:
     seen: list[EvaluateTask] = []
+    (group,) = plan.groups
 
     def handler(task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         seen.append(task)
         if task.group == "bad":
             raise WireError("no")
-        return [payload[task.start : task.stop]]
+        return [payload[:2], payload[2:]]
 
     channel = InProcessChannel(handler)
-    plan = b"{}"
-    channel.prepare("tiny", "clear", plan, "0" * 64)
-    parts = [memoryview(b"abc"), memoryview(b"def")]
-    reply = channel.send("g", "backward", {"seed": "1"}, parts, [(0, 2), (2, 6)]).result()
-    assert [bytes(part) for part in reply.parts] == [b"ab", b"cdef"]
+    channel.prepare("tiny", "clear", b"{}", "0" * 64)
+    sealed = Operand({"seed": "1"}, [memoryview(b"abc"), memoryview(b"def")])
+    reply = channel.multiply(Product(group, "backward"), sealed)
+    assert [bytes(part.data) for part in reply.parts] == [b"abcdef"]
+    assert (seen[0].direction, seen[0].start, seen[0].stop) == ("backward", 0, IN)
     assert (reply.bytes_up, reply.bytes_down, seen[0].header) == (6, 6, {"seed": "1"})
-    failed: HetrainError | None = None
-    pending = channel.send("bad", "forward", {}, parts, [(0, 1)])
-    try:
-        pending.result()
-    except WireError as error:
-        failed = error
-    assert failed is not None
+    with pytest.raises(WireError, match="no"):
+        channel.multiply(Product(group.model_copy(update={"name": "bad"}), "forward"), sealed)

@@ -36,7 +36,7 @@ def test_defaults() -> None:
     worker, client = WorkerSettings(), ClientSettings()
     assert worker.broker_url == "redis://localhost:6379/0"
     assert (worker.device, worker.worker_concurrency, worker.shards, worker.weights_bytes) == (None,) * 4
-    assert (worker.visibility_timeout, worker.ready_fd) == (120, None)
+    assert worker.ready_fd is None
     assert served_models() == {"smollm2-135m": "smollm2-135m"}
     assert (client.broker_url, client.tenant) == (None, "")
     assert cache_directory() == Path.home() / ".cache" / "hetrain" == worker.cache
@@ -57,7 +57,6 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "WORKER_CONCURRENCY": "3",
         "SHARDS": " 3/4 ",
         "WEIGHTS_BYTES": "1.5 GiB",
-        "VISIBILITY_TIMEOUT": "7",
         "READY_FD": "5",
         "TENANT": "no worker's business",
     }
@@ -67,7 +66,7 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert worker.cache == tmp_path == cache_directory()
     assert (worker.broker_url, worker.device) == ("unix:///run/broker", "cpu")
     assert (worker.worker_concurrency, worker.shards) == (3, ShardRange(3, 3, 4))
-    assert (worker.weights_bytes, worker.visibility_timeout, worker.ready_fd) == (3 << 29, 7, 5)
+    assert (worker.weights_bytes, worker.ready_fd) == (3 << 29, 5)
     with pytest.raises(ValidationError, match="frozen"):
         worker.device = "cuda"
     assert WorkerSettings(device="meta").device == "meta"  # an argument wins
@@ -93,7 +92,7 @@ def test_models_are_names_paths_and_labels_or_a_list(monkeypatch: pytest.MonkeyP
         (WorkerSettings, "shards", "8-7/32", "shards 8-7/32 make no sense", "such as 0-7/32"),
         (WorkerSettings, "weights_bytes", "much", "'much' is no number of bytes", "20GB"),
         (WorkerSettings, "worker_concurrency", "0", "'0' is no positive whole number", "write a number"),
-        (WorkerSettings, "visibility_timeout", "2.5", "'2.5' is no positive whole number", "write a number"),
+        (WorkerSettings, "worker_concurrency", "2.5", "'2.5' is no positive whole number", "write a number"),
         (WorkerSettings, "ready_fd", "-1", "'-1' is no file descriptor", "supervisors"),
         (ClientSettings, "tenant", "0" * 15, "is no tenant", "16 lower-case hexadecimal digits"),
         (WorkerSettings, "broker_url", f"http://:{SECRET}@host", "unknown scheme", "percent-encode"),

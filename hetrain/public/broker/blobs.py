@@ -6,9 +6,9 @@ blob is one empty chunk. Larger values are several times slower, in the server a
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -22,13 +22,13 @@ from hetrain.public.broker.connection import (
     redacted,
     while_full,
 )
-from hetrain.public.broker.resp import Replies, send_get, send_set
+from hetrain.public.broker.resp import Replies
 from hetrain.public.errors import BlobMissing, WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import MAX_BLOB_BYTES, Blob
 
 CHUNK_BYTES = 4 << 20
-_GETS_IN_FLIGHT = 2
+_COMMANDS_IN_FLIGHT = 2
 
 Buffer = bytes | bytearray | memoryview
 
@@ -64,8 +64,18 @@ class BlobStore:
         parts: Sequence[Buffer],
         *,
         full_s: float | None = None,
+        then: Sequence[str | int] = (),
     ) -> Blob:
         """Stores the concatenation of `parts` without building it, all of it or nothing.
+
+        Args:
+            job: whose it is.
+            kind: what it is.
+            token: its name.
+            parts: its bytes.
+            full_s: for how many seconds to wait for memory.
+            then: a command that answers with an integer. It is sent in the same round trip, so it has to
+                look itself whether all chunks are there.
 
         Raises:
             WireError: it is larger than a blob may be.
@@ -76,7 +86,8 @@ class BlobStore:
         if nbytes > MAX_BLOB_BYTES:
             raise WireError(f"a blob of {nbytes} bytes is too large", hint="use smaller micro-batches")
         blob = Blob(job=job, kind=kind, token=token, nbytes=nbytes)
-        while_full(lambda: self._put_once(blob, views), limit_s=self._full_s if full_s is None else full_s)
+        limit_s = self._full_s if full_s is None else full_s
+        while_full(lambda: self._put_once(blob, views, then), limit_s=limit_s)
         return blob
 
     def get(self, blob: Blob, *, limit: int = MAX_BLOB_BYTES) -> memoryview:
@@ -86,37 +97,48 @@ class BlobStore:
             BlobMissing: a chunk has expired or was removed.
             WireError: a chunk has another length than the blob says, or the blob is larger than `limit`.
         """
+        return self._get(blob, limit, ())
+
+    def take(self, blob: Blob, others: Iterable[Blob] = (), *, limit: int = MAX_BLOB_BYTES) -> memoryview:
+        """The blob's bytes; deletes it, and `others`, in the same round trip. Raises as `get`."""
+        return self._get(blob, limit, [name for each in (blob, *others) for name in chunk_keys(each)])
+
+    def _get(self, blob: Blob, limit: int, finished: Sequence[str]) -> memoryview:
         if blob.nbytes > limit:
             raise WireError(f"a blob of {blob.nbytes} bytes is larger than {limit}", where=blob.key)
         # Not zeroed: its pages come into being as bytes arrive, so a false size alone costs no memory.
         data = np.empty(blob.nbytes, np.uint8).data
         targets = [data[start : start + size] for start, size in _chunks(blob.nbytes)]
-        with self._socket() as sock:
-            replies = Replies(sock)
-            for index in range(min(_GETS_IN_FLIGHT, len(targets))):
-                send_get(sock, keys.chunk(blob, index))
-            for index, target in enumerate(targets):
-                if not replies.value_into(target):
-                    raise BlobMissing(
-                        "a blob has expired or was removed",
-                        where=blob.key,
-                        hint="the broker may have restarted",
-                    )
-                if index + _GETS_IN_FLIGHT < len(targets):
-                    send_get(sock, keys.chunk(blob, index + _GETS_IN_FLIGHT))
+        commands: list[tuple[str, ...]] = [("GET", name) for name in chunk_keys(blob)]
+        if finished:
+            commands.append(("UNLINK", *finished))
+        with self._connection() as connection:
+            replies = Replies(connection._get_socket())
+            ahead = iter(commands)
+            connection.send_packed_command(connection.pack_commands(islice(ahead, _COMMANDS_IN_FLIGHT)))
+            found = []
+            for target in targets:
+                found.append(replies.value_into(target))
+                if command := next(ahead, None):
+                    connection.send_command(*command)
+            if finished:
+                replies.count()
+        if not all(found):
+            hint = "the broker may have restarted"
+            raise BlobMissing("a blob has expired or was removed", where=blob.key, hint=hint)
         return data
 
     def refresh(self, blob: Blob) -> bool:
         """Starts the blob's lifetime anew; False when a chunk is gone."""
         with broker_errors(self._url):
             pipe = self._client.pipeline(transaction=False)
-            for name in _chunk_keys(blob):
+            for name in chunk_keys(blob):
                 pipe.expire(name, self._ttl_s)
             return all(pipe.execute())
 
     def delete(self, blobs: Iterable[Blob]) -> None:
         """Removes blobs; absent ones do no harm."""
-        names = [name for blob in blobs for name in _chunk_keys(blob)]
+        names = [name for blob in blobs for name in chunk_keys(blob)]
         if names:
             with broker_errors(self._url):
                 self._client.unlink(*names)
@@ -125,18 +147,26 @@ class BlobStore:
         """Closes the connections."""
         self._pool.disconnect()
 
-    def _put_once(self, blob: Blob, views: list[memoryview]) -> None:
+    def _put_once(self, blob: Blob, views: list[memoryview], then: Sequence[str | int]) -> None:
         stored: list[str] = []
         refusal: redis.exceptions.OutOfMemoryError | None = None
-        with self._socket() as sock:
+        names, chunks = chunk_keys(blob), _chunks(blob.nbytes)
+        with self._connection() as connection:
             # Replies of SET are a few bytes each: reading them late cannot block the server.
-            for index, (start, size) in enumerate(_chunks(blob.nbytes)):
-                send_set(sock, keys.chunk(blob, index), _slices(views, start, size), size, self._ttl_s)
-            replies = Replies(sock)
-            for name in _chunk_keys(blob):
+            for name, (start, size) in zip(names, chunks, strict=True):
+                after = b"".join(connection.pack_command(*then)) if then and name == names[-1] else b""
+                pieces = _slices(views, start, size)
+                connection.send_packed_command(_set(name, pieces, size, self._ttl_s, after))
+            replies = Replies(connection._get_socket())
+            for name in names:
                 try:
                     replies.ok()
                     stored.append(name)
+                except redis.exceptions.OutOfMemoryError as error:
+                    refusal = error
+            if then:
+                try:
+                    replies.count()
                 except redis.exceptions.OutOfMemoryError as error:
                     refusal = error
         if refusal is not None:
@@ -147,13 +177,13 @@ class BlobStore:
                 raise refusal
 
     @contextmanager
-    def _socket(self) -> Iterator[socket.socket]:
-        """A connected, authenticated socket, closed when the block fails in any way."""
+    def _connection(self) -> Iterator[redis.Connection]:
+        """A connection of its own, closed when the block fails in any way."""
         with broker_errors(self._url):
             connection = self._pool.get_connection()
         try:
             with broker_errors(self._url):
-                yield connection._get_socket()
+                yield connection
         except WireError as error:
             connection.disconnect()
             raise WireError(error.what, where=error.where or redacted(self._url), hint=error.hint) from error
@@ -164,13 +194,25 @@ class BlobStore:
             self._pool.release(connection)
 
 
+def _set(key: str, pieces: Iterable[memoryview], nbytes: int, ttl_s: int, after: bytes) -> Iterator[Buffer]:
+    """``SET key value EX ttl_s`` in RESP, the value being the `pieces` of `nbytes` bytes in total, uncopied.
+
+    `after` is sent with its last bytes.
+    """
+    name, ttl = key.encode(), b"%d" % ttl_s
+    yield b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, nbytes)
+    yield from pieces
+    yield b"\r\n$2\r\nEX\r\n$%d\r\n%s\r\n%s" % (len(ttl), ttl, after)
+
+
 def _chunks(nbytes: int) -> list[tuple[int, int]]:
     """(start, size) of every chunk."""
     starts = range(0, max(nbytes, 1), CHUNK_BYTES)
     return [(start, min(CHUNK_BYTES, nbytes - start)) for start in starts]
 
 
-def _chunk_keys(blob: Blob) -> list[str]:
+def chunk_keys(blob: Blob) -> list[str]:
+    """The names of the blob's chunks."""
     return [keys.chunk(blob, index) for index in range(len(_chunks(blob.nbytes)))]
 
 

@@ -1,4 +1,4 @@
-"""What a broker says of itself."""
+"""What a broker reports about itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from redis.exceptions import NoPermissionError
 
 from hetrain.public.broker import connection as broker
 
-_PINGS = 5
 _VERSIONS = ("valkey_version", "redis_version")
 
 
 @dataclass(frozen=True)
 class BrokerReport:
-    """What a broker says of itself; None where it does not tell.
+    """What a broker reports about itself; None where it does not.
 
     Attributes:
         where: its address, without credentials.
@@ -25,7 +24,7 @@ class BrokerReport:
         maxmemory: bytes it may hold, 0 without a limit.
         policy: what it does when it is full.
         used: bytes it holds.
-        round_trip_ms: median of a few pings.
+        round_trip_ms: median of a few pings, or the time of the one request that was sent.
     """
 
     where: str
@@ -36,8 +35,8 @@ class BrokerReport:
     round_trip_ms: float
 
 
-def ask_broker(url: str) -> BrokerReport:
-    """Asks the broker at `url` about itself.
+def ask_broker(url: str, *, pings: int = 0) -> BrokerReport:
+    """Asks the broker at `url` about itself, with one request and `pings` more.
 
     Raises:
         UsageError: the URL makes no sense.
@@ -45,34 +44,35 @@ def ask_broker(url: str) -> BrokerReport:
     """
     pool = broker.connection_pool(url, max_connections=1)
     client = broker.client(pool)
+    times = []
     try:
         with broker.broker_errors(url):
-            client.ping()  # connects
-            times = []
-            for _ in range(_PINGS):
+            try:
+                begin = perf_counter()
+                info = client.info()
+            except NoPermissionError:  # a job needs no INFO
+                info = {}
+            times.append(perf_counter() - begin)
+            for _ in range(pings):
                 begin = perf_counter()
                 client.ping()
                 times.append(perf_counter() - begin)
-            try:
-                told = client.info()
-            except NoPermissionError:  # a job needs no INFO
-                told = {}
     finally:
         pool.disconnect()
     return BrokerReport(
         where=broker.redacted(url),
-        server=_server(told),
-        maxmemory=_number(told.get("maxmemory")),
-        policy=None if "maxmemory_policy" not in told else printable(told["maxmemory_policy"]),
-        used=_number(told.get("used_memory")),
+        server=_server(info),
+        maxmemory=_number(info.get("maxmemory")),
+        policy=None if "maxmemory_policy" not in info else printable(info["maxmemory_policy"]),
+        used=_number(info.get("used_memory")),
         round_trip_ms=1000 * median(times),
     )
 
 
-def _server(told: Mapping[str, object]) -> str | None:
+def _server(info: Mapping[str, object]) -> str | None:
     for key in _VERSIONS:
-        if key in told:
-            return f"{key.partition('_')[0]} {printable(told[key])}"
+        if key in info:
+            return f"{key.partition('_')[0]} {printable(info[key])}"
     return None
 
 

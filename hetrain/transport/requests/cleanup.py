@@ -1,4 +1,4 @@
-"""What a job leaves in the broker, remembered by name: a client need not see, let alone list, others'."""
+"""Deletes a job's Redis keys. Names are remembered, not listed, so a client needs no right to list keys."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hetrain.public.errors import WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, EvaluateTask, parse
 from hetrain.transport.requests.job_connection import JobConnection
-from hetrain.transport.requests.state import Request
+from hetrain.transport.requests.state import RequestState, is_result
 
 _NAMES_AT_ONCE = 1000
 
 
 class JobKeys:
-    """Removes the keys of a job. Thread-safe. Methods raise `BrokerError`; what they leave then expires."""
+    """Deletes the keys of a job. Methods raise `BrokerError`; what they leave then expires."""
 
     def __init__(self, connection: JobConnection) -> None:
         self._connection = connection
@@ -25,30 +25,27 @@ class JobKeys:
         """Remembers a plan, which is needed for as long as the job lasts."""
         self._plans.append(blob)
 
-    def remove(self, requests: Sequence[Request], operands: Sequence[Blob]) -> None:
-        """Removes what there is of `requests` that nobody waits for any more, their results, and `operands`.
+    def remove_blobs(self, requests: Sequence[str], operand: Blob) -> None:
+        """Deletes the operand of requests that are given up, and those of their results that are there."""
+        self._connection.store.delete([operand, *self._outputs(requests)])
 
-        A request that was sent more than once may still be queued: that it has ended stays written down.
+    def forget(self, states: Iterable[RequestState]) -> None:
+        """Deletes what is known about requests for which no thread waits any more.
+
+        One that was sent more than once may still be queued: that it has ended stays written down.
         """
         once: list[str] = []
-        for request in requests:
-            (once if request.sends <= 1 else self._repeated).append(request.id)
-        outputs = [request.output for request in requests if request.output is not None]
-        given_up = [
-            request.id for request in requests if request.output is None and request.source is not None
-        ]
-        if given_up:
-            outputs += self._outputs(given_up)
+        for state in states:
+            (once if state.sends == 1 else self._repeated).append(state.request.id)
         self._unlink(self._names(once))
-        self._connection.store.delete([*operands, *outputs])
 
     def declare_dead(self) -> None:
         """Lets workers drop what is still queued, and keeps them from leaving more."""
         self._unlink([keys.alive(self._connection.job)])
 
-    def remove_all(self, remaining: Iterable[Request]) -> None:
-        """Removes what there is of the job and its `remaining` requests."""
-        tasks = [request.task for request in remaining]
+    def remove_all(self, states: Sequence[RequestState]) -> None:
+        """Deletes what there is of the job and its remaining requests."""
+        tasks = [state.request.task for state in states]
         inputs = [task.input for task in tasks if isinstance(task, EvaluateTask)]
         ids = [task.request for task in tasks]
         self._connection.store.delete([*self._plans, *inputs, *self._outputs(ids)])
@@ -62,27 +59,22 @@ class JobKeys:
 
     def _outputs(self, requests: Sequence[str]) -> list[Blob]:
         """Results that were finished and not collected."""
-        job = self._connection.job
+        if not requests:
+            return []
         with self._connection.errors():
-            pipe = self._connection.client.pipeline(transaction=False)
-            for request in requests:
-                pipe.get(keys.finished(job, request))
-            found = pipe.execute()
-        blobs = []
-        for request, message in zip(requests, found, strict=True):
-            output = _output(message) if message else None
-            if output is not None and (output.job, output.kind) == (job, "out"):
-                blobs.append(output.model_copy(update={"token": keys.output_token(request)}))
-        return blobs
+            found = self._connection.client.mget(
+                [keys.finished(self._connection.job, request) for request in requests]
+            )
+        return [blob for message in found if message and (blob := self._output(message)) is not None]
+
+    def _output(self, message: bytes) -> Blob | None:
+        try:
+            completion = parse(Completion, message, where="finished request")
+        except WireError:
+            return None
+        return completion.output if is_result(completion, self._connection.job) else None
 
     def _unlink(self, names: Sequence[str]) -> None:
         for start in range(0, len(names), _NAMES_AT_ONCE):
             with self._connection.errors():
                 self._connection.client.unlink(*names[start : start + _NAMES_AT_ONCE])
-
-
-def _output(message: bytes) -> Blob | None:
-    try:
-        return parse(Completion, message, where="finished request").output
-    except WireError:
-        return None

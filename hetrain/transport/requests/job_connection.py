@@ -9,8 +9,8 @@ import redis
 
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.broker.connection import broker_errors
+from hetrain.transport.requests.request import Timeouts
 from hetrain.transport.requests.sender import Sender
-from hetrain.transport.requests.state import Timeouts
 
 
 @dataclass(frozen=True)

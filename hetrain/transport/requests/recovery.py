@@ -1,51 +1,62 @@
-"""Looks after what cannot report itself: dead workers, tasks that nobody takes, a forgetful or full broker.
+"""The round that is made once a second: looks at broker, workers and leases, and sends again what is due.
 
-What was lost is sent again under its old id, which is safe since tasks are pure functions of their blobs.
+The rules are in `hetrain.transport.requests.decision`; here is their I/O. What was lost is sent again under
+its old id, which is safe since tasks are pure functions of their blobs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from time import monotonic
 
 from hetrain.public.broker.connection import while_full
-from hetrain.public.errors import BrokerError, BrokerFull, HetrainError, TaskFailed, WorkerRefused
+from hetrain.public.errors import BrokerFull, WireError
 from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Completion, parse
+from hetrain.transport.requests.cleanup import JobKeys
+from hetrain.transport.requests.decision import Progress, Resend
 from hetrain.transport.requests.job_connection import JobConnection
-from hetrain.transport.requests.state import Request, Source, Timeouts
+from hetrain.transport.requests.request import Source
+from hetrain.transport.requests.state import (
+    COUNTED,
+    Event,
+    Observation,
+    Reason,
+    RequestState,
+    Sent,
+    event_of,
+)
+from hetrain.transport.requests.table import RequestTable
 from hetrain.transport.scheduling.router import Router
 
 _PLAN_REFRESH_S = 60.0
-_LOOKS_UNTIL_DEAD = 2
-_SILENCE_S = 3.0
-_SHARE_UNTIL_RESENT = 1 / 3
-_OVERTAKEN_S = 1.0
 
 logger = logging.getLogger(__name__)
 
 
 class RecoveryLoop:
-    """Keeps a job and its requests going. Used by one thread, except for `keep`.
+    """Keeps a job and its requests going. Used by the thread that owns the table, except for `keep`.
 
     Args:
         connection: where lost blobs and tasks are sent again.
-        router: finds the way for them.
-        hear: takes a `Completion` message that was found without the done-list.
+        router: chooses their queues.
+        table: the requests.
+        job_keys: the job's keys in the broker.
     """
 
-    def __init__(self, connection: JobConnection, router: Router, hear: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, connection: JobConnection, router: Router, table: RequestTable, job_keys: JobKeys
+    ) -> None:
         self._connection = connection
         self._router = router
-        self._hear = hear
+        self._table = table
+        self._job_keys = job_keys
         self._plan: Source | None = None
         self._plan_refreshed_at = 0.0
-        self._progress_at = monotonic()
         self._refused_at: float | None = None
-        self._last_started_sent_at: dict[str, float] = {}
 
     def start(self) -> None:
-        """Tells workers that this job's tasks are wanted, and looks who is there. Raises `BrokerError`."""
+        """Declares the job alive, and reads which workers there are. Raises `BrokerError`."""
         while_full(self._declare_alive, limit_s=self._connection.timeouts.full_s)
         self._router.registry.refresh()
 
@@ -53,83 +64,128 @@ class RecoveryLoop:
         """Keeps the job's plan in the broker from now on."""
         self._plan, self._plan_refreshed_at = plan, monotonic()
 
-    def note_progress(self) -> None:
-        """Starts the waits for a sign of any worker, and for a full broker's memory, anew."""
-        self._progress_at, self._refused_at = monotonic(), None
+    def restart_waits(self) -> None:
+        """Starts the waits for a sign of a worker, and for a full broker's memory, anew."""
+        self._excuse_workers()
+        self._refused_at = None
 
-    def note_start(self, request: Request, worker: str) -> None:
-        """Notes that `worker` has begun `request`: what its queue got before it has been taken as well."""
-        if request.sends == 1:  # else it may be the first copy, from far before `sent_at` or another queue
-            self._last_started_sent_at[request.queue] = max(
-                self._last_started_sent_at.get(request.queue, 0.0), request.sent_at or 0.0
-            )
-        request.mark_started(worker)
-
-    def tick(self, requests: list[Request]) -> None:
-        """One round over all requests without outcome.
+    def tick(self) -> None:
+        """One round over all requests without an outcome.
 
         Raises:
-            BrokerFull: for `Timeouts.full_s` seconds it has refused to store something, and no worker was
-                heard.
+            BrokerFull: for `Timeouts.full_s` seconds it has refused to store something, and no worker has
+                given a sign.
             BrokerError: the broker fails.
         """
-        sent = [request for request in requests if request.sent_at is not None]
-        if not self._is_alive():
-            logger.warning("the broker has forgotten the job: sending everything again")
-            self._progress_at = monotonic()
-            self._plan_refreshed_at = 0.0
-            for request in sent:
-                request.is_lost = True
-        self._look_at_fleet([request for request in sent if request.started_at is None])
-        # Of one that was sent again, an earlier copy may be running: then workers skip the later ones.
-        self._look_at_workers(
-            [request for request in sent if request.started_at is not None or request.sends > 1]
-        )
+        self._look_at_broker()
+        self._look_at_workers()
+        self._look_at_leases()
+        self._job_keys.forget(self._table.take_removed())
         try:
-            self._try_memory(sent)
+            self._try_memory()
             self._keep_plan()
-            self._send_missing(sent)
+            for state in self._table.pending():
+                decision = self._table.settle(state.request.id)
+                if isinstance(decision, Resend):
+                    self.send_again(state.request.id, decision.reason)
         except BrokerFull as refusal:
-            if requests:  # else nobody waits for the memory
+            if self._table.pending():  # else no thread waits for the memory
                 self._wait_for_memory(refusal)
                 return
         self._refused_at = None
 
-    def mark_lost(self, request: Request, error: HetrainError) -> None:
-        """Has `request` sent again in the next round, or fails it with `error` after too many attempts."""
-        if request.resends >= self._connection.timeouts.attempts:
-            request.settle(error)
-            return
-        logger.warning("sending again: %s (%s)", request.summary(), error.what)
-        request.resends += 1
-        request.is_lost = True
+    def send_again(self, request: str, reason: Reason) -> None:
+        """Sends a request again, with its blobs where they are missing. Raises `BrokerError`."""
+        state = self._table.get(request)
+        assert state is not None
+        why = f"{reason.value}: {state.error}" if state.error is not None else reason.value
+        logger.log(
+            logging.WARNING if reason in COUNTED else logging.INFO,
+            "sending again: %s (%s)",
+            state.request,
+            why,
+        )
+        for source in (self._plan, state.request.source):
+            if source is not None:
+                self._restore(source)
+        self._remove_stale(request, reason)
+        queue = self._router.choose(state.request, state.queue, state.refused_on)
+        self._connection.sender.send(state.request, queue, full_s=0)
+        self._table.observe(request, Sent(queue))
 
-    def mark_refused(self, request: Request, error: WorkerRefused) -> None:
-        """Has `request` sent again after a worker that does not serve it took it from those that do.
-
-        Fails it with `error` when none of those has had it for as long as one may run it. Raises
-        `BrokerError`.
-        """
-        request.refused_on.append(request.queue)
-        if monotonic() - (request.asked_at or monotonic()) > request.run_limit_s:
-            request.settle(error)
-            return
-        request.is_lost = True
-        with self._connection.errors():
+    def _remove_stale(self, request: str, reason: Reason) -> None:
+        """Removes what would keep workers from running the request once more."""
+        job = self._connection.job
+        stale = {
+            Reason.RESULT_LOST: keys.finished(job, request),
+            Reason.RESULT_REJECTED: keys.finished(job, request),
+            Reason.WORKER_EXCLUDED: keys.finished(job, request),
             # Workers count how often a request was begun, to give up one that kills them.
-            self._connection.client.unlink(keys.tries(self._connection.job, request.id))
+            Reason.REFUSED: keys.tries(job, request),
+        }
+        if reason in stale:
+            with self._connection.errors():
+                self._connection.client.unlink(stale[reason])
 
-    def _look_at_fleet(self, unstarted: list[Request]) -> None:
-        """Has requests sent again that a worker may have had when it left, or that only others would take."""
-        queues_that_lost_a_worker = self._router.registry.refresh()
-        for request in unstarted:
-            if request.queue in queues_that_lost_a_worker or self._router.is_misrouted(request):
-                request.is_lost = True
+    def _excuse_workers(self) -> None:
+        """Starts the waits for a sign of a worker anew: the broker is what is late."""
+        self._table.progress = Progress(monotonic(), self._table.progress.handed_out)
 
-    def _is_alive(self) -> bool:
+    def _notify(self, states: list[RequestState], event: Event) -> None:
+        for state in states:
+            self._table.observe(state.request.id, event)
+
+    def _look_at_broker(self) -> None:
         with self._connection.errors():
             # EXPIRE works also while the broker is out of memory.
-            return bool(self._connection.client.expire(keys.alive(self._connection.job), keys.ALIVE_TTL_S))
+            is_alive = self._connection.client.expire(keys.alive(self._connection.job), keys.ALIVE_TTL_S)
+        if not is_alive:
+            logger.warning("the broker has forgotten the job: sending everything again")
+            self._excuse_workers()
+            self._plan_refreshed_at = 0.0
+            self._notify(self._table.pending(), Observation.BROKER_RESTARTED)
+
+    def _look_at_workers(self) -> None:
+        left = self._router.registry.refresh()
+        pending = self._table.pending()
+        self._notify([state for state in pending if state.queue in left], Observation.QUEUE_LOST_WORKER)
+        for state in pending:
+            is_served = self._router.serves_group(state.request)
+            event = Observation.GROUP_SERVED if is_served else Observation.GROUP_UNSERVED
+            self._table.observe(state.request.id, event)
+
+    def _look_at_leases(self) -> None:
+        """Looks after requests that a worker has, or may have, begun.
+
+        Of one that was sent again, an earlier copy may be running: then workers skip the later ones.
+        """
+        begun = [
+            state.request.id
+            for state in self._table.pending()
+            if state.started_at is not None or state.sends > 1
+        ]
+        if not begun:
+            return
+        job = self._connection.job
+        with self._connection.errors():
+            pipe = self._connection.client.pipeline(transaction=False)
+            for request in begun:
+                pipe.exists(keys.lease(job, request))
+                pipe.get(keys.finished(job, request))
+            answers = pipe.execute()
+        for request, leased, finished in zip(begun, answers[::2], answers[1::2], strict=True):
+            self._table.observe(request, self._seen(request, leased, finished))
+
+    def _seen(self, request: str, leased: int, finished: bytes | None) -> Event:
+        if leased:
+            return Observation.LEASE_SEEN
+        state = self._table.get(request)
+        if finished and state is not None:
+            try:
+                return event_of(parse(Completion, finished, where="finished request"), state.request)
+            except WireError as error:
+                logger.warning("ignored a message: %s", error)
+        return Observation.LEASE_MISSING
 
     def _declare_alive(self) -> None:
         with self._connection.errors():
@@ -137,21 +193,18 @@ class RecoveryLoop:
                 keys.alive(self._connection.job), keys.ALIVE_VALUE, ex=keys.ALIVE_TTL_S
             )
 
-    def _try_memory(self, sent: list[Request]) -> None:
+    def _try_memory(self) -> None:
         """Writes as much as a task or a report takes. Raises `BrokerFull` when there is no room for it."""
         try:
             self._declare_alive()
         except BrokerFull:
-            for request in sent:
-                if request.started_at is None:
-                    # Kombu pops a message before it notes whose it is: without room for the note it is lost.
-                    request.is_lost = True
+            self._notify(self._table.pending(), Observation.BROKER_FULL)
             raise
 
     def _wait_for_memory(self, refusal: BrokerFull) -> None:
         """Waits for memory. Raises `refusal` once that has taken too long."""
+        self._excuse_workers()
         now = monotonic()
-        self._progress_at = now  # it is not the workers' fault
         if self._refused_at is None:
             self._refused_at = now
         elif now - self._refused_at > self._connection.timeouts.full_s:
@@ -167,112 +220,3 @@ class RecoveryLoop:
         blob, store = source.blob, self._connection.store
         if not store.refresh(blob):
             store.put(blob.job, blob.kind, blob.token, source.parts, full_s=0)
-
-    def _look_at_workers(self, begun: list[Request]) -> None:
-        """Looks after requests that a worker has, or may have, begun."""
-        if not begun:
-            return
-        job = self._connection.job
-        with self._connection.errors():
-            pipe = self._connection.client.pipeline(transaction=False)
-            for request in begun:
-                pipe.exists(keys.lease(job, request.id))
-                pipe.get(keys.finished(job, request.id))
-            answers = pipe.execute()
-        for request, leased, finished in zip(begun, answers[::2], answers[1::2], strict=True):
-            if leased:
-                if request.started_at is None:  # whoever was taken for dead is not
-                    request.mark_started(request.worker or "unknown")
-                    request.resends = max(request.resends - 1, 0)
-                request.unleased = 0
-                self._progress_at = monotonic()
-                self._look_at_running(request)
-            elif finished:
-                self._hear(finished)
-            elif request.started_at is not None:
-                # A failure that was reported since the last look at the done-list looks the same, once.
-                request.unleased += 1
-                if request.unleased >= _LOOKS_UNTIL_DEAD and not request.is_lost:
-                    self.mark_lost(request, _died(request))
-
-    def _look_at_running(self, request: Request) -> None:
-        if request.started_at is not None and monotonic() - request.started_at > request.run_limit_s:
-            request.settle(
-                TaskFailed(
-                    f"the worker {request.worker} has not finished after {request.run_limit_s:.0f} s",
-                    where=request.summary(),
-                    hint="see its log; use smaller micro-batches or more workers",
-                )
-            )
-
-    def _send_missing(self, sent: list[Request]) -> None:
-        """Sends again what is lost or waits too long. Raises `BrokerFull`: the next round goes on."""
-        for request in sent:
-            if request.is_settled:
-                continue
-            if request.is_lost:
-                self._send_again(request, sent)
-            elif request.started_at is None:
-                self._look_at_waiting(request, sent)
-
-    def _look_at_waiting(self, request: Request, sent: list[Request]) -> None:
-        """Fails or repeats a request that nobody has begun."""
-        now, sent_at, timeouts = monotonic(), request.sent_at or 0.0, self._connection.timeouts
-        if self._is_given_up(request):
-            request.settle(self._router.not_served(self._router.coverage().missing, timeouts.no_worker_s))
-        elif now - max(request.asked_at or 0.0, self._progress_at) > self._longest_wait(request):
-            request.settle(self._router.no_worker(request.queue, timeouts.no_worker_s))
-        elif (
-            now - sent_at > timeouts.deadline_s
-            or now - max(sent_at, self._progress_at) > _longest_silence(request, timeouts)
-            or self._is_overtaken(request)
-        ):
-            # A worker may have died before it could say that it had begun. A second copy does no harm.
-            self._send_again(request, sent)
-
-    def _longest_wait(self, request: Request) -> float:
-        """Seconds without a sign of any worker until a request fails: more where one announces to serve it.
-
-        Such a worker is busy with other jobs.
-        """
-        timeouts = self._connection.timeouts
-        return request.run_limit_s if self._router.is_served(request) else timeouts.no_worker_s
-
-    def _is_overtaken(self, request: Request) -> bool:
-        """Whether its queue, first in, first out, has handed out what came well after it."""
-        taken = self._last_started_sent_at.get(request.queue, 0.0)
-        return taken > (request.sent_at or 0.0) + _OVERTAKEN_S * request.sends
-
-    def _is_given_up(self, request: Request) -> bool:
-        """Whether the group of `request` has been without a worker for too long, while others have some."""
-        if not self._router.is_unserved(request):
-            request.unserved_at = None
-            return False
-        request.unserved_at = request.unserved_at or monotonic()
-        return monotonic() - request.unserved_at > self._connection.timeouts.no_worker_s
-
-    def _send_again(self, request: Request, sent: list[Request]) -> None:
-        try:
-            if self._plan is not None:
-                self._restore(self._plan)
-            if request.source is not None:
-                self._restore(request.source)
-            self._router.assign(request, sent)
-            request.mark_sent()
-            self._connection.sender.send(request, full_s=0)
-        except BrokerError:
-            request.is_lost = True
-            raise
-
-
-def _longest_silence(request: Request, timeouts: Timeouts) -> float:
-    """Seconds without a sign of any worker until a request is sent again: twice as many after each time."""
-    return min(_SILENCE_S * 2.0 ** min(request.sends - 1, 10), timeouts.no_worker_s * _SHARE_UNTIL_RESENT)
-
-
-def _died(request: Request) -> TaskFailed:
-    return TaskFailed(
-        f"the worker {request.worker} died while it ran this task, as {request.resends} others had",
-        where=request.summary(),
-        hint="see the workers' logs; if they ran out of memory, use smaller micro-batches",
-    )

@@ -8,7 +8,7 @@ from redis.exceptions import RedisError
 
 from hetrain.public.broker.connection import KEEPALIVE, broker_errors, parse_broker_url, while_full
 from hetrain.public.protocol.messages import TASK_EVALUATE, TASK_PREPARE, EvaluateTask, PrepareTask
-from hetrain.transport.requests.state import Request
+from hetrain.transport.requests.request import Request
 
 
 class Sender:
@@ -33,20 +33,20 @@ class Sender:
             task_ignore_result=True,
         )
 
-    def send(self, request: Request, *, full_s: float) -> None:
-        """Puts the request's task on its queue; again and again under the same id.
+    def send(self, request: Request, queue: str, *, full_s: float) -> None:
+        """Puts the request's task on `queue`; again and again under the same id.
 
         Raises:
             BrokerUnreachable: the broker cannot be reached.
             BrokerFull: the broker had no memory for it for `full_s` seconds.
         """
-        while_full(lambda: self._send_once(request), limit_s=full_s)
+        while_full(lambda: self._send_once(request, queue), limit_s=full_s)
 
     def close(self) -> None:
         """Ends the app. Its connections stay: kombu shares them among all apps with the same address."""
         self._app.close()
 
-    def _send_once(self, request: Request) -> None:
+    def _send_once(self, request: Request, queue: str) -> None:
         name = TASK_EVALUATE if isinstance(request.task, EvaluateTask) else TASK_PREPARE
         with broker_errors(self._url):
             try:
@@ -54,7 +54,7 @@ class Sender:
                     name,
                     args=[request.task.to_json()],
                     task_id=request.id,
-                    queue=request.queue,
+                    queue=queue,
                     declare=[],  # workers do; so a client may push to the queue, and needs no other right
                     argsrepr=_product(request.task),
                     kwargsrepr=f"job …{request.task.job[-4:]} model {request.task.model}",

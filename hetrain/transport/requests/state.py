@@ -1,183 +1,293 @@
-"""Requests: what is asked of the workers, and what is known about each of them while it is on its way."""
+"""What is known about a request that is on its way, and how an event changes it. Pure functions.
+
+A state is *ended* once its completion is known. From then on only the client itself changes it: when it has
+lost the result, or rejects it.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from time import monotonic
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
-from hetrain.public.broker.connection import FULL_S
-from hetrain.public.errors import HetrainError
-from hetrain.public.protocol.messages import (
-    QUEUE,
-    Blob,
-    Completion,
-    EvaluateTask,
-    Header,
-    PrepareTask,
-    new_token,
-)
-from hetrain.public.protocol.product import Product, RowRange
+from hetrain.public.errors import BlobMissing, HetrainError, WireError, WorkerRefused
+from hetrain.public.protocol import keys
+from hetrain.public.protocol.messages import Completion, EvaluateTask
+from hetrain.transport.requests.remote_errors import error_of
+from hetrain.transport.requests.request import Request, Timeouts
+
+LOOKS_UNTIL_LOST = 2
+SILENCE_S = 3.0
+OVERTAKEN_S = 1.0
+_DEFAULT = Timeouts()
+
+
+class Reason(Enum):
+    """Why a request is sent again, or fails: what is observed. What is done then: docs/architecture.md."""
+
+    BROKER_RESTARTED = "the broker has forgotten the job (`alive` is gone)"
+    BROKER_FULL = (
+        "it waits, and the broker has no memory for as much as a task takes: a worker may have given it up"
+    )
+    QUEUE_LOST_WORKER = (
+        "it waits, and a worker of its queue has left: its registration lapsed or was withdrawn"
+    )
+    MISROUTED = "it waits, and no worker of its queue serves it, while another queue's workers do"
+    OVERTAKEN = (
+        "it waits, and its queue, first in, first out, has handed out a request that was sent, for the first "
+        f"time, more than {OVERTAKEN_S:.0f} s after it (times the number of its own sendings)"
+    )
+    SILENCE = f"it waits, and no worker has given a sign for {SILENCE_S:.0f} s; then for 6, 12, 20, 20, … s"
+    DEADLINE = f"it waits for {_DEFAULT.deadline_s:.0f} s, while others are run"
+    WORKER_LOST = (
+        f"a worker began it; its lease is gone and there is no completion, in {LOOKS_UNTIL_LOST} looks"
+    )
+    INPUT_LOST = "a worker reports `BlobMissing`"
+    RESULT_LOST = "it is done, and its result is gone from the broker"
+    RESULT_REJECTED = "the client's check rejects the result, and names its worker"
+    WORKER_EXCLUDED = "a worker answers of which the client has rejected a result"
+    REFUSED = "a worker reports `WorkerRefused`"
+    FAILED = "a worker reports any other failure"
+    RUN_LIMIT = (
+        f"a worker holds its lease, and has not finished after {_DEFAULT.run_s:.0f} s "
+        f"({_DEFAULT.prepare_s:.0f} s to prepare)"
+    )
+    NO_WORKER = (
+        f"it waits, and no worker has given a sign for {_DEFAULT.no_worker_s:.0f} s; where one is registered "
+        f"to serve it, and so is busy with others' requests, for {_DEFAULT.run_s:.0f} s"
+    )
+    GROUP_UNSERVED = (
+        f"for {_DEFAULT.no_worker_s:.0f} s no registered worker has served its group, while others are served"
+    )
+
+
+COUNTED = frozenset({Reason.WORKER_LOST, Reason.INPUT_LOST, Reason.RESULT_LOST, Reason.RESULT_REJECTED})
+"""What `Timeouts.attempts` bounds."""
 
 
 @dataclass(frozen=True)
-class Timeouts:
-    """How long a channel waits, in seconds, and how often it asks again.
+class Sent:
+    """It was put on a queue again."""
+
+    queue: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker reports that it has begun."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A worker reports its completion, which is this request's own."""
+
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker reports a failure."""
+
+    worker: str
+    error: HetrainError
+
+
+class Observation(Enum):
+    """What a look at the broker shows."""
+
+    LEASE_SEEN = "a living worker's lease"
+    LEASE_MISSING = "neither a lease nor a completion"
+    GROUP_SERVED = "a registered worker serves its group"
+    GROUP_UNSERVED = "no registered worker serves its group, while other groups are served"
+    QUEUE_LOST_WORKER = "a worker of its queue has left"
+    BROKER_FULL = "the broker has no memory for as much as a task takes"
+    BROKER_RESTARTED = "the broker has lost all that it knew of the job"
+
+
+@dataclass(frozen=True)
+class ResultLost:
+    """The client could not download the result."""
+
+    error: HetrainError
+
+
+@dataclass(frozen=True)
+class ResultRefused:
+    """The client's check rejects the result of a worker."""
+
+    worker: str
+    error: HetrainError
+
+
+WorkerEvent = Started | Finished | Failed
+ClientEvent = ResultLost | ResultRefused
+Event = WorkerEvent | ClientEvent | Observation | Sent
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """What is known about a request. Times are seconds of the monotonic clock.
 
     Attributes:
-        no_worker_s: for a first sign of any worker.
-        deadline_s: for a request that waits while others are run, before it is sent again.
-        run_s: for a request that a living worker runs.
-        prepare_s: for a worker that loads a model.
-        outage_s: for a broker that does not answer.
-        full_s: for memory in a full broker.
-        attempts: how often a request whose worker or blobs were lost is sent again.
+        request: what is asked.
+        queue: where it was sent last.
+        asked_at: when it was sent first.
+        sent_at: when it was sent last.
+        sends: how often it was sent.
+        resends: how often it was sent again for a reason in `COUNTED`.
+        resent_for: why it was sent last, None the first time.
+        started_at: when a worker began what was sent last, None before.
+        worker: the last one that reported something.
+        missed_looks: how many looks in a row found its worker gone.
+        unserved_at: since when no registered worker has served its group, None while one does.
+        refused_on: queues of workers that do not serve it.
+        rejections: why the result of a worker was rejected, by the worker's name.
+        due: why it must be sent again, or fail.
+        error: what `due` was reported with, if it was.
+        completion: of what was sent last.
     """
 
-    no_worker_s: float = 60.0
-    deadline_s: float = 120.0
-    run_s: float = 600.0
-    prepare_s: float = 1800.0
-    outage_s: float = 60.0
-    full_s: float = FULL_S
-    attempts: int = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A blob, and the memory from which it can be uploaded again."""
-
-    blob: Blob
-    parts: Sequence[memoryview]
-
-
-@dataclass(eq=False)
-class Request:
-    """One task on its way. Threads wait for it; the collector changes it.
-
-    Attributes:
-        task: the message.
-        source: its input, None when it has none but the plan.
-        run_limit_s: for how long a living worker may run it.
-        queue: where it is sent.
-        done_event: set at every outcome; the requests of one product share it.
-        asked_at: when it was sent first (monotonic clock), None before.
-        sent_at: when it was sent last, None before.
-        started_at: when a worker reported its start, None before.
-        sends: how often it was sent at all.
-        resends: how often it was sent again because a worker or a blob was lost.
-        refused_on: queues of workers that do not serve it, for each refusal.
-        unserved_at: since when nobody announces to serve its group, None while somebody does.
-        unleased: how many looks in a row found its worker gone.
-        is_lost: whether it must be sent again, with its blobs where they are missing.
-    """
-
-    task: PrepareTask | EvaluateTask
-    source: Source | None
-    run_limit_s: float
-    queue: str = QUEUE
-    done_event: threading.Event = field(default_factory=threading.Event)
-    asked_at: float | None = None
-    sent_at: float | None = None
+    request: Request
+    queue: str
+    asked_at: float
+    sent_at: float
+    sends: int = 1
+    resends: int = 0
+    resent_for: Reason | None = None
     started_at: float | None = None
     worker: str = ""
-    sends: int = 0
-    resends: int = 0
-    refused_on: list[str] = field(default_factory=list)
+    missed_looks: int = 0
     unserved_at: float | None = None
-    unleased: int = 0
-    is_lost: bool = False
-    _settled: threading.Event = field(default_factory=threading.Event)
-    _outcome: Completion | HetrainError | None = None
-
-    @property
-    def id(self) -> str:
-        """The request's token; also the id of its Celery task, however often it is sent."""
-        return self.task.request
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the outcome is known."""
-        return self._settled.is_set()
-
-    @property
-    def output(self) -> Blob | None:
-        """Where its result lies, once that is known."""
-        return self._outcome.output if isinstance(self._outcome, Completion) else None
-
-    def settle(self, outcome: Completion | HetrainError) -> None:
-        """Wakes who waits. Only the first outcome counts."""
-        if not self.is_settled:
-            self._outcome = outcome
-            self._settled.set()
-            self.done_event.set()
-
-    def outcome(self, wait_s: float) -> Completion | None:
-        """The completion; None after `wait_s` seconds without one. Raises the error it was settled with."""
-        if not self._settled.wait(wait_s):
-            return None
-        if isinstance(self._outcome, HetrainError):
-            raise self._outcome
-        return self._outcome
-
-    def mark_sent(self) -> None:
-        """Notes that it is being sent now."""
-        self.sent_at, self.started_at, self.unleased, self.is_lost = monotonic(), None, 0, False
-        self.asked_at = self.asked_at or self.sent_at
-        self.sends += 1
-
-    def mark_started(self, worker: str) -> None:
-        """Notes that a worker has begun it now."""
-        self.started_at, self.worker, self.unleased = monotonic(), worker, 0
-
-    def reopen(self) -> None:
-        """Forgets the outcome: its result was lost, so it must be sent again."""
-        self._outcome, self.is_lost = None, True
-        self._settled.clear()
-
-    def summary(self) -> str:
-        """One line for messages."""
-        task = self.task
-        text = f"job …{task.job[-4:]} model {task.model}"
-        if isinstance(task, EvaluateTask):
-            return f"{text} {task.group} {task.direction} rows {task.start}:{task.stop}"
-        return f"{text} prepare engine {task.engine}"
+    refused_on: frozenset[str] = frozenset()
+    rejections: Mapping[str, HetrainError] = field(default_factory=dict)
+    due: Reason | None = None
+    error: HetrainError | None = None
+    completion: Completion | None = None
 
 
-def prepare_task(model: str, engine: str, plan: Blob, setup: Header) -> PrepareTask:
-    """The message that opens a job, whose plan lies in `plan` under its digest."""
-    return PrepareTask(
-        request=new_token(),
-        job=plan.job,
-        model=model,
-        engine=engine,
-        plan=plan,
-        plan_digest=plan.token,
-        setup=dict(setup),
+def sent(request: Request, queue: str, now: float) -> RequestState:
+    """The state of a request that is being sent for the first time."""
+    return RequestState(request, queue, asked_at=now, sent_at=now)
+
+
+def observe(state: RequestState, event: Event, now: float) -> RequestState:
+    """The state after `event`, which was observed at `now`."""
+    if state.completion is not None:
+        return _reopened(state, event) if isinstance(event, ClientEvent) else state
+    match event:
+        case Sent(queue):
+            return _sent_again(state, queue, now)
+        case Started(worker):
+            return replace(state, started_at=now, worker=worker, missed_looks=0)
+        case Finished(Completion(worker=worker)) | Failed(worker) if worker in state.rejections:
+            return _due(state, Reason.WORKER_EXCLUDED, state.rejections[worker])
+        case Finished(completion):
+            return replace(state, completion=completion, worker=completion.worker, due=None, error=None)
+        case Failed(worker, error):
+            return _failed(replace(state, worker=worker), error)
+        case Observation.LEASE_SEEN:
+            return _alive(state, now)
+        case Observation.LEASE_MISSING:
+            return _missed(state)
+        case Observation.GROUP_SERVED:
+            return replace(state, unserved_at=None)
+        case Observation.GROUP_UNSERVED:
+            return state if state.unserved_at is not None else replace(state, unserved_at=now)
+        case Observation.BROKER_RESTARTED:
+            return _due(state, Reason.BROKER_RESTARTED)
+        case Observation.QUEUE_LOST_WORKER | Observation.BROKER_FULL if state.started_at is None:
+            return _due(state, Reason[event.name])
+    return state
+
+
+def excluding(state: RequestState, worker: str, error: HetrainError) -> RequestState:
+    """The state once a result of `worker` was rejected: what that worker reports does not end the request."""
+    return replace(state, rejections={**state.rejections, worker: error})
+
+
+def event_of(completion: Completion, request: Request) -> WorkerEvent:
+    """What a worker's message says about `request`, to which it is addressed."""
+    if completion.state == "started":
+        return Started(completion.worker)
+    if completion.state == "failed" and completion.failure is not None:
+        return Failed(completion.worker, error_of(completion.failure))
+    if completion.state == "failed":
+        error = WireError("a worker reported a failure without saying which", where=str(request))
+        return Failed(completion.worker, error)
+    has_output = is_result(completion, request.task.job)
+    if has_output if isinstance(request.task, EvaluateTask) else completion.output is None:
+        return Finished(completion)
+    error = WireError("a worker reported a result that is not this request's", where=str(request))
+    return Failed(completion.worker, error)
+
+
+def is_result(completion: Completion, job: str) -> bool:
+    """Whether `completion` brings the result of the request that it names."""
+    output = completion.output
+    return output is not None and (output.job, output.kind, output.token) == (
+        job,
+        "out",
+        keys.output_token(completion.request),
     )
 
 
-def evaluate_task(
-    prepared: PrepareTask,
-    request: str,
-    product: Product,
-    header: Header,
-    rows: RowRange,
-    operand: Blob,
-) -> EvaluateTask:
-    """The message for one range of rows, in the job that `prepared` opened."""
-    return EvaluateTask(
-        request=request,
-        job=prepared.job,
-        model=prepared.model,
-        engine=prepared.engine,
-        plan=prepared.plan,
-        plan_digest=prepared.plan_digest,
-        group=product.group.name,
-        direction=product.direction,
-        start=rows[0],
-        stop=rows[1],
-        header=dict(header),
-        input=operand,
+def _due(state: RequestState, reason: Reason, error: HetrainError | None = None) -> RequestState:
+    """What a worker or the client reports replaces a reason; what is merely looked up does not."""
+    if state.due is not None and error is None:
+        return state
+    return replace(state, due=reason, error=error)
+
+
+def _reopened(state: RequestState, event: ClientEvent) -> RequestState:
+    state = replace(state, completion=None, started_at=None, missed_looks=0)
+    if isinstance(event, ResultLost):
+        return _due(state, Reason.RESULT_LOST, event.error)
+    return _due(excluding(state, event.worker, event.error), Reason.RESULT_REJECTED, event.error)
+
+
+def _sent_again(state: RequestState, queue: str, now: float) -> RequestState:
+    return replace(
+        state,
+        queue=queue,
+        sent_at=now,
+        sends=state.sends + 1,
+        resends=state.resends + (state.due in COUNTED),
+        resent_for=state.due,
+        started_at=None,
+        missed_looks=0,
+        due=None,
+        error=None,
     )
+
+
+def _failed(state: RequestState, error: HetrainError) -> RequestState:
+    if isinstance(error, BlobMissing):
+        return _due(state, Reason.INPUT_LOST, error)
+    if isinstance(error, WorkerRefused):
+        return _due(replace(state, refused_on=state.refused_on | {state.queue}), Reason.REFUSED, error)
+    return _due(state, Reason.FAILED, error)
+
+
+def _alive(state: RequestState, now: float) -> RequestState:
+    """A copy of it is being run, so no other one is needed."""
+    state = replace(state, missed_looks=0, due=None, error=None)
+    if state.started_at is not None:
+        return state
+    was_alive = state.resent_for is Reason.WORKER_LOST  # the worker that was taken for dead
+    return replace(
+        state,
+        started_at=now,
+        worker=state.worker or "unknown",
+        resends=max(state.resends - was_alive, 0),
+        resent_for=None,
+    )
+
+
+def _missed(state: RequestState) -> RequestState:
+    # A failure that was reported since the last look at the done-list looks the same, once.
+    if state.started_at is None or state.due is not None:
+        return state
+    state = replace(state, missed_looks=state.missed_looks + 1)
+    return _due(state, Reason.WORKER_LOST) if state.missed_looks >= LOOKS_UNTIL_LOST else state

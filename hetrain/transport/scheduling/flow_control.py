@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hetrain.public.errors import HetrainError, UsageError
 
 DEFAULT_BYTES = 1 << 30
-"""The limit where the broker has no maxmemory, or does not tell."""
+"""The limit where the broker has no maxmemory, or does not report it."""
 
 _SHARE = 2  # of the broker's memory; the rest is for queues, leases, buffers, and what is stored twice
 
@@ -20,11 +21,11 @@ def share_of(maxmemory: int | None) -> int:
 
 
 class ByteBudget:
-    """A counting semaphore in bytes, fair: whoever asks first is served first, whatever the sizes.
+    """A counting semaphore in bytes, fair: threads are served in the order in which they ask.
 
-    Nobody waits for ever. A thread asks once for all that a request needs and asks for no more until it has
-    given that back, so whoever holds bytes waits for workers alone; and the first in line is served as soon
-    as nothing is held at all, however much it asks for.
+    No thread waits for ever. It asks once for all that a product needs and asks for no more until it has
+    given that back, so a thread that holds bytes waits for workers alone; and the first in line is served as
+    soon as nothing is held at all, however much it asks for.
 
     Args:
         limit: bytes that may be held at once.
@@ -33,10 +34,21 @@ class ByteBudget:
 
     def __init__(self, limit: int, *, strict: bool) -> None:
         self._limit, self._strict = limit, strict
-        self._held = 0
+        self._held: list[int] = []
         self._line: deque[object] = deque()
         self._changed = threading.Condition()
         self._end: HetrainError | None = None
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Bytes that are held, one number for each `acquire`."""
+        with self._changed:
+            return tuple(self._held)
+
+    @property
+    def n_waiting(self) -> int:
+        """How many threads wait in `acquire`."""
+        return len(self._line)
 
     def acquire(self, nbytes: int) -> None:
         """Waits until `nbytes` more may be held, and holds them.
@@ -61,7 +73,7 @@ class ByteBudget:
                 )
                 if self._end is not None:
                     raise self._end
-                self._held += nbytes
+                self._held.append(nbytes)
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
@@ -69,17 +81,17 @@ class ByteBudget:
     def release(self, nbytes: int) -> None:
         """Gives back what `acquire` took."""
         with self._changed:
-            self._held -= nbytes
+            self._held.remove(nbytes)
             self._changed.notify_all()
 
     def close(self, reason: HetrainError) -> None:
-        """Wakes all who wait, and whoever comes later, with `reason`."""
+        """Has `acquire` raise `reason`, in the threads that wait now and in all that come."""
         with self._changed:
             self._end = self._end or reason
             self._changed.notify_all()
 
     def _has_room(self, nbytes: int) -> bool:
-        return self._held == 0 or self._held + nbytes <= self._limit
+        return not self._held or sum(self._held) + nbytes <= self._limit
 
 
 class FlowControl:
@@ -93,29 +105,24 @@ class FlowControl:
         self.budget = budget
         self._seen: dict[tuple[object, ...], int] = {}
 
-    def reserve(self, kind: tuple[object, ...], operand_bytes: int, result_bytes: int) -> Reservation:
-        """Waits for room for a product. Raises as `ByteBudget.acquire`.
+    @contextmanager
+    def reserved(
+        self, kind: tuple[object, ...], operand_bytes: int, result_bytes: int
+    ) -> Iterator[Callable[[int], None]]:
+        """Waits for room for a product, and holds it for a block. Raises as `ByteBudget.acquire`.
 
         Args:
             kind: what the result's size depends on besides.
             operand_bytes: bytes of the operand.
             result_bytes: bytes of the result, as its engine says.
+
+        Yields:
+            A function that takes the result's size, for the next product like this one.
         """
         key = (*kind, operand_bytes, result_bytes)
         nbytes = operand_bytes + self._seen.get(key, result_bytes)
         self.budget.acquire(nbytes)
-        return Reservation(self.budget, nbytes, lambda result: self._seen.update({key: result}))
-
-
-class Reservation:
-    """Bytes held for one product."""
-
-    def __init__(self, budget: ByteBudget, nbytes: int, learn: Callable[[int], None]) -> None:
-        self._budget, self._nbytes, self._learn = budget, nbytes, learn
-
-    def release(self, result_bytes: int | None = None) -> None:
-        """Gives them back once operand and result are gone; may be called again. Learns the result's size."""
-        nbytes, self._nbytes = self._nbytes, 0
-        self._budget.release(nbytes)
-        if result_bytes is not None:
-            self._learn(result_bytes)
+        try:
+            yield lambda size: self._seen.update({key: size})
+        finally:
+            self.budget.release(nbytes)

@@ -1,19 +1,19 @@
-"""Where a job's requests go, and into how many pieces its products are cut, by what workers announce."""
+"""Where a job's requests go, and into how many pieces its products are cut, by the registered workers."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from hetrain.public.broker.connection import redacted
 from hetrain.public.errors import NoWorker
-from hetrain.public.protocol.messages import QUEUE, EvaluateTask
+from hetrain.public.protocol.messages import QUEUE, EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.registration import ShardRange, WorkerRegistration
-from hetrain.transport.requests.state import Request
+from hetrain.transport.requests.request import Request
 from hetrain.transport.scheduling.partition import count_pieces
 from hetrain.transport.scheduling.registry import WorkerRegistry
 from hetrain.transport.scheduling.throughput import Throughput
@@ -29,7 +29,7 @@ class Coverage:
 
     Attributes:
         queues: those that the job's requests may take.
-        missing: groups that nobody serves while others are served, as indices in plan order.
+        missing: groups that no worker serves while others are served, as indices in plan order.
     """
 
     queues: tuple[str, ...]
@@ -37,7 +37,7 @@ class Coverage:
 
 
 class Router:
-    """Finds the way for a job's requests. Thread-safe, once it follows a plan.
+    """Chooses the queues of a job's requests. Thread-safe, once it follows a plan.
 
     Args:
         registry: knows the workers.
@@ -50,7 +50,9 @@ class Router:
         self._url = url
         self._model = ""
         self._groups = _NO_GROUPS
-        self._load: float | None = None
+        self._excluded: frozenset[str] = frozenset()
+        self._in_flight: float | None = None
+        self._load: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def follow(self, plan: Plan) -> None:
@@ -59,7 +61,7 @@ class Router:
         self._groups = {group.name: index for index, group in enumerate(plan.groups)}
 
     def coverage(self) -> Coverage:
-        """Which queues serve the plan. `QUEUE` alone where no card names the model."""
+        """Which queues serve the plan. `QUEUE` alone where no registration names the model."""
         if not self.registry.workers.knows(self._model):
             return Coverage((QUEUE,), ())
         queues: set[str] = set()
@@ -71,57 +73,72 @@ class Router:
                 missing.append(index)
         return Coverage(tuple(sorted(queues)), tuple(missing))
 
-    def assign(self, request: Request, among: Iterable[Request]) -> None:
-        """Chooses the queue of `request`: of those that serve it the one with the fewest requests per slot.
-
-        Where nobody serves it, it stays on the queue it was sent to; a first time it goes to `QUEUE`.
+    def assign(self, request: Request, queue: str) -> str:
+        """The queue of a request that is about to be sent for the first time, which is counted there.
 
         Args:
-            request: about to be sent. A `PrepareTask` stays on its queue.
-            among: all of the job's requests.
+            request: what is sent.
+            queue: where it goes if no registered worker serves its group, or if it is a `PrepareTask`.
         """
+        with self._lock:
+            chosen = self._choose(request, queue, Counter(self._load))
+            self._load[chosen] += 1
+        return chosen
+
+    def choose(self, request: Request, queue: str, refused_on: Collection[str]) -> str:
+        """The queue of a request that is sent again: of those that serve it the one with the fewest per slot.
+
+        Args:
+            request: what is sent.
+            queue: where it was sent before, and stays if no registered worker serves its group.
+            refused_on: queues that are taken only if there is no other.
+        """
+        with self._lock:
+            others = Counter(self._load)
+            others[queue] -= 1
+            return self._choose(request, queue, others, refused_on)
+
+    def count(self, queue: str, change: int) -> None:
+        """Counts `change` more requests on `queue`."""
+        with self._lock:
+            self._load[queue] += change
+
+    def exclude(self, worker: str) -> None:
+        """Sends nothing to a queue for the sake of `worker` any more."""
+        self._excluded |= {worker}
+
+    def _choose(
+        self, request: Request, queue: str, load: Counter[str], refused_on: Collection[str] = ()
+    ) -> str:
         slots: Counter[str] = Counter()
-        for registration in self._serving_request(request):
-            slots[registration.queue] += registration.concurrency
-        if not slots:
-            return
-        load = Counter(other.queue for other in among if other is not request and not other.is_settled)
-        request.queue = min(
-            slots, key=lambda queue: (queue in request.refused_on, (load[queue] + 1) / slots[queue], queue)
+        for registration in self._serving_task(request.task):
+            if registration.worker not in self._excluded:
+                slots[registration.queue] += registration.concurrency
+        return min(
+            slots,
+            key=lambda name: (name in refused_on, (load[name] + 1) / slots[name], name),
+            default=queue,
         )
 
-    def is_misrouted(self, request: Request) -> bool:
-        """Whether nobody takes `request` from its queue, while another queue's workers would."""
-        serving = self._serving_request(request)
-        return bool(serving) and request.queue not in {registration.queue for registration in serving}
+    def serving(self, request: Request, queue: str) -> dict[str, str]:
+        """The workers that are registered to serve `request`, and the queues from which they take.
 
-    def serves_elsewhere(self, request: Request, worker: str) -> bool:
-        """Whether `worker`, which has refused `request`, does not announce to serve it while others do."""
-        serving = self._takers(request)
-        return bool(serving) and worker not in {registration.worker for registration in serving}
+        To prepare the job, these are the workers of `queue` that serve a part of its model.
+        """
+        found = self._serving_task(request.task)
+        if isinstance(request.task, PrepareTask):
+            registered = self.registry.workers.registrations
+            found = tuple(each for each in registered if each.queue == queue and self._model in each.models)
+        return {registration.worker: registration.queue for registration in found}
 
-    def is_served(self, request: Request) -> bool:
-        """Whether a worker announces that it takes from the queue of `request` and serves it."""
-        return any(registration.queue == request.queue for registration in self._takers(request))
-
-    def _takers(self, request: Request) -> tuple[WorkerRegistration, ...]:
-        """Workers that serve `request`: of its group, or, to prepare the job, of its queue and model."""
-        if isinstance(request.task, EvaluateTask):
-            return tuple(self._serving_request(request))
-        return tuple(
-            registration
-            for registration in self.registry.workers.registrations
-            if registration.queue == request.queue and self._model in registration.models
-        )
-
-    def is_unserved(self, request: Request) -> bool:
-        """Whether nobody serves the group of `request`, while other groups of its model are served."""
+    def serves_group(self, request: Request) -> bool:
+        """Whether a registered worker serves the group of `request`, or none any group of its model."""
         task = request.task
         return (
-            isinstance(task, EvaluateTask)
-            and task.group in self._groups
-            and self.registry.workers.knows(self._model)
-            and not self._serving(task.group)
+            isinstance(task, PrepareTask)
+            or task.group not in self._groups
+            or not self.registry.workers.knows(self._model)
+            or bool(self._serving(task.group))
         )
 
     def pieces(self, group: str, work: float, in_flight: int) -> int:
@@ -133,17 +150,18 @@ class Router:
             in_flight: products that wait for workers now, this one included.
         """
         with self._lock:
-            load = in_flight if self._load is None else self._load
-            self._load = load + _LOAD_WEIGHT * (in_flight - load)
-            load = max(self._load, 1.0)
+            mean = in_flight if self._in_flight is None else self._in_flight
+            self._in_flight = mean + _LOAD_WEIGHT * (in_flight - mean)
+            load = max(self._in_flight, 1.0)
         paces = [
             (registration.concurrency, self.throughput.of(registration.worker))
             for registration in self._serving(group)
+            if registration.worker not in self._excluded
         ]
         return count_pieces(paces, load, work)
 
     def no_worker(self, queue: str, waited_s: float) -> NoWorker:
-        """The error that nobody has taken a request from `queue`."""
+        """The error that no worker has taken a request from `queue`."""
         models = sorted(
             {model for registration in self.registry.workers.registrations for model in registration.models}
         )
@@ -157,7 +175,7 @@ class Router:
         )
 
     def not_served(self, missing: Sequence[int], waited_s: float) -> NoWorker:
-        """The error that nobody serves the groups `missing` of the plan, while others are served."""
+        """The error that no worker serves the groups `missing` of the plan, while others are served."""
         names = [name for name, index in self._groups.items() if index in set(missing)]
         shards = self._shards_of(missing)
         told = f" (shards {', '.join(shards)})" if shards else ""
@@ -187,8 +205,8 @@ class Router:
                 runs.append([shard, shard])
         return [str(ShardRange(first, last, count)) for first, last in runs]
 
-    def _serving_request(self, request: Request) -> tuple[WorkerRegistration, ...]:
-        return self._serving(request.task.group) if isinstance(request.task, EvaluateTask) else ()
+    def _serving_task(self, task: PrepareTask | EvaluateTask) -> tuple[WorkerRegistration, ...]:
+        return self._serving(task.group) if isinstance(task, EvaluateTask) else ()
 
     def _serving(self, group: str) -> tuple[WorkerRegistration, ...]:
         index = self._groups.get(group)

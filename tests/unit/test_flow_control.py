@@ -19,9 +19,10 @@ from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.errors import Interrupted, UsageError
 from hetrain.public.protocol.product import Operand, Product
 from hetrain.train.session import open_base, open_session
+from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
 from tasks.supervisor.server import start_worker, stop
-from tests.harness.processes import broker_server as serving
+from tests.harness.processes import broker_server as broker_server
 
 
 @given(sizes=st.lists(st.integers(1, 150), max_size=12))
@@ -46,7 +47,7 @@ def test_a_budget_is_never_overdrawn_and_serves_in_order(sizes: list[int]) -> No
         jobs = []
         for number in range(len(sizes)):
             jobs.append(pool.submit(one, number))
-            while len(budget._line) <= number:  # lined up, one after the other
+            while budget.n_waiting <= number:  # lined up, one after the other
                 pass
         budget.release(100)
         for job in jobs:
@@ -62,18 +63,16 @@ def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
         ByteBudget(100, strict=True).acquire(101)
     budget = ByteBudget(100, strict=True)
     pressure = FlowControl(budget)
-    hold = pressure.reserve(("g", "forward"), 90, 0)
-    with ThreadPoolExecutor(2) as pool:
+    with pressure.reserved(("g", "forward"), 90, 0) as learn_size, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(budget.acquire, 50) for _ in range(2)]
-        while len(budget._line) < 2:
+        while budget.n_waiting < 2:
             pass
         budget.close(Interrupted("closed"))
         for job in waiting:
             with pytest.raises(Interrupted):
                 job.result(60)
-    hold.release(10)
-    hold.release()
-    assert budget._held == 0
+        learn_size(10)
+    assert budget.held == ()
     with pytest.raises(Interrupted):
         budget.acquire(1)
     assert (share_of(None), share_of(0), share_of(1000)) == (1 << 30, 1 << 30, 500)
@@ -82,16 +81,16 @@ def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
 def test_results_are_expected_as_they_last_came() -> None:
     budget = ByteBudget(1 << 30, strict=True)
     pressure = FlowControl(budget)
-    hold = pressure.reserve(("g", "forward"), 100, 7 * 2048 * 5)
-    assert budget._held == 100 + 7 * 2048 * 5
-    hold.release(40)
-    pressure.reserve(("g", "forward"), 100, 7 * 2048 * 5)
-    assert budget._held == 140
+    with pressure.reserved(("g", "forward"), 100, 7 * 2048 * 5) as learn_size:
+        assert budget.held == (100 + 7 * 2048 * 5,)
+        learn_size(40)
+    with pressure.reserved(("g", "forward"), 100, 7 * 2048 * 5):
+        assert budget.held == (140,)
 
 
 def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
     """Six threads send to a worker that does not move, with room for two of their products."""
-    with serving() as served, ExitStack() as stack:
+    with broker_server() as served, ExitStack() as stack:
         worker = start_worker(1, served.url, str(tiny_llama), served.log)
         stack.callback(stop, [worker])
         session = stack.enter_context(
@@ -104,6 +103,8 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
             )
         )
         channel, product = session.channel, Product(session.split.plan.groups[0], "forward")
+        assert isinstance(channel, CeleryChannel)
+        budget = channel.flow_control.budget
         stack.callback(os.kill, worker.pid, signal.SIGCONT)
         os.kill(worker.pid, signal.SIGSTOP)
 
@@ -118,7 +119,7 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
         def operands() -> int:
             return sum(1 for _ in broker.scan_iter("hetrain:*:in:*"))
 
-        while operands() < 2 or len(channel._flow_control.budget._line) < 4:  # type: ignore[attr-defined]
+        while operands() < 2 or budget.n_waiting < 4:
             assert not any(job.done() for job in jobs)
             sleep(0.01)
         assert operands() == 2
@@ -127,4 +128,4 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
             with pytest.raises(Interrupted):
                 job.result(60)
         assert operands() == 0
-        assert channel._flow_control.budget._held == 0  # type: ignore[attr-defined]
+        assert budget.held == ()
