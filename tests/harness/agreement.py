@@ -1,4 +1,4 @@
-"""Encrypted and plain training agree: the same assertions for micro-batches of different sizes."""
+"""Encrypted and plain training agree: the same assertions for models and micro-batches of different sizes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hetrain.train.session import open_base
 STEPS = 2
 
 
-def train_all_ways(tokens: int) -> dict[str, Curve]:
-    """Two steps of SmolLM2 over the same tokens, with stock peft in fp32 and with both engines.
+def train_all_ways(model: str, tokens: int) -> dict[str, Curve]:
+    """Two steps over the same tokens, with stock peft in fp32 and with both engines.
 
     `rlwe` makes the first step without hints and the second one with.
     """
-    base = open_base("smollm2-135m")
+    base = open_base(model)
     batches = draw(base, "text", tokens, 1) * STEPS
     assert all(batch.n_tokens == tokens for batch in batches)
     values = initial_values(base)

@@ -1,6 +1,8 @@
-"""Encrypted and plain training agree, on the real model over the real queue (2048 tokens: tests/slow)."""
+"""Encrypted and plain training agree, on a tiny model over the real queue (tests/slow: on the real model)."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,7 @@ from benchmarks.convergence import Curve
 from tests.harness.agreement import Agreement, train_all_ways
 
 
-class TestMicroBatchOf512Tokens(Agreement):
+class TestTinyModel(Agreement):
     @pytest.fixture(scope="class")
-    def curves(self) -> dict[str, Curve]:
-        return train_all_ways(512)
+    def curves(self, tiny_llama: Path) -> dict[str, Curve]:
+        return train_all_ways(str(tiny_llama), 512)

@@ -8,7 +8,7 @@ from benchmarks.convergence import Curve
 from tests.harness.agreement import Agreement, train_all_ways
 
 
-class TestMicroBatchOf2048Tokens(Agreement):
+class TestSmolLM2(Agreement):
     @pytest.fixture(scope="class")
     def curves(self) -> dict[str, Curve]:
-        return train_all_ways(2048)
+        return train_all_ways("smollm2-135m", 2048)
