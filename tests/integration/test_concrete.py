@@ -169,7 +169,7 @@ def test_a_product_that_cannot_be_compiled_is_named() -> None:
     with pytest.raises(ParameterError, match="cannot compile") as error:
         compile_circuit(CircuitSpec(rows=1, k=8, columns=8, x_max=1 << 40))
     assert error.value.where == "circuit-1x8x8-1099511627776"
-    assert "--outsource" in error.value.hint
+    assert "`outsource`" in error.value.hint
 
 
 def test_circuits_differ_where_their_specs_do_and_nowhere_else() -> None:

@@ -280,7 +280,7 @@ def test_a_running_copy_counts_whichever_was_sent_last(plan: Plan, send: Send, i
         done_list = keys.done_list(channel.job)
         # This test is the only worker.
         preparing = pool.submit(channel.prepare, "tiny", "clear", plan.to_bytes(), plan.digest)
-        assert eventually(lambda: client.llen(QUEUE))
+        eventually(lambda: client.llen(QUEUE))
         (asked, _), *_ = in_flight.sent
         client.rpush(done_list, Completion(request=asked.id, state="done", worker="w").to_json())
         preparing.result(GUARD_S)
@@ -296,14 +296,14 @@ def test_a_running_copy_counts_whichever_was_sent_last(plan: Plan, send: Send, i
         sleep(1.5)
         client.delete(lease)
         client.rpush(done_list, lost.to_json())
-        assert eventually(lambda: in_flight.sends(first) == 2)
+        eventually(lambda: in_flight.sends(first) == 2)
         client.set(lease, "w", ex=GUARD_S)
         client.rpush(done_list, begun.to_json())
         sleep(2.5)
         # It may be the first copy that has begun, so the others have not been overtaken.
         assert [in_flight.sends(request) for request in others] == [1, 1]
         client.delete(keys.alive(channel.job), lease)
-        assert eventually(lambda: in_flight.sends(first) == 3)
+        eventually(lambda: in_flight.sends(first) == 3)
         # No worker reports its start again, but its lease does.
         client.set(lease, "w", ex=GUARD_S)
         with pytest.raises(TaskFailed, match="the worker w has not finished after 8 s"):
@@ -330,7 +330,7 @@ def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
     before = worker_pids(supervisor())
     x = operand(IN, 4096)
     pending = [send(channel, x) for _ in range(4)]
-    assert eventually(lambda: has_lease(client, channel))
+    eventually(lambda: has_lease(client, channel))
     os.kill(before[0], signal.SIGKILL)
     expected = exact(matrix, x)
     assert all((values(each.result(), 4096) == expected).all() for each in pending)
@@ -557,7 +557,7 @@ def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
         os.kill(worker.pid, signal.SIGSTOP)
     pending = [send(channel, operand(IN, 4096)) for _ in range(4)]
     with broker_client(url) as client:
-        assert eventually(lambda: has_lease(client, channel) or not busy)
+        eventually(lambda: has_lease(client, channel) or not busy)
     with full(url):
         os.kill(worker.pid, signal.SIGCONT)
         with pytest.raises(BrokerFull, match="maxmemory"):
@@ -585,7 +585,7 @@ def test_a_broker_that_is_full_for_a_while_is_waited_for(
         x = operand(IN, 4096)
         pending = [send(channel, x) for _ in range(4)]
         with broker_client(url) as client:
-            assert eventually(lambda: has_lease(client, channel) or not busy)
+            eventually(lambda: has_lease(client, channel) or not busy)
         with full(url):
             os.kill(worker.pid, signal.SIGCONT)
             sleep(2)
@@ -671,12 +671,12 @@ def test_no_process_survives(model: Path, tmp_path: Path, victim: str) -> None:
     assert parent.stdout is not None
     directory = Path(parent.stdout.readline().strip()).parent
     (only,) = psutil.Process(parent.pid).children()
-    assert eventually(lambda: len(only.children()) == 2)
+    eventually(lambda: len(only.children()) == 2)
     family = psutil.Process(parent.pid).children(recursive=True)
     assert len(family) >= 3
     os.kill(parent.pid if victim == "parent" else only.pid, signal.SIGKILL)
     try:
-        assert eventually(lambda: not any(map(is_alive, family)), seconds=10)
+        eventually(lambda: not any(map(is_alive, family)), 10)
     finally:
         parent.kill()
         parent.wait()
@@ -691,7 +691,7 @@ def test_leaving_the_block_ends_everything(
     before = psutil.Process().children()
     with start_embedded(str(model), tmp_path / "log") as running:
         (own,) = [child for child in psutil.Process().children() if child not in before]
-        assert eventually(lambda: len(own.children()) == 2)
+        eventually(lambda: len(own.children()) == 2)
         family = own.children(recursive=True)
         directory = Path(running.url.partition("@")[2]).parent
         assert directory.stat().st_mode & 0o777 == 0o700

@@ -128,7 +128,7 @@ def test_in_lock_step_a_stop_changes_not_a_bit(spec: JobSpec, tmp_path: Path) ->
         "trainer_state.json",
     ]
     # How much may be in flight changes nothing: room for little more than one product is enough.
-    narrow = replace(IN_STEP, max_steps=6, max_bytes_in_flight=2_200_000)
+    narrow = replace(IN_STEP, max_steps=6, max_bytes_in_flight=300_000)
     outcome = run(spec, narrow, stopped, "latest")
     assert (outcome.steps, outcome.tokens) == (6, sum(int(r["tokens"]) for r in metrics(undisturbed)))  # type: ignore[call-overload]
     assert course(stopped) == course(undisturbed)
@@ -182,7 +182,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(spec: JobS
     refused("there is no checkpoint", lambda: run(spec, how, tmp_path / "empty", "latest"))
     refused("there is no checkpoint", lambda: run(spec, how, output, str(output)))
     refused("`overwrite_output_dir`", lambda: run(spec, how, output))
-    narrow = replace(how, max_bytes_in_flight=1_000_000)
+    narrow = replace(how, max_bytes_in_flight=200_000)
     refused("`max_bytes_in_flight`", lambda: run(spec, narrow, tmp_path / "narrow"))
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "empty").exists()
