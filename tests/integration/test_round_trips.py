@@ -34,7 +34,9 @@ def test_a_product_takes_at_most_ten_round_trips(tmp_path: Path) -> None:
         worker = start_worker(1, urls["worker"], str(tmp_path / "tiny"), served.log)
         stack.callback(stop, [worker])
         channel = stack.enter_context(closing(CeleryChannel(urls["client"])))
-        assert 0 < relays["client"].commands.total() <= MOST_TO_OPEN
+        opening = dict(relays["client"].commands)
+        opening.pop("BLMPOP", None)  # the collector's wait for completions, which may have begun
+        assert 0 < sum(opening.values()) <= MOST_TO_OPEN, opening
         channel.prepare(harness.plan.model, "clear", harness.plan.to_bytes(), harness.plan.digest)
         expected = None
         for count in range(WARM_UP + PRODUCTS):
