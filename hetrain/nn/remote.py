@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hetrain.nn.memory.recompute import RecomputedBlocks
 from hetrain.public.errors import UnsupportedArchitecture
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
@@ -109,7 +108,9 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, remote: RemoteGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         ctx.remote, ctx.shape = remote, x.shape
-        y = remote.blocks.product(remote.group.name, lambda: remote.forward_product(x))
+        flat = x.reshape(-1, x.shape[-1]) * remote.scales.inputs
+        y = remote.matmul.multiply(Product(remote.group, "forward"), flat).to(x.device)
+        y *= remote.scales.outputs
         return tuple(part.view(*x.shape[:-1], -1) for part in y.split(remote.widths, dim=1))
 
     @staticmethod
@@ -127,20 +128,13 @@ class _GroupProduct(torch.autograd.Function):
 class RemoteGroup:
     """The linears of one group in one replica: the first to be called evaluates for all."""
 
-    def __init__(self, group: Group, scales: Scales, matmul: RemoteMatmul, blocks: RecomputedBlocks) -> None:
+    def __init__(self, group: Group, scales: Scales, matmul: RemoteMatmul) -> None:
         self.group = group
         self.scales = scales
         self.matmul = matmul
-        self.blocks = blocks
         self.widths = [member.out_features for member in group.members]
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
-
-    def forward_product(self, x: torch.Tensor) -> torch.Tensor:
-        """((x·diag(c))·Qᵀ)·diag(s), [T, n] on the device of x [..., K]."""
-        flat = x.reshape(-1, x.shape[-1]) * self.scales.inputs
-        y = self.matmul.multiply(Product(self.group, "forward"), flat).to(x.device)
-        return y.mul_(self.scales.outputs)
 
     def output(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Member `index` of the product of x; the others are kept until asked for with the same x."""

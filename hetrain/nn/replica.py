@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
 
-from hetrain.nn.attention import RowLayout, packed_rows
-from hetrain.nn.families import decoder_blocks
+from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
 from hetrain.nn.loss import OutputHead, summed_loss
-from hetrain.nn.memory.recompute import RecomputedBlocks
 from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.nn.remote import ProductStats, RemoteGroup, RemoteLinear, RemoteMatmul
 from hetrain.nn.split import SplitModel
@@ -25,8 +22,6 @@ from hetrain.transport.channel import Channel
 class Replica:
     """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time."""
 
-    _layout: RowLayout  # of the latest forward pass
-
     def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, sealer: Sealer) -> None:
         self.stats = ProductStats()
         self.model = _share_frozen_copy(model)
@@ -34,11 +29,8 @@ class Replica:
         self._causal = self.model.get_base_model()
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
         self._head = OutputHead.of(self._causal)
-        self._saver = HalfSaver(self.model.parameters(), self._device)
+        self._saver = HalfSaver(self.model.parameters())
         self._dropouts = [m for m in self.model.modules() if isinstance(m, SeededDropout)]
-        self._generator: torch.Generator | None = None
-        blocks = [block for _, block in decoder_blocks(self._causal)]
-        self._blocks = RecomputedBlocks(blocks, self._saver, self._conditions)
         self._bind(split, RemoteMatmul(channel, sealer, self.stats))
 
     def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
@@ -49,9 +41,9 @@ class Replica:
 
     def seed_dropout(self, seed: int | None) -> None:
         """Makes LoRA dropout a function of `seed`; None turns it off."""
-        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         for dropout in self._dropouts:
-            dropout.generator = self._generator
+            dropout.generator = generator
 
     def summed_loss(
         self, tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, lengths: Sequence[int]
@@ -62,10 +54,10 @@ class Replica:
             tokens: int64 [T]; `positions` [T] restart at each row; `targets` [T], -100 where unsupervised.
             lengths: the rows' lengths, summing to T.
         """
-        self._layout = RowLayout.of(lengths, self._device)
+        layout = RowLayout.of(lengths, self._device)
         with self._saver.saving():
             states = hidden_states(
-                self._causal, tokens[None].to(self._device), positions[None].to(self._device), self._layout
+                self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
             )
         return summed_loss(states[0], targets.to(self._device), self._head)
 
@@ -77,20 +69,6 @@ class Replica:
             parameter.grad = None
         return gradients
 
-    def _conditions(self) -> AbstractContextManager[None]:
-        """What the blocks depend on beside their input, as it is now: rows, and the state of dropout."""
-        generator = self._generator if self._dropouts else None
-        state = None if generator is None else generator.get_state()
-
-        @contextmanager
-        def as_now() -> Iterator[None]:
-            if generator is not None and state is not None:
-                generator.set_state(state)
-            with packed_rows(self._layout):
-                yield
-
-        return as_now()
-
     def _bind(self, split: SplitModel, matmul: RemoteMatmul) -> None:
         """Gives every `RemoteLinear` its group. peft may have wrapped it, but keeps it as ``base_layer``."""
         remotes = {
@@ -99,7 +77,7 @@ class Replica:
             if isinstance(module, RemoteLinear)
         }
         for group in split.plan.groups:
-            bound = RemoteGroup(group, split.scales[group.name].to(self._device), matmul, self._blocks)
+            bound = RemoteGroup(group, split.scales[group.name].to(self._device), matmul)
             for index, member in enumerate(group.members):
                 remotes[member.module].group, remotes[member.module].index = bound, index
 

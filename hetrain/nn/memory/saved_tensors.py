@@ -1,4 +1,4 @@
-"""Activations that wait for the backward pass, in half the memory."""
+"""Activations that wait for the backward pass: kept in half the memory, and only those that must be."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from hetrain.nn.memory.recompute import Place, Recorder, Source, View, strides_of, values_of
 from hetrain.public.allocator import release_freed_memory
 
 SMALLEST = 1 << 14
 _CHUNK = 1 << 25
+_TIDY_AFTER = 1 << 24
 _LARGEST_HALF = 32768.0
 
 
@@ -32,14 +35,16 @@ class _Arena:
         """Room for `count` values, uninitialised."""
         while True:
             if self._chunk == len(self._chunks):
-                size = max(count, _CHUNK)
-                self._chunks.append(torch.empty(size, dtype=torch.float16, device=self._device))
+                self._chunks.append(self._new_chunk(max(count, _CHUNK)))
             chunk = self._chunks[self._chunk]
             if self._used + count <= len(chunk):
                 break
             self._chunk, self._used = self._chunk + 1, 0
         self._used += count
         return chunk[self._used - count : self._used]
+
+    def _new_chunk(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.float16, device=self._device)
 
     @property
     def used(self) -> int:
@@ -52,65 +57,105 @@ class _Arena:
 
 
 @dataclass(frozen=True, eq=False)
-class Half:
-    """scale·values, with values in float16; a power of two keeps outliers in range."""
+class _Half:
+    """scale·values with values in float16; a power of two keeps outliers in range."""
 
     values: torch.Tensor
     scale: float
+    operations: int = 0
 
     def restore(self) -> torch.Tensor:
-        """The float32 tensor."""
         restored = self.values.to(torch.float32)
         return restored if self.scale == 1.0 else restored.mul_(self.scale)
 
 
 class HalfSaver:
-    """Stores float32 tensors as float16, 11 bits of precision, until the next forward pass begins.
+    """Stores what autograd saves as float16, 11 bits of precision, each value once.
 
-    Small tensors, other types and parameters, also views of them, are kept as they are.
+    Only large float32 tensors that are no parameters: those are never copied. What cheap operations make of
+    others is not stored but computed again. A saver serves one forward pass after another: the next one may
+    begin when the backward pass of the last has ended.
 
     Args:
-        parameters: the model's.
-        device: of the activations.
+        parameters: the model's, which stay as they are (views of them, too).
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], device: torch.device | str = "cpu") -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
-        self._arena = _Arena(torch.device(device))
-
-    @property
-    def stored_values(self) -> int:
-        """Values stored since the last forward pass began."""
-        return self._arena.used
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._kept = {p.untyped_storage().data_ptr() for p in parameters}
+        self._arenas: dict[torch.device, _Arena] = {}
+        self._moved = 0
+        self._recorder = Recorder(self._is_large)
+        self._sources: dict[Place, Source] = {}
+        # Storages that are gone keep their addresses, by which places are told apart, as long as these live.
+        self._references: list[StorageWeakRef] = []
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Within this context, autograd saves through `pack`; what was packed earlier is lost."""
-        self._arena.reset()
+        """Within this context, what autograd saves is packed; what an earlier one has packed is lost."""
+        for arena in self._arenas.values():
+            arena.reset()
         try:
-            with saved_tensors_hooks(self.pack, self.unpack):
+            with saved_tensors_hooks(self._pack, self._unpack), self._recorder:
                 yield
         finally:
+            self._recorder.clear()
+            self._sources.clear()
+            self._references.clear()
             release_freed_memory()
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Half:
-        """The tensor in the form in which it is kept; itself where that is as it is."""
-        if (
-            tensor.dtype != torch.float32
-            or tensor.numel() < SMALLEST
-            or tensor.untyped_storage().data_ptr() in self._parameters
-        ):
+    @property
+    def stored_values(self) -> int:
+        """Values that this forward pass has stored."""
+        return sum(arena.used for arena in self._arenas.values())
+
+    def _is_large(self, value: object) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and value.dtype == torch.float32
+            and value.numel() >= SMALLEST
+            and value.untyped_storage().data_ptr() not in self._kept
+        )
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | View:
+        if not self._is_large(tensor):
             return tensor
-        tensor = tensor.detach()
-        smallest, largest = (float(extreme) for extreme in torch.aminmax(tensor))
+        reference = StorageWeakRef(tensor.untyped_storage())
+        place = Place.of(tensor, reference)
+        source = self._find(place)
+        if source is None:
+            self._count(tensor)
+            self._references.append(reference)
+            source = self._sources[place] = self._halve(values_of(tensor.detach()))
+        return View(source, tuple(tensor.shape), strides_of(tensor))
+
+    def _find(self, place: Place) -> Source | None:
+        source = self._sources.get(place) or self._recorder.recipe(place, self._find)
+        if source is not None:
+            self._sources[place] = source
+        return source
+
+    def _unpack(self, packed: torch.Tensor | View) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        tensor = packed.restore()
+        self._count(tensor)
+        return tensor
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        """Tidies the heap up after every so many values that went in or out."""
+        self._moved += tensor.numel()
+        if self._moved > _TIDY_AFTER:
+            self._moved = 0
+            release_freed_memory()
+
+    def _halve(self, values: torch.Tensor) -> _Half:
+        if values.device not in self._arenas:
+            self._arenas[values.device] = _Arena(values.device)
+        room = self._arenas[values.device].take(values.numel())
+        smallest, largest = (float(extreme) for extreme in torch.aminmax(values))
         largest = max(-smallest, largest)
         scale = 1.0
         if _LARGEST_HALF < largest < math.inf:
             scale = 2.0 ** math.ceil(math.log2(largest / _LARGEST_HALF))
-        values = self._arena.take(tensor.numel()).view(tensor.shape)
-        return Half(values.copy_(tensor if scale == 1.0 else tensor / scale), scale)
-
-    @staticmethod
-    def unpack(packed: torch.Tensor | Half) -> torch.Tensor:
-        """The tensor that was packed, contiguous if it was stored."""
-        return packed.restore() if isinstance(packed, Half) else packed
+        room.copy_(values if scale == 1.0 else values / scale)
+        return _Half(room, scale)
