@@ -212,16 +212,24 @@ def test_many_threads_share_a_channel(
         x = operand(IN, 9, seed)
         return bool((values(send(channel, x, pieces=2).result(), 9) == exact(matrix, x)).all())
 
+    expected = {b"plan", b"in", b"alive", b"lease"}
     seen, lasting = set(), set()
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(work, seed) for seed in range(40)]
-        while not all(result.done() for result in results):
+
+        def look() -> bool:
             for name in client.scan_iter("hetrain:*:*", count=1000):
                 seen.add(name.split(b":")[2])
                 if client.ttl(name) == -1:
                     lasting.add(name)
+            if not all(result.done() for result in results):
+                return False
+            if not expected <= seen:  # a lease lasts for a moment, so more of them are needed
+                results.append(pool.submit(work, len(results)))
+            return expected <= seen
+
+        eventually(look, interval_s=0)
     assert all(result.result() for result in results)
-    assert {b"plan", b"in", b"alive", b"lease"} <= seen
     assert not lasting
 
 
