@@ -1,0 +1,53 @@
+"""Loading the extensions in C, and the instruction set that their kernels use.
+
+They are compiled when hetrain is installed, where there is a C compiler; what they compute has a version in torch,
+which is the reference and the fall-back. Calls through ctypes give up the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from hetrain.public.errors import ParameterError, UsageError
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+"""By level, as in public/lattice/native/lanes.h."""
+VARIABLE = "HETRAIN_INSTRUCTIONS"
+"""Environment: no more than this instruction set, for tests and measurements; "torch" for none of the kernels."""
+
+
+def load(directory: Path, name: str, interface: int) -> ctypes.CDLL | None:
+    """The extension `name` in `directory`; None where none was compiled, or not for this version or machine."""
+    if os.environ.get(VARIABLE) == "torch":
+        return None
+    path = next((p for s in EXTENSION_SUFFIXES if (p := directory / f"{name}{s}").exists()), None)
+    if path is None:
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+        return found if found.hetrain_interface() == interface else None
+    except (OSError, AttributeError):  # compiled for another machine, or long ago
+        return None
+
+
+def level(found: ctypes.CDLL, wanted: str | None = None) -> int:
+    """The level to use: the machine's best, or a lower one by name, from the environment where `wanted` is None.
+
+    Raises:
+        UsageError: there is no such instruction set, or this machine lacks it.
+    """
+    best: int = found.hetrain_best_level()
+    name = wanted or os.environ.get(VARIABLE) or INSTRUCTION_SETS[best]
+    if name not in INSTRUCTION_SETS[: best + 1]:
+        names = ", ".join(("torch", *INSTRUCTION_SETS[: best + 1]))
+        raise UsageError(f"no instruction set {name!r} here", where=VARIABLE, hint=f"choose one of {names}")
+    return INSTRUCTION_SETS.index(name)
+
+
+def require(*conditions: bool) -> None:
+    """Checks shapes, types and layout, on which C relies. Raises `ParameterError`."""
+    if not all(conditions):
+        raise ParameterError("the operands of a compiled kernel do not fit each other")

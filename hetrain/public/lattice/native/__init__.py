@@ -1,0 +1,1 @@
+"""Masks by rejection, and the arithmetic modulo q that all kernels share, in C."""
