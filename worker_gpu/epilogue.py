@@ -2,7 +2,7 @@
 
     b' = 2^6·Σ_l 2^(8l)·P_l mod q        u = round(b'·2^16 / q) mod 2^16
 
-Exact in every version. In C where it was compiled, in one pass over memory; element-wise in int64 on any device.
+Exact in every version: in C, in one pass over memory, or element-wise in int64 on any device.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch
 
 from hetrain.public import compiled
 from hetrain.public.compiled import require
-from hetrain.public.lattice.ring import MODULUS
+from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
 
 _INTERFACE = 1
-_DROPPED_BITS, _RESULT_BITS = 6, 16
 
 Switch = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
 """Writes u, int16 [N, n], residues modulo 2^16, from three products, int32 [N, n]: any values."""
@@ -37,8 +36,8 @@ class _Arguments(ctypes.Structure):
 def reference(products: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     """See `Switch`. Every number stays below 2^54; a tie cannot be, since q is odd."""
     low, middle, high = (product.to(torch.int64) for product in products)
-    b = ((low + (middle << 8) + (high << 16)) << _DROPPED_BITS) % MODULUS
-    out.copy_((((b << _RESULT_BITS) + MODULUS // 2) // MODULUS).to(torch.int16))
+    b = ((low + (middle << 8) + (high << 16)) << DROPPED_BITS) % MODULUS
+    out.copy_((((b << RESULT_BITS) + MODULUS // 2) // MODULUS).to(torch.int16))
 
 
 def native(instructions: str | None = None) -> Switch | None:

@@ -1,7 +1,7 @@
 """Loading the extensions in C, and the instruction set that their kernels use.
 
-They are compiled when hetrain is installed, where there is a C compiler; what they compute has a version in torch,
-which is the reference and the fall-back. Calls through ctypes give up the interpreter lock.
+They are compiled when hetrain is installed, where there is a C compiler. All that they compute has a version
+in torch or numpy, which is the reference and the fall-back. Calls give up the interpreter lock.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hetrain.public.errors import ParameterError, UsageError
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 """By level, as in public/lattice/native/lanes.h."""
 VARIABLE = "HETRAIN_INSTRUCTIONS"
-"""Environment: no more than this instruction set, for tests and measurements; "torch" for none of the kernels."""
+"""Environment: at most this instruction set, for tests; "torch" for no compiled kernel."""
 
 
 def load(directory: Path, name: str, interface: int) -> ctypes.CDLL | None:
-    """The extension `name` in `directory`; None where none was compiled, or not for this version or machine."""
+    """The extension `name` in `directory`; None where none was compiled for this version and machine."""
     if os.environ.get(VARIABLE) == "torch":
         return None
     path = next((p for s in EXTENSION_SUFFIXES if (p := directory / f"{name}{s}").exists()), None)
@@ -34,7 +34,7 @@ def load(directory: Path, name: str, interface: int) -> ctypes.CDLL | None:
 
 
 def level(found: ctypes.CDLL, wanted: str | None = None) -> int:
-    """The level to use: the machine's best, or a lower one by name, from the environment where `wanted` is None.
+    """The level to use: the machine's best, or a lower one by name: `wanted`, else the environment's.
 
     Raises:
         UsageError: there is no such instruction set, or this machine lacks it.

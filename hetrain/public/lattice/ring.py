@@ -1,12 +1,12 @@
 """The ring R_q = Z_q[X]/(X^N + 1) with q = 2^30 − 49151, and its number-theoretic transform (NTT).
 
-q is prime and q ≡ 1 mod 2^14, so for every power of two N ≤ 8192 there is a primitive 2N-th root of unity ψ, and
-X^N + 1 = Π_i (X − ψ^(2·brv(i)+1)), where brv(i) reverses the log2 N bits of i. The transform of a polynomial a is
+q is prime and q ≡ 1 mod 2^14, so for every power of two N ≤ 8192 there is a primitive 2N-th root of unity ψ,
+and X^N + 1 = Π_i (X − ψ^(2·brv(i)+1)), where brv(i) reverses the log2 N bits of i. The transform of a is
 
-    â_i = a(ψ^(2·brv(i)+1))    for i < N,
+    â_i = a(ψ^(2·brv(i)+1))    for i < N;
 
-products of polynomials are products point by point. This is the NTT of ML-KEM (FIPS 203, section 4.3), carried to the
-last stage. Here in torch's int64, for any machine; `hetrain.secret.engines.rlwe.native` has the inverse in C.
+products of polynomials are products point by point. This is the NTT of ML-KEM (FIPS 203, section 4.3),
+carried to the last stage. Here in torch's int64; `hetrain.secret.engines.rlwe.native` has it in C.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ from hetrain.public.errors import ParameterError
 MODULUS = (1 << 30) - 49151
 LANES = 16
 """Features side by side in a block of masks or hints: [block][points][lanes], whatever the machine."""
+DROPPED_BITS = 6
+"""What travels up is c = round(b / 2^6) ..."""
+DIGIT_OFFSET = 0x808080
+"""... in digits D_l in −128..127: c = Σ_l 2^(8l)·D_l, and c + 0x808080 has the bytes D_l + 128."""
+RESULT_BITS = 16
+"""What travels down is u = round(b'·2^16 / q) mod 2^16."""
 MIN_DEGREE, MAX_DEGREE = 16, 2048
 
 

@@ -1,8 +1,8 @@
 """Public masks: uniform words of Z_q, sampled in the transform's domain.
 
-The mask of feature k is 2048 words: the transforms of d polynomials of degree N, whatever N·d = 2048 a ciphertext
-has. Sixteen features make a block, [2048 points][16 lanes], and every block has a stream of its own, so blocks can be
-made in any order and in parallel:
+The mask of feature k is 2048 words: the transforms of d polynomials of degree N, for every N·d = 2048.
+Sixteen features make a block, [2048 points][16 lanes], and every block has a stream of its own, so that blocks
+can be made in any order and in parallel:
 
     key     BLAKE2b-256(seed, person = "hetrain.mask.v2")
     stream  AES-256-CTR under key; the first counter of block i is i·2^64, big-endian (NIST SP 800-38A)
@@ -46,13 +46,12 @@ class MaskBlocks:
     def fill(self, out: torch.Tensor, first: int) -> None:
         """Overwrites `out`, contiguous int32 [blocks, 2048, 16], with blocks `first`, `first` + 1, ..."""
         require(out.dtype == torch.int32, out.shape[1:] == (SLOTS, LANES), out.is_contiguous())
-        for index, block in enumerate(out.numpy().view(np.uint32).reshape(-1, _BLOCK_WORDS), first):
+        for index, block in enumerate(out, first):
             self._encryptor.reset_nonce(index.to_bytes(8, "big") + bytes(8))
-            kept = 0
-            while kept < _BLOCK_WORDS:
-                rest = block[kept:]
-                self._encryptor.update_into(_ZEROS[: rest.nbytes], rest.data.cast("B"))
-                kept += accept(rest)
+            words = block.numpy().reshape(-1).view(np.uint32)
+            while words.size:
+                self._encryptor.update_into(_ZEROS[: words.nbytes], words.data.cast("B"))
+                words = words[accept(words) :]
 
 
 def expand_masks(seed: PublicSeed, features: int) -> torch.Tensor:
@@ -63,10 +62,10 @@ def expand_masks(seed: PublicSeed, features: int) -> torch.Tensor:
 
 
 def accept(words: npt.NDArray[np.uint32]) -> int:
-    """Rejects in place: moves the accepted words of `words` to its front, reduced to 30 bits; how many they are."""
+    """Moves the accepted words of `words`, reduced to 30 bits, to its front; returns how many they are."""
     found = _library()
     if found is not None:
-        return int(found.hetrain_accept(words.ctypes.data, words.size))
+        return int(found.hetrain_accept(words.__array_interface__["data"][0], words.size))
     words &= (1 << 30) - 1
     accepted = words < MODULUS
     if accepted.all():

@@ -2,7 +2,7 @@
 
 #include "lanes.h"
 
-#define GROUP 256
+#define GROUP 128
 #define LOW_BITS 0x3fffffffu
 
 #if HETRAIN_X86
@@ -11,30 +11,40 @@
 #define FOR_EVERY_CPU
 #endif
 
-/* Moves the accepted words to the front and returns how many there are. 98.8 % of groups have none to reject. */
+INLINE size_t filter(uint32_t *stream, size_t kept, size_t first, size_t size)
+{
+    for (size_t i = first; i < first + size; i++) {
+        const uint32_t word = stream[i] & LOW_BITS;
+        stream[kept] = word;
+        kept += word < Q;
+    }
+    return kept;
+}
+
+INLINE size_t move(uint32_t *stream, size_t kept, size_t first)
+{
+    uint32_t group[GROUP];
+    for (size_t i = 0; i < GROUP; i++)
+        group[i] = stream[first + i] & LOW_BITS;
+    memcpy(stream + kept, group, sizeof group);
+    return kept + GROUP;
+}
+
+/* Moves the accepted words to the front and returns how many there are. 99.4 % of groups have none to reject. */
 FOR_EVERY_CPU
 size_t hetrain_accept(uint32_t *stream, size_t count)
 {
-    size_t kept = 0;
-    for (size_t first = 0; first < count; first += GROUP) {
-        const size_t size = count - first < GROUP ? count - first : GROUP;
-        uint32_t group[GROUP] = {0}, largest = 0;
-        memcpy(group, stream + first, size * sizeof *stream);
-        for (size_t i = 0; i < GROUP; i++) {
-            group[i] &= LOW_BITS;
-            largest = group[i] > largest ? group[i] : largest;
-        }
-        if (largest < Q) {
-            memcpy(stream + kept, group, size * sizeof *stream);
-            kept += size;
-        } else {
-            for (size_t i = 0; i < size; i++) {
-                stream[kept] = group[i];
-                kept += group[i] < Q;
-            }
-        }
+    size_t kept = 0, first = 0;
+    for (; first + GROUP <= count; first += GROUP) {
+        uint32_t largest = 0;
+        for (size_t i = first; i < first + GROUP; i++)
+            largest = (stream[i] & LOW_BITS) > largest ? stream[i] & LOW_BITS : largest;
+        if (largest < Q)
+            kept = move(stream, kept, first);
+        else
+            kept = filter(stream, kept, first, GROUP);
     }
-    return kept;
+    return filter(stream, kept, first, count - first);
 }
 
 int hetrain_interface(void)

@@ -11,32 +11,16 @@ All versions give the same numbers to the bit.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from hetrain.public.lattice.ring import LANES, MODULUS, forward, inverse
-
-DROPPED_BITS = 6
-"""c = round(b / 2^6)."""
-DIGIT_OFFSET = 0x808080
-"""c + 0x808080 has the bytes D_l + 0x80, where c = Σ_l 2^(8l)·D_l with digits D_l in −128..127."""
-RESULT_BITS = 16
-"""u = round(b'·2^16 / q)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """round(x[t, k]·inverse[t]), no further than `limit` from zero: float32 [T, K] and [T], limit ≤ 2^24."""
-
-    x: torch.Tensor
-    inverse: torch.Tensor
-    limit: int
+from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
+from hetrain.secret.engines.rlwe.torch_ring import Message, TorchRing
 
 
 class RingKernels(Protocol):
-    """One version of them. Thread-safe. Blocks hold 16 features, the last one fewer where K or n is ragged."""
+    """One version of them. Thread-safe. Blocks hold 16 features; the last of a matrix may hold fewer."""
 
     @property
     def name(self) -> str:
@@ -62,7 +46,7 @@ class RingKernels(Protocol):
             planes: int8 [3, N, K]: the columns' digits D_0, D_1, D_2 of c are written.
             first: the first column, a multiple of 16.
             masks: int32 [blocks, d·N, 16], transforms of the masks.
-            keystream: fresh uint8 [32·blocks·N], two bytes a value: ones of the first minus ones of the second.
+            keystream: fresh uint8 [32·blocks·N], two bytes a value: see `torch_ring.noise`.
             message: T ≤ N.
             secret: from `spectrum`.
         """
@@ -101,108 +85,11 @@ class RingKernels(Protocol):
         ...
 
     def check_down(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """R·u mod 2^16 in 0..65535, int32 [rows, N], for R int8 [rows, n] in {−1, 0, 1} and u int16 [N, n]."""
+        """R·u mod 2^16 in 0..65535, int32 [rows, N]; R int8 [rows, n] in {−1, 0, 1}, u int16 [N, n]."""
         ...
-
-
-LARGEST_IMAGE = 0x7F7F7F
-"""The largest entry of R·W: three signed 8-bit digits. |entries| ≤ 127·n, so n < 65,000 is always enough."""
-
-
-class TorchSpectrum:
-    """The transform of a secret: int64 [d, N, 1]. Never serialised."""
-
-    def __init__(self, secret: torch.Tensor) -> None:
-        self.points = forward(secret.to(torch.int64)[:, :, None] % MODULUS)
-
-    def dot(self, masks: torch.Tensor) -> torch.Tensor:
-        """Σ_i a_i·s_i for the transforms int32 [blocks, d·N, 16] of a: int64 [N, 16·blocks] in 0..q−1."""
-        rank, degree = self.points.shape[:2]
-        products = masks.to(torch.int64).view(-1, rank, degree, LANES) * self.points % MODULUS
-        return inverse(products.sum(dim=1) % MODULUS).transpose(0, 1).reshape(degree, -1)
-
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled or copied: a secret never leaves the memory it was drawn in."""
-        raise TypeError("a secret cannot be serialised or copied")
-
-
-@dataclass(frozen=True)
-class TorchRing:
-    """The reference, and what is used where nothing was compiled. See `RingKernels`."""
-
-    name: str = "torch"
-
-    def spectrum(self, secret: torch.Tensor) -> TorchSpectrum:
-        """See `RingKernels.spectrum`."""
-        return TorchSpectrum(secret)
-
-    def encrypt(
-        self,
-        planes: torch.Tensor,
-        first: int,
-        masks: torch.Tensor,
-        keystream: torch.Tensor,
-        message: Message,
-        secret: TorchSpectrum,
-    ) -> None:
-        """See `RingKernels.encrypt`."""
-        b = secret.dot(masks)
-        b += noise(keystream).view(-1, len(b), LANES).transpose(0, 1).reshape(len(b), -1)
-        out = planes[:, :, first : first + b.shape[1]]
-        x = message.x[:, first : first + b.shape[1]] * message.inverse[:, None]
-        b = b[:, : out.shape[2]]
-        b[: len(x)] += x.round().clamp(-message.limit, message.limit).to(torch.int64)
-        # Half of 2^6 rounds; the digits of c are bytes with their top bits flipped.
-        shifted = (b + (DIGIT_OFFSET << DROPPED_BITS)) % MODULUS
-        c = (shifted + (1 << (DROPPED_BITS - 1))) >> DROPPED_BITS
-        for position, plane in enumerate(out):
-            plane.copy_(((c >> (8 * position)) & 0xFF) - 0x80)
-
-    def decrypt(
-        self,
-        out: torch.Tensor,
-        column: int,
-        u: torch.Tensor,
-        first: int,
-        hint: torch.Tensor,
-        scales: torch.Tensor,
-        secret: TorchSpectrum,
-    ) -> None:
-        """See `RingKernels.decrypt`."""
-        tokens = len(scales)
-        a = secret.dot(hint)[:tokens]
-        u = u[:tokens, first : first + a.shape[1]].to(torch.int64) & 0xFFFF
-        b = (u * MODULUS + (1 << (RESULT_BITS - 1))) >> RESULT_BITS
-        half = MODULUS // 2
-        values = (b - a[:, : u.shape[1]] + half) % MODULUS - half
-        out[:, column : column + u.shape[1]] = values.to(torch.float32) * scales[:, None]
-
-    def check_up(self, image: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
-        """See `RingKernels.check_up`. |sums| ≤ K·2^47: exact for K ≤ 2^16."""
-        digits = planes.to(torch.int64)
-        c = digits[0] + (digits[1] << 8) + (digits[2] << 16)
-        sums: torch.Tensor = (image.to(torch.int64) @ c.t()) % MODULUS
-        return ((sums << DROPPED_BITS) % MODULUS).to(torch.int32)
-
-    def check_down(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """See `RingKernels.check_down`."""
-        sums: torch.Tensor = rows.to(torch.int64) @ u.to(torch.int64).t()
-        return (sums & 0xFFFF).to(torch.int32)
-
-
-def noise(keystream: torch.Tensor) -> torch.Tensor:
-    """Centred binomial values, eta = 8: ones of byte 2i minus ones of byte 2i + 1, int64 [n] from uint8 [2·n].
-
-    Bits are counted by arithmetic, since looking values up in a table would show them in the cache.
-    """
-    bits = (keystream.view(-1, 2, 1).to(torch.int64) >> torch.arange(8)) & 1
-    ones = bits.sum(dim=2)
-    return ones[:, 0] - ones[:, 1]
 
 
 @functools.cache
 def ring_kernels() -> RingKernels:
     """The compiled version where there is one, else torch's."""
-    from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
-
     return NativeRing.best() or TorchRing()

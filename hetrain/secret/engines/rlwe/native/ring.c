@@ -9,12 +9,13 @@
  * and hints are in the transform's domain, [block of 16 features][rank·N points][16].
  *
  * Everything is exact. Nothing branches on, or indexes by, a secret. The reference is `TorchRing` in
- * hetrain/secret/engines/rlwe/ring_kernels.py (compared to the bit by tests/unit/test_ring.py).
+ * hetrain/secret/engines/rlwe/torch_ring.py (compared to the bit by tests/unit/test_ring.py).
  */
 
 #include "lanes.h"
 
 #define MAX_DEGREE 2048
+#define TILE_FEATURES 64 /* encrypted before they are written: a cache line of each row of a plane */
 #define CHUNK 512 /* features of a check at a time: a panel of 16 rows stays in the innermost cache */
 
 /* c = round(b / 2^6): digits are bytes of b/2^6 + 0x808080, each with its top bit flipped. */
@@ -85,6 +86,13 @@ static uint32_t times(uint32_t x, uint32_t w)
     return (uint32_t)((uint64_t)x * w % Q);
 }
 
+/* [0, 2q) to [0, q), without a branch */
+static uint32_t below(uint32_t x)
+{
+    const uint32_t y = x - Q;
+    return y + (Q & -(y >> 31));
+}
+
 /* Forward transform, Cooley and Tukey: coefficients in their order, spectrum in bit-reversed order. */
 static void transform(uint32_t *a, const roots *r)
 {
@@ -94,10 +102,9 @@ static void transform(uint32_t *a, const roots *r)
             const uint32_t w = r->forward[count + i], companion = r->forward_companions[count + i];
             for (uint32_t *low = a + 2 * half * i, *end = low + half; low < end; low++) {
                 const uint32_t lazy = low[half] * w - (uint32_t)((uint64_t)low[half] * companion >> 32) * Q;
-                const uint32_t x = *low, y = lazy - (Q & -(uint32_t)(lazy >= Q));
-                const uint32_t sum = x + y, difference = x - y + Q;
-                low[0] = sum - (Q & -(uint32_t)(sum >= Q));
-                low[half] = difference - (Q & -(uint32_t)(difference >= Q));
+                const uint32_t x = *low, y = below(lazy);
+                low[0] = below(x + y);
+                low[half] = below(x - y + Q);
             }
         }
 }

@@ -6,6 +6,8 @@
 #define longs AT_LEVEL(longs)
 #define shorts AT_LEVEL(shorts)
 #define masks_of AT_LEVEL(masks_of)
+#define ahead AT_LEVEL(ahead)
+#define prefetch AT_LEVEL(prefetch)
 #define butterfly AT_LEVEL(butterfly)
 #define radix_four AT_LEVEL(radix_four)
 #define masked_product AT_LEVEL(masked_product)
@@ -16,10 +18,9 @@
 #define store_digits AT_LEVEL(store_digits)
 #define sealing AT_LEVEL(sealing)
 #define opening AT_LEVEL(opening)
+#define write_rows AT_LEVEL(write_rows)
 #define encrypt_lanes AT_LEVEL(encrypt_lanes)
 #define decrypt_lanes AT_LEVEL(decrypt_lanes)
-#define encrypt_tail AT_LEVEL(encrypt_tail)
-#define decrypt_tail AT_LEVEL(decrypt_tail)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
@@ -55,15 +56,27 @@ INLINE words masked_product(const uint32_t *masks, const spectrum *s, int64_t i,
     return sum;
 }
 
+/* Rows that the last stages will read, a page apart: asked for while the first ones compute. */
+typedef struct {
+    const char *start;
+    int64_t stride, rows;
+} ahead;
+
+INLINE void prefetch(ahead a, int64_t row)
+{
+    __builtin_prefetch(a.start + least(row, a.rows - 1) * a.stride, 0, 2);
+}
+
 /* All stages but the last two of masks·s, over points base .. base + N/4, which stay in the innermost cache. */
-INLINE void product_quarter(words *z, const uint32_t *masks, const spectrum *s, int64_t base, int64_t rank)
+INLINE void product_quarter(words *z, const uint32_t *masks, const spectrum *s, int64_t base, int64_t rank,
+                            ahead next)
 {
     const roots *r = s->roots;
     const int64_t degree = r->degree, count = degree / 4;
     for (int64_t i = base; i < base + count; i += 4) {
         words v[4];
         for (int64_t k = 0; k < 4; k++)
-            v[k] = masked_product(masks, s, i + k, rank);
+            v[k] = masked_product(masks, s, i + k, rank), prefetch(next, i + k);
         radix_four(v, r, (degree + i) / 2, (degree + i) / 4);
         for (int64_t k = 0; k < 4; k++)
             z[i + k] = v[k];
@@ -174,18 +187,19 @@ typedef struct {
     const uint32_t *masks;
     const uint16_t *noise;
     const float *x, *inverse;
-    int64_t tokens, x_stride, token_stride, plane_stride;
+    int64_t tokens, x_stride;
     float limit;
-    int8_t *planes;
+    int8_t *tile; /* [3][N][TILE_FEATURES] */
 } sealing;
 
 INLINE void encrypt_lanes(const sealing *s, int64_t rank)
 {
     words z[MAX_DEGREE];
+    const ahead x = {(const char *)s->x, 4 * s->x_stride, s->tokens};
     const roots *r = s->secret->roots;
-    const int64_t quarter = r->degree / 4;
-    for (int64_t base = 0; base < r->degree; base += quarter)
-        product_quarter(z, s->masks, s->secret, base, rank);
+    const int64_t degree = r->degree, quarter = degree / 4;
+    for (int64_t base = 0; base < degree; base += quarter)
+        product_quarter(z, s->masks, s->secret, base, rank, x);
     for (int64_t j = 0; j < quarter; j++) {
         words v[4];
         last_stages(v, z, r, j);
@@ -198,58 +212,65 @@ INLINE void encrypt_lanes(const sealing *s, int64_t rank)
             const words b = v[k] + (words)added + (DIGIT_OFFSET << DROPPED_BITS);
             const words shifted = reduced(reduced(b, 2 * Q), Q);
             const words c = (shifted + (1u << (DROPPED_BITS - 1))) >> DROPPED_BITS;
-            store_digits(s->planes + token * s->token_stride, s->plane_stride, c ^ DIGIT_OFFSET);
+            store_digits(s->tile + TILE_FEATURES * token, TILE_FEATURES * degree, c ^ DIGIT_OFFSET);
         }
     }
 }
 
-/* Fewer than 16 features: between copies. */
-static __attribute__((noinline)) void encrypt_tail(const encrypt_arguments *a, sealing s, int64_t features)
+/* The first `count` bytes of each row of a tile, past the caches where they are whole lines: a plane's rows are pages apart,
+ * and reading their lines before overwriting them would cost more than everything else here. */
+static void write_rows(int8_t *to, int64_t stride, const int8_t *tile, int64_t rows, int64_t count)
 {
-    const int64_t degree = a->secret->roots->degree;
-    float x[MAX_DEGREE * BLOCK] = {0};
-    int8_t planes[3 * MAX_DEGREE * BLOCK];
-    int8_t *out = s.planes;
-    for (int64_t token = 0; token < a->tokens; token++)
-        memcpy(x + BLOCK * token, s.x + a->width * token, sizeof(float) * (size_t)features);
-    s.x = x, s.planes = planes, s.x_stride = s.token_stride = BLOCK, s.plane_stride = MAX_DEGREE * BLOCK;
-    for (int64_t lane = 0; lane < features; lane += LANES) {
-        encrypt_lanes(&s, a->secret->rank);
-        s.masks += LANES, s.noise += LANES, s.x += LANES, s.planes += LANES;
+    const int lines = count == TILE_FEATURES && ((uintptr_t)to | (uintptr_t)stride) % TILE_FEATURES == 0;
+    for (; rows--; to += stride, tile += TILE_FEATURES) {
+        if (!lines) {
+            memcpy(to, tile, (size_t)count);
+            continue;
+        }
+#if LEVEL == 2
+        _mm512_stream_si512((void *)to, _mm512_load_si512(tile));
+#elif LEVEL == 1
+        _mm256_stream_si256((void *)to, _mm256_load_si256((const void *)tile));
+        _mm256_stream_si256((void *)(to + 32), _mm256_load_si256((const void *)(tile + 32)));
+#else
+        memcpy(to, tile, TILE_FEATURES);
+#endif
     }
-    for (int64_t plane = 0; plane < 3; plane++)
-        for (int64_t token = 0; token < degree; token++)
-            memcpy(out + (plane * degree + token) * a->width, planes + (plane * MAX_DEGREE + token) * BLOCK,
-                   (size_t)features);
 }
 
 static void AT_LEVEL(encrypt)(const encrypt_arguments *a)
 {
     const int64_t degree = a->secret->roots->degree, rank = a->secret->rank;
+    int8_t tile[3 * MAX_DEGREE * TILE_FEATURES] __attribute__((aligned(64)));
+    float ragged[MAX_DEGREE * BLOCK];
+    sealing s = {
+        .secret = a->secret,
+        .masks = a->masks,
+        .noise = a->noise,
+        .inverse = a->inverse,
+        .tokens = a->tokens,
+        .limit = a->limit,
+    };
     for (int64_t done = 0; done < a->features; done += BLOCK) {
-        const int64_t features = least(BLOCK, a->features - done), block = done / BLOCK;
-        sealing s = {
-            .secret = a->secret,
-            .masks = a->masks + block * rank * degree * BLOCK,
-            .noise = a->noise + block * degree * BLOCK,
-            .x = a->x + a->first + done,
-            .inverse = a->inverse,
-            .tokens = a->tokens,
-            .x_stride = a->width,
-            .token_stride = a->width,
-            .plane_stride = degree * a->width,
-            .limit = a->limit,
-            .planes = a->planes + a->first + done,
-        };
+        const int64_t features = least(BLOCK, a->features - done), in_tile = done % TILE_FEATURES;
+        s.x = a->x + a->first + done, s.x_stride = a->width, s.tile = tile + in_tile;
         if (features < BLOCK) {
-            encrypt_tail(a, s, features);
-            continue;
+            memset(ragged, 0, sizeof ragged);
+            for (int64_t token = 0; token < a->tokens; token++)
+                memcpy(ragged + BLOCK * token, s.x + a->width * token, sizeof(float) * (size_t)features);
+            s.x = ragged, s.x_stride = BLOCK;
         }
         for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
             encrypt_lanes(&s, rank);
-            s.masks += LANES, s.noise += LANES, s.x += LANES, s.planes += LANES;
+            s.masks += LANES, s.noise += LANES, s.x += LANES, s.tile += LANES;
         }
+        s.masks += BLOCK * (rank * degree - 1), s.noise += BLOCK * (degree - 1);
+        if (in_tile + BLOCK == TILE_FEATURES || done + BLOCK >= a->features)
+            write_rows(a->planes + a->first + done - in_tile, a->width, tile, 3 * degree, in_tile + features);
     }
+#if LEVEL
+    _mm_sfence();
+#endif
 }
 
 /* ---- Decryption ---- */
@@ -266,10 +287,11 @@ typedef struct {
 INLINE void decrypt_lanes(const opening *o, int64_t rank)
 {
     words z[MAX_DEGREE];
+    const ahead u = {(const char *)o->u, 2 * o->u_stride, o->tokens};
     const roots *r = o->secret->roots;
     const int64_t quarter = r->degree / 4;
     for (int64_t base = 0; base < r->degree; base += quarter)
-        product_quarter(z, o->hint, o->secret, base, rank);
+        product_quarter(z, o->hint, o->secret, base, rank, u);
     for (int64_t j = 0; j < quarter && j < o->tokens; j++) {
         words v[4];
         last_stages(v, z, r, j);
@@ -289,45 +311,37 @@ INLINE void decrypt_lanes(const opening *o, int64_t rank)
     }
 }
 
-static __attribute__((noinline)) void decrypt_tail(const decrypt_arguments *a, opening o, int64_t features)
-{
-    uint16_t u[MAX_DEGREE * BLOCK] = {0};
-    float y[MAX_DEGREE * BLOCK];
-    float *out = o.y;
-    for (int64_t token = 0; token < a->tokens; token++)
-        memcpy(u + BLOCK * token, o.u + a->n * token, sizeof(uint16_t) * (size_t)features);
-    o.u = u, o.y = y, o.u_stride = o.y_stride = BLOCK;
-    for (int64_t lane = 0; lane < features; lane += LANES) {
-        decrypt_lanes(&o, a->secret->rank);
-        o.hint += LANES, o.u += LANES, o.y += LANES;
-    }
-    for (int64_t token = 0; token < a->tokens; token++)
-        memcpy(out + token * a->width, y + BLOCK * token, sizeof(float) * (size_t)features);
-}
-
 static void AT_LEVEL(decrypt)(const decrypt_arguments *a)
 {
-    const int64_t degree = a->secret->roots->degree, rank = a->secret->rank;
+    const int64_t rank = a->secret->rank, block_words = BLOCK * rank * a->secret->roots->degree;
+    uint16_t ragged[MAX_DEGREE * BLOCK];
+    float tile[MAX_DEGREE * BLOCK];
     for (int64_t done = 0; done < a->features; done += BLOCK) {
         const int64_t features = least(BLOCK, a->features - done);
+        const int whole = features == BLOCK;
+        float *const y = a->y + a->column + done;
         opening o = {
             .secret = a->secret,
-            .hint = a->hint + done * rank * degree,
+            .hint = a->hint + done / BLOCK * block_words,
             .u = a->u + a->first + done,
             .scales = a->scales,
             .tokens = a->tokens,
             .u_stride = a->n,
-            .y_stride = a->width,
-            .y = a->y + a->column + done,
+            .y_stride = whole ? a->width : BLOCK,
+            .y = whole ? y : tile,
         };
-        if (features < BLOCK) {
-            decrypt_tail(a, o, features);
-            continue;
+        if (!whole) {
+            memset(ragged, 0, sizeof ragged);
+            for (int64_t token = 0; token < a->tokens; token++)
+                memcpy(ragged + BLOCK * token, o.u + a->n * token, sizeof(uint16_t) * (size_t)features);
+            o.u = ragged, o.u_stride = BLOCK;
         }
         for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
             decrypt_lanes(&o, rank);
             o.hint += LANES, o.u += LANES, o.y += LANES;
         }
+        for (int64_t token = 0; !whole && token < a->tokens; token++)
+            memcpy(y + token * a->width, tile + BLOCK * token, sizeof(float) * (size_t)features);
     }
 }
 

@@ -1,7 +1,7 @@
 """The kernels of ring.c by way of ctypes: each takes one structure, whose fields are checked here.
 
-Words modulo q are int32 here and uint32 in C, the same bits since q < 2^30; residues modulo 2^16 are int16 here and
-uint16 in C.
+Words modulo q are int32 here and uint32 in C, the same bits since q < 2^30; residues modulo 2^16 are int16
+here and uint16 in C.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hetrain.public import compiled
 from hetrain.public.compiled import INSTRUCTION_SETS, require
 from hetrain.public.lattice import ring
 from hetrain.public.lattice.ring import LANES, companions
-from hetrain.secret.engines.rlwe.ring_kernels import LARGEST_IMAGE, Message
+from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, Message
 
 _INTERFACE = 1
 _KERNELS = ("spectrum", "encrypt", "decrypt", "check_up", "check_down")
@@ -144,7 +144,7 @@ class NativeRing:
 
     @staticmethod
     def best(instructions: str | None = None) -> NativeRing | None:
-        """For the named instruction set, else the environment's or the machine's; None where nothing was compiled."""
+        """For the named instruction set, else see `compiled.level`; None where nothing was compiled."""
         found = _library()
         return None if found is None else NativeRing(found, compiled.level(found, instructions))
 
@@ -173,7 +173,7 @@ class NativeRing:
             masks.shape[1:] == (secret.rank * degree, LANES),
             planes.shape == (3, degree, width),
             keystream.numel() == 2 * LANES * blocks * degree,
-            0 <= first and first % LANES == 0 and first + LANES * (blocks - 1) < width,
+            first >= 0 and first % LANES == 0 and first + LANES * (blocks - 1) < width,
             tokens <= degree,
             message.inverse.shape == (tokens,),
             0 < message.limit <= 1 << 24,
@@ -246,13 +246,15 @@ class NativeRing:
     def check_up(self, image: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
         """See `RingKernels.check_up`."""
         require(image.dtype == torch.int32, planes.dtype == torch.int8, len(planes) == 3)
-        require(bool((image.abs() <= LARGEST_IMAGE).all()), int(image.min()) >= -LARGEST_IMAGE)
+        require(int(image.max()) <= LARGEST_IMAGE, int(image.min()) >= -LARGEST_IMAGE)
         return self._check(self.found.hetrain_check_up, image, planes, planes.shape[1], torch.int32)
 
     def check_down(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """See `RingKernels.check_down`."""
         require(rows.dtype == torch.int8, u.dtype == torch.int16)
-        return self._check(self.found.hetrain_check_down, rows, u, len(u), torch.int16).to(torch.int32) & 0xFFFF
+        return (
+            self._check(self.found.hetrain_check_down, rows, u, len(u), torch.int16).to(torch.int32) & 0xFFFF
+        )
 
     def _check(
         self, kernel: Any, left: torch.Tensor, right: torch.Tensor, tokens: int, dtype: torch.dtype
