@@ -1,8 +1,8 @@
 """Public masks: uniform words of Z_q, sampled in the transform's domain.
 
 The mask of feature k is 2048 words: the transforms of d polynomials of degree N, for every N·d = 2048.
-Sixteen features make a block, [2048 points][16 lanes], and every block has a stream of its own, so that blocks
-can be made in any order and in parallel:
+Sixteen features make a block, [2048 points][16 lanes], and every block has its own stream, so that blocks can
+be made in any order and in parallel:
 
     key     BLAKE2b-256(seed, person = "hetrain.mask.v2")
     stream  AES-256-CTR under key; the first counter of block i is i·2^64, big-endian (NIST SP 800-38A)

@@ -245,20 +245,21 @@ class NativeRing:
 
     def check_up(self, image: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
         """See `RingKernels.check_up`."""
-        require(image.dtype == torch.int32, planes.dtype == torch.int8, len(planes) == 3)
+        require(image.dtype == torch.int32, planes.dtype == torch.int8)
+        require(planes.dim() == 3 == len(planes))
         require(int(image.max()) <= LARGEST_IMAGE, int(image.min()) >= -LARGEST_IMAGE)
         return self._check(self.found.hetrain_check_up, image, planes, planes.shape[1], torch.int32)
 
     def check_down(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """See `RingKernels.check_down`."""
         require(rows.dtype == torch.int8, u.dtype == torch.int16)
-        return (
-            self._check(self.found.hetrain_check_down, rows, u, len(u), torch.int16).to(torch.int32) & 0xFFFF
-        )
+        sums = self._check(self.found.hetrain_check_down, rows, u, len(u), torch.int16)
+        return sums.to(torch.int32) & 0xFFFF
 
     def _check(
         self, kernel: Any, left: torch.Tensor, right: torch.Tensor, tokens: int, dtype: torch.dtype
     ) -> torch.Tensor:
+        require(left.dim() == 2)
         rows, features = left.shape
         require(right.shape[-2:] == (tokens, features), tokens % LANES == 0, features > 0)
         require(left.is_contiguous(), right.is_contiguous())

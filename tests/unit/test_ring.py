@@ -1,0 +1,580 @@
+"""The exact ring: every version of every kernel gives the numbers of plain Python integers, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetrain.public import compiled
+from hetrain.public.compiled import INSTRUCTION_SETS
+from hetrain.public.errors import ParameterError, UsageError
+from hetrain.public.lattice import ring, uniform_masks
+from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.ring import LANES, MODULUS
+from hetrain.public.lattice.uniform_masks import MaskBlocks, accept, expand_masks
+from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
+from hetrain.secret.engines.rlwe.ring_kernels import RingKernels, ring_kernels
+from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, Message, TorchRing
+from hetrain.secret.randomness import SecretStream, sample_ternary
+from tests.golden import regenerate as golden
+from tests.harness import plain_ring as plain
+from worker_gpu import epilogue
+
+SETS = [(16, 2), (256, 8), (512, 4), (1024, 2), (2048, 1)]
+NAMES = [f"{n}x{d}" for n, d in SETS]
+GOLDEN = Path(golden.__file__).parent
+SEED = PublicSeed(golden.SEED)
+TORCH = TorchRing()
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def native(request: pytest.FixtureRequest) -> NativeRing:
+    """The compiled kernels, once for every instruction set of this machine."""
+    best = NativeRing.best()
+    if best is None and shutil.which("cc") is None:
+        pytest.skip("there was no C compiler when hetrain was installed")
+    assert best is not None, "there is a C compiler: reinstall hetrain (pip install --editable .)"
+    if INSTRUCTION_SETS.index(request.param) > best.level:
+        pytest.skip(f"this machine has no {request.param}")
+    return NativeRing(best.found, INSTRUCTION_SETS.index(request.param))
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With and without the compiled rejection."""
+    if request.param == "numpy":
+        monkeypatch.setattr(uniform_masks, "_library", lambda: None)
+    return str(request.param)
+
+
+def words(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random words modulo q, among them the extremes."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, MODULUS, shape, generator=generator)
+    flat = values.view(-1)
+    flat[::7], flat[3::11], flat[5::13] = MODULUS - 1, 0, MODULUS // 2
+    return values.to(torch.int32)
+
+
+def secrets(rank: int, degree: int) -> list[torch.Tensor]:
+    """A random secret, and those that add everything up."""
+    random = sample_ternary(SecretStream("test"), rank * degree).view(rank, degree)
+    return [random, torch.ones_like(random), -torch.ones_like(random), torch.zeros_like(random)]
+
+
+def keystream(blocks: int, degree: int) -> torch.Tensor:
+    """Random noise, the first token of each block at one extreme and the last at the other."""
+    pairs = torch.randint(0, 256, (blocks, degree, LANES, 2)).to(torch.uint8)
+    pairs[:, 0] = torch.tensor([255, 0], dtype=torch.uint8)
+    pairs[:, -1] = torch.tensor([0, 255], dtype=torch.uint8)
+    return pairs.view(-1)
+
+
+def operand(tokens: int, features: int, limit: int) -> Message:
+    """Tokens of very different size; halves, on which rounding has to decide; entries beyond the limit."""
+    x = torch.randn(tokens, features) * torch.rand(tokens, 1).mul(30).exp()
+    inverse = limit / x.abs().amax(dim=1).clamp_min(1e-30)
+    for row, factor in ((0, 1.0), (1, -1.0)):
+        if row < tokens:
+            x[row], inverse[row] = (torch.arange(features) - 7) / 2, factor
+    x[-1], inverse[-1] = torch.arange(features) - features / 2, float(limit)
+    return Message(x, inverse, limit)
+
+
+# ---- The ring ----
+
+
+def test_the_modulus_is_a_prime_with_room_for_every_transform() -> None:
+    assert MODULUS == plain.Q == 2**30 - 49151
+    assert all(MODULUS % divisor for divisor in range(2, 1 << 15))  # (2^15)^2 > q
+    assert MODULUS % 4096 == 1
+
+
+@pytest.mark.parametrize("degree", [n for n, _ in SETS])
+def test_the_root_has_order_2n_and_is_the_smallest_generators(degree: int) -> None:
+    psi = ring.root_of_unity(degree)
+    assert psi == plain.root(degree)
+    assert pow(psi, degree, MODULUS) == MODULUS - 1
+    assert psi == pow(ring.root_of_unity(2048), 2048 // degree, MODULUS), "one generator serves every degree"
+
+
+def test_other_degrees_are_refused() -> None:
+    for degree in (0, 8, 24, 4096):
+        with pytest.raises(ParameterError, match=str(degree)):
+            ring.roots(degree)
+
+
+@pytest.mark.parametrize("degree", [n for n, _ in SETS])
+def test_the_transform_is_the_evaluation_at_odd_powers_of_the_root(degree: int) -> None:
+    a = words(degree).to(torch.int64)
+    assert ring.forward(a[:, None])[:, 0].tolist() == plain.transform(a.tolist())
+
+
+@pytest.mark.parametrize("degree", [n for n, _ in SETS])
+def test_products_point_by_point_are_negacyclic_products(degree: int) -> None:
+    a, b = (words(degree, seed=seed).to(torch.int64) for seed in (1, 2))
+    spectrum = ring.forward(torch.stack([a, b], dim=1))
+    result = ring.inverse((spectrum[:, 0] * spectrum[:, 1] % MODULUS)[:, None])
+    assert result[:, 0].tolist() == plain.product(a.tolist(), b.tolist())
+
+
+def test_the_plain_inverse_undoes_the_plain_transform() -> None:
+    a = words(256).tolist()
+    assert plain.inverse(plain.transform(a)) == a
+    x = [0, 1, *[0] * 14]
+    assert plain.product([*[0] * 15, 1], x) == [MODULUS - 1, *[0] * 15], "X^15·X = -1"
+
+
+# ---- Masks ----
+
+
+def test_masks_are_those_of_the_definition(version: str) -> None:
+    whole = expand_masks(SEED, 33)
+    assert whole.shape == (3, 2048, LANES)
+    for index in (0, 2):
+        assert whole[index].tolist() == plain.mask_block(SEED.value, index)
+
+
+def test_blocks_can_be_made_in_any_order(version: str) -> None:
+    whole = expand_masks(SEED, 80)
+    blocks = MaskBlocks(SEED)
+    out = torch.empty_like(whole[:2])
+    for first in (3, 0, 1, 3):
+        blocks.fill(out, first)
+        assert torch.equal(out, whole[first : first + 2])
+
+
+def test_masks_of_other_seeds_differ() -> None:
+    other = PublicSeed(bytes(32))
+    assert int((expand_masks(SEED, 16) == expand_masks(other, 16)).sum()) < 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(0, 700),
+    rejected=st.sampled_from([0.0, 0.002, 0.1, 0.9, 1.0]),
+    seed=st.integers(0, 2**32),
+    plainly=st.booleans(),
+)
+def test_rejection_keeps_exactly_the_words_below_q_in_order(
+    size: int, rejected: float, seed: int, plainly: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    stream = random.integers(0, MODULUS, size, dtype=np.uint32)
+    edges = np.array([MODULUS, MODULUS + 1, 2**30 - 1], np.uint32)
+    bad = random.random(size) < rejected
+    stream[bad] = random.choice(edges, bad.sum())
+    stream[~bad & (random.random(size) < 0.1)] = MODULUS - 1
+    stream |= random.integers(0, 4, size, dtype=np.uint32) << 30
+    expected = [word % 2**30 for word in stream.tolist() if word % 2**30 < MODULUS]
+    with pytest.MonkeyPatch.context() as patch:
+        if plainly:
+            patch.setattr(uniform_masks, "_library", lambda: None)
+        kept = accept(stream)
+    assert stream[:kept].tolist() == expected
+
+
+# ---- Encryption and decryption ----
+
+
+def test_the_spectrum_is_the_transform_over_n(native: NativeRing) -> None:
+    for degree, rank in SETS:
+        for secret in secrets(rank, degree):
+            values, companions = native.spectrum(secret).words.astype(np.int64)
+            points = ring.forward(secret.to(torch.int64)[:, :, None] % MODULUS).view(-1)
+            assert (points * pow(degree, -1, MODULUS) % MODULUS).tolist() == values.tolist()
+            assert ((values << 32) // MODULUS).tolist() == companions.tolist()
+
+
+@pytest.mark.parametrize(("degree", "rank"), SETS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("features", "missing", "limit"), [(1, 0, 5), (16, 15, 1 << 15), (77, 3, 1 << 24), (128, 0, 1 << 18)]
+)
+def test_encryption_equals_the_reference(
+    native: NativeRing, degree: int, rank: int, features: int, missing: int, limit: int
+) -> None:
+    blocks = -(-features // LANES)
+    masks, noise = words(blocks, rank * degree, LANES), keystream(blocks, degree)
+    message = operand(degree - missing, features, limit)
+    for secret in secrets(rank, degree)[:2]:
+        planes = [torch.full((3, degree, features), 7, dtype=torch.int8) for _ in range(2)]
+        for kernels, out in zip((TORCH, native), planes, strict=True):
+            kernels.encrypt(out, 0, masks, noise, message, kernels.spectrum(secret))
+        assert torch.equal(*planes)
+
+
+def test_the_reference_encrypts_as_plain_integers_do() -> None:
+    degree, rank, features, limit = 256, 8, 3, 1 << 24
+    masks, noise = words(1, rank * degree, LANES), keystream(1, degree)
+    message = operand(degree - 1, features, limit)
+    planes = torch.empty(3, degree, features, dtype=torch.int8)
+    for secret in secrets(rank, degree)[:2]:
+        TORCH.encrypt(planes, 0, masks, noise, message, TORCH.spectrum(secret))
+        for k in range(features):
+            b = plain.masked(masks[0, :, k].tolist(), secret.tolist())
+            for t in range(degree):
+                b[t] += plain.noise(bytes(noise.view(degree, LANES, 2)[t, k].tolist()))
+                if t < degree - 1:
+                    b[t] += plain.scaled(float(message.x[t, k]), float(message.inverse[t]), limit)
+            assert [tuple(one) for one in planes[:, :, k].t().tolist()] == [plain.digits(one) for one in b]
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_what_travels_is_b_within_half_of_what_was_dropped(kernels: str, native: NativeRing) -> None:
+    """A zero secret and no noise make b the message; residues near every edge of the rounding."""
+    one: RingKernels = native if kernels == "native" else TORCH
+    degree, features = 2048, 32
+    near = torch.arange(-200, 200)
+    edges = [centre + near for centre in (0, MODULUS // 2 - (1 << 24) * 31, 64 * 0x7F7F7F % (1 << 24))]
+    x = torch.cat(edges).clamp(-(1 << 24), 1 << 24).to(torch.float32).repeat(55)[: degree * features]
+    message = Message(x.reshape(degree, features), torch.ones(degree), 1 << 24)
+    planes = torch.empty(3, degree, features, dtype=torch.int8)
+    even = torch.full((64 * degree,), 255, dtype=torch.uint8)  # noise of zero
+    spectrum = one.spectrum(torch.zeros(1, degree, dtype=torch.int8))
+    one.encrypt(planes, 0, words(2, degree, LANES), even, message, spectrum)
+    digits = planes.to(torch.int64)
+    c = digits[0] + 256 * digits[1] + 65536 * digits[2]
+    error = (64 * c - message.x.to(torch.int64) + MODULUS // 2) % MODULUS - MODULUS // 2
+    assert int(error.min()) == -31
+    assert int(error.max()) == 32
+
+
+def test_the_largest_residue_still_has_three_digits() -> None:
+    for b in (MODULUS - 1 - 64 * 0x808080, MODULUS - 33 - 64 * 0x808080, -64 * 0x808080):
+        assert abs(64 * plain.value(plain.digits(b)) - b) <= 32
+
+
+@pytest.mark.parametrize(("degree", "rank"), SETS, ids=NAMES)
+@pytest.mark.parametrize(("features", "missing"), [(1, 0), (16, 15), (53, 3), (64, 0)])
+def test_decryption_equals_the_reference(
+    native: NativeRing, degree: int, rank: int, features: int, missing: int
+) -> None:
+    tokens = degree - missing
+    scales = torch.rand(tokens).mul(40).sub(20).exp()
+    hint = words(-(-features // LANES), rank * degree, LANES)
+    u = torch.randint(-(1 << 15), 1 << 15, (degree, features)).to(torch.int16)
+    u.view(-1)[::5], u.view(-1)[1::5], u.view(-1)[2::5] = 0, -1, -(1 << 15)
+    for secret in secrets(rank, degree):
+        outs = [torch.full((tokens, features + 5), 7.0) for _ in range(2)]
+        for kernels, out in zip((TORCH, native), outs, strict=True):
+            kernels.decrypt(out, 2, u, 0, hint, scales, kernels.spectrum(secret))
+        assert torch.equal(*outs)
+        assert bool((outs[1][:, :2] == 7).all() and (outs[1][:, features + 2 :] == 7).all())
+
+
+def test_every_result_is_opened_as_plain_integers_are(native: NativeRing) -> None:
+    """All 2^16 values of u, with a zero secret and with masks that reach every part of the modulus."""
+    u = torch.arange(1 << 16).to(torch.int16).view(2048, 32)
+    for secret in (torch.zeros(1, 2048, dtype=torch.int8), secrets(1, 2048)[0]):
+        hint = words(2, 2048, LANES)
+        a = TORCH.spectrum(secret).dot(hint)
+        expected = [
+            [plain.opened(value % 2**16, mask) for value, mask in zip(*rows, strict=True)]
+            for rows in zip(u.tolist(), a.tolist(), strict=True)
+        ]
+        for kernels in (TORCH, native):
+            y = torch.empty(2048, 32)
+            kernels.decrypt(y, 0, u, 0, hint, torch.ones(2048), kernels.spectrum(secret))
+            assert torch.equal(y, torch.tensor(expected).to(torch.float32))
+
+
+def test_a_matrix_can_be_done_in_pieces(native: NativeRing) -> None:
+    degree, rank, features = 256, 8, 150
+    blocks = -(-features // LANES)
+    masks, noise = words(blocks, rank * degree, LANES), keystream(blocks, degree)
+    message, scales = operand(250, features, 1000), torch.rand(250)
+    u = torch.randint(-(1 << 15), 1 << 15, (degree, features)).to(torch.int16)
+    spectrum = native.spectrum(secrets(rank, degree)[0])
+    planes = [torch.zeros(3, degree, features, dtype=torch.int8) for _ in range(2)]
+    y = [torch.zeros(250, features) for _ in range(2)]
+    native.encrypt(planes[0], 0, masks, noise, message, spectrum)
+    native.decrypt(y[0], 0, u, 0, masks, scales, spectrum)
+    for first, last in ((0, 1), (1, 6), (6, 10)):
+        some = noise.view(blocks, -1)[first:last].reshape(-1)
+        native.encrypt(planes[1], LANES * first, masks[first:last], some, message, spectrum)
+        native.decrypt(y[1], LANES * first, u, LANES * first, masks[first:last], scales, spectrum)
+    assert torch.equal(*planes)
+    assert torch.equal(*y)
+
+
+# ---- Checks ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "tokens"), [(1, 1, 16), (16, 64, 256), (19, 515, 32), (64, 3, 16), (16, 2050, 16)]
+)
+def test_checks_equal_the_reference(native: NativeRing, rows: int, features: int, tokens: int) -> None:
+    image = torch.randint(-LARGEST_IMAGE, LARGEST_IMAGE + 1, (rows, features), dtype=torch.int32)
+    signs = torch.randint(-1, 2, (rows, features)).to(torch.int8)
+    planes = torch.randint(-128, 128, (3, tokens, features)).to(torch.int8)
+    u = torch.randint(-(1 << 15), 1 << 15, (tokens, features)).to(torch.int16)
+    assert torch.equal(native.check_up(image, planes), TORCH.check_up(image, planes))
+    assert torch.equal(native.check_down(signs, u), TORCH.check_down(signs, u))
+
+
+@pytest.mark.parametrize("features", [511, 512, 4100])
+@pytest.mark.parametrize("entry", [-LARGEST_IMAGE, LARGEST_IMAGE])
+@pytest.mark.parametrize("digit", [-128, 127])
+def test_extreme_checks_are_exact(native: NativeRing, features: int, entry: int, digit: int) -> None:
+    image = torch.full((16, features), entry, dtype=torch.int32)
+    planes = torch.full((3, 16, features), digit, dtype=torch.int8)
+    total = 64 * features * entry * plain.value([digit] * 3) % MODULUS
+    assert native.check_up(image, planes).tolist() == [[total] * 16] * 16
+    assert TORCH.check_up(image, planes).tolist() == [[total] * 16] * 16
+    for sign, u in ((1, -(1 << 15)), (-1, -1), (-1, -(1 << 15))):
+        signs = torch.full((16, features), sign, dtype=torch.int8)
+        matrix = torch.full((16, features), u, dtype=torch.int16)
+        assert native.check_down(signs, matrix).tolist() == [[features * sign * u % 2**16] * 16] * 16
+
+
+# ---- A worker's epilogue ----
+
+
+@pytest.fixture(scope="module")
+def products() -> list[torch.Tensor]:
+    """Random and extreme products, and those whose sum lies beside every kind of edge of the rounding."""
+    extremes = [-(2**31), 2**31 - 1, -1, 0, 1]
+    sums = [(k * plain.Q + delta) // 64 for k in (-2, 0, 1, 3) for delta in range(-200, 200, 9)]
+    sums += [
+        ((2 * k + 1) * plain.Q // 2**17 + step) // 64
+        for k in (0, 1, 99, 65534, 65535)
+        for step in range(-99, 99, 9)
+    ]
+    rows = [(a, b, c) for a in extremes for b in extremes for c in extremes]
+    rows += [(total & 0xFF, (total >> 8) & 0xFF, total >> 16) for total in sums]
+    random = torch.randint(-(2**31), 2**31, (4001, 3)).tolist()
+    table = torch.tensor([*rows, *random])
+    return [column.to(torch.int32).contiguous() for column in table.t()]
+
+
+@pytest.mark.parametrize("name", ["reference", *INSTRUCTION_SETS])
+def test_switching_rounds_exactly(name: str, products: list[torch.Tensor], native: NativeRing) -> None:
+    if name != "reference" and INSTRUCTION_SETS.index(name) != native.level:
+        pytest.skip("tried with its own instruction set")
+    switch = epilogue.reference if name == "reference" else epilogue.native(name)
+    assert switch is not None
+    out = torch.empty(len(products[0]), dtype=torch.int16)
+    switch(products, out)
+    expected = [plain.switch(*three) for three in zip(*(one.tolist() for one in products), strict=True)]
+    assert [value % 2**16 for value in out.tolist()] == expected
+
+
+def test_switching_refuses_what_does_not_fit() -> None:
+    switch = epilogue.native()
+    if switch is None:
+        pytest.skip("there was no C compiler when hetrain was installed")
+    three = [torch.zeros(4, 6, dtype=torch.int32) for _ in range(3)]
+    for wrong, out in (
+        (three, torch.zeros(4, 6, dtype=torch.int32)),
+        (three, torch.zeros(4, 7, dtype=torch.int16)),
+        (three[:2], torch.zeros(4, 6, dtype=torch.int16)),
+        ([one.t() for one in three], torch.zeros(6, 4, dtype=torch.int16)),
+    ):
+        with pytest.raises(ParameterError):
+            switch(wrong, out)
+
+
+# ---- All together ----
+
+
+@pytest.mark.parametrize(("degree", "rank"), SETS[1:], ids=NAMES[1:])
+def test_a_product_comes_back_and_passes_its_check(native: NativeRing, degree: int, rank: int) -> None:
+    """x·Wᵀ up to noise; the check's two sides differ by rounding alone, and by far more if u is wrong."""
+    features, n, tokens, limit = 100, 37, degree - 5, 4000
+    masks, noise = words(7, rank * degree, LANES), keystream(7, degree)
+    x = torch.randint(-limit, limit + 1, (tokens, features)).to(torch.float32)
+    weights = torch.randint(-127, 128, (n, features))
+    spectrum = native.spectrum(secrets(rank, degree)[0])
+    planes = torch.empty(3, degree, features, dtype=torch.int8)
+    native.encrypt(planes, 0, masks, noise, Message(x, torch.ones(tokens), limit), spectrum)
+    products = [plane.to(torch.int32) @ weights.t().to(torch.int32) for plane in planes]
+    u = torch.empty(degree, n, dtype=torch.int16)
+    epilogue.reference(products, u)
+    by_feature = masks.transpose(1, 2).reshape(-1, rank * degree)[:features].to(torch.int64)
+    hint = torch.zeros(3 * LANES, rank * degree, dtype=torch.int64)
+    hint[:n] = weights @ by_feature % MODULUS
+    blocks = hint.view(3, LANES, -1).transpose(1, 2).to(torch.int32).contiguous()
+    y = torch.empty(tokens, n)
+    native.decrypt(y, 0, u, 0, blocks, torch.ones(tokens), spectrum)
+    exact = x.to(torch.int64) @ weights.t()
+    largest = weights.abs().sum(dim=1).max() * (8 + 32) + MODULUS // 2**17 + 1
+    assert int((y.to(torch.float64) - exact).abs().max()) <= int(largest)
+
+    rows = torch.randint(-1, 2, (16, n)).to(torch.int8)
+    up = native.check_up((rows.to(torch.int64) @ weights).to(torch.int32), planes).to(torch.int64)
+
+    def distance(result: torch.Tensor) -> float:
+        turn = MODULUS << 16
+        difference = (up << 16) - MODULUS * native.check_down(rows, result).to(torch.int64)
+        return float(((difference + turn // 2) % turn - turn // 2).abs().max() / MODULUS)
+
+    assert distance(u) <= n / 2, "each of n roundings is half a unit at most"
+    wrong = u.clone()
+    wrong[3, int(rows.abs().sum(dim=0).argmax())] += 1000
+    assert distance(wrong) > 900
+
+
+# ---- What is refused ----
+
+
+def test_operands_that_do_not_fit_never_reach_the_kernels(native: NativeRing) -> None:
+    spectrum = native.spectrum(secrets(8, 256)[0])
+    planes, masks = torch.zeros(3, 256, 20, dtype=torch.int8), torch.zeros(2, 2048, 16, dtype=torch.int32)
+    noise, x, inverse = torch.zeros(2 * 32 * 256, dtype=torch.uint8), torch.zeros(9, 20), torch.ones(9)
+    native.encrypt(planes, 0, masks, noise, Message(x, inverse, 5), spectrum)
+    for arguments in (
+        (planes, 16, masks, noise, Message(x, inverse, 5)),
+        (planes, 8, masks[:1], noise[: 32 * 256], Message(x, inverse, 5)),
+        (planes, -16, masks, noise, Message(x, inverse, 5)),
+        (planes[:2], 0, masks, noise, Message(x, inverse, 5)),
+        (planes, 0, masks[:, :256], noise, Message(x, inverse, 5)),
+        (planes, 0, masks, noise[1:], Message(x, inverse, 5)),
+        (planes, 0, masks, noise, Message(x.double(), inverse, 5)),
+        (planes, 0, masks, noise, Message(x, inverse[:8], 5)),
+        (planes, 0, masks, noise, Message(x, inverse, (1 << 24) + 1)),
+        (planes, 0, masks, noise, Message(torch.zeros(257, 20), torch.ones(257), 5)),
+        (planes, 0, masks, noise, Message(torch.zeros(20, 9).t(), inverse, 5)),
+    ):
+        with pytest.raises(ParameterError):
+            native.encrypt(*arguments, spectrum)
+    y, u, scales = torch.zeros(9, 25), torch.zeros(256, 20, dtype=torch.int16), torch.ones(9)
+    native.decrypt(y, 5, u, 0, masks, scales, spectrum)
+    for arguments in (
+        (y, 6, u, 0, masks, scales),
+        (y, -1, u, 0, masks, scales),
+        (y, 0, u, 16, masks, scales),
+        (y, 0, u[:255], 0, masks, scales),
+        (y, 0, u.to(torch.int32), 0, masks, scales),
+        (y, 0, u, 0, masks[:, :, :8], scales),
+        (y, 0, u, 0, masks, scales[:8]),
+        (torch.zeros(257, 25), 0, u, 0, masks, torch.ones(257)),
+    ):
+        with pytest.raises(ParameterError):
+            native.decrypt(*arguments, spectrum)
+    image, signs = torch.zeros(3, 20, dtype=torch.int32), torch.zeros(3, 20, dtype=torch.int8)
+    native.check_up(image, planes)
+    native.check_down(signs, u)
+    for check, left, right in (
+        (native.check_up, image + LARGEST_IMAGE + 1, planes),
+        (native.check_up, image - LARGEST_IMAGE - 1, planes),
+        (native.check_up, image[:, :19], planes),
+        (native.check_up, image, planes[:, :, ::2]),
+        (native.check_down, signs, u[:, :19]),
+        (native.check_down, signs.to(torch.int32), u),
+    ):
+        with pytest.raises(ParameterError):
+            check(left, right)
+    for shape in ((1, 4096), (1, 1536), (2048,)):
+        with pytest.raises(ParameterError):
+            native.spectrum(torch.zeros(shape, dtype=torch.int8))
+    with pytest.raises(ParameterError):
+        MaskBlocks(SEED).fill(torch.empty(1, 16, 2048, dtype=torch.int32), 0)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_secrets_stay_where_they_are(kernels: str, native: NativeRing) -> None:
+    one: RingKernels = native if kernels == "native" else TORCH
+    secret = one.spectrum(secrets(8, 256)[0])
+    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be serialised"):
+            leave(secret)
+    assert "array" not in repr(secret)
+    assert "tensor" not in repr(secret)
+
+
+def test_the_environment_lowers_the_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, native: NativeRing
+) -> None:
+    monkeypatch.setenv(compiled.VARIABLE, native.name)
+    lowered = NativeRing.best()
+    assert lowered is not None
+    assert lowered.level == native.level
+    monkeypatch.setenv(compiled.VARIABLE, "sse9")
+    with pytest.raises(UsageError, match="sse9"):
+        NativeRing.best()
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert compiled.load(tmp_path, "_ring", 1) is None
+    monkeypatch.setattr(NativeRing, "best", staticmethod(lambda: None))
+    ring_kernels.cache_clear()
+    try:
+        assert ring_kernels() == TORCH
+    finally:
+        ring_kernels.cache_clear()
+
+
+# ---- Known answers ----
+
+
+def known(name: str) -> Any:
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_known_masks(version: str) -> None:
+    vectors = known("masks")
+    seed = PublicSeed.from_hex(vectors["seed"])
+    for one in vectors["blocks"]:
+        block = torch.empty(1, 2048, LANES, dtype=torch.int32)
+        MaskBlocks(seed).fill(block, one["block"])
+        flat = block.view(-1)
+        assert flat[:8].tolist() == one["first"]
+        assert flat[-1] == one["last"]
+        assert golden.digest(flat.numpy(), "<u4") == one["digest"]
+
+
+def test_known_transforms() -> None:
+    for one in known("transform"):
+        degree = one["degree"]
+        a = torch.tensor([pow(7, i, MODULUS) for i in range(degree)])
+        values = ring.forward(a[:, None])[:, 0]
+        assert ring.root_of_unity(degree) == one["psi"]
+        assert values[: len(one["first"])].tolist() == one["first"]
+        assert golden.digest(values.numpy(), "<u4") == one["digest"]
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("index", range(len(golden.SETS)))
+def test_known_products(kernels: str, index: int, native: NativeRing) -> None:
+    """Wire planes, results, hints, checks and decrypted values, with fixed randomness."""
+    one: RingKernels = native if kernels == "native" else TORCH
+    limit, vectors = known("products")["limit"], known("products")["cases"][index]
+    degree, rank, features = (vectors[key] for key in ("degree", "rank", "features"))
+    assert (degree, rank, features) == golden.SETS[index]
+    case = {key: torch.from_numpy(array.copy()) for key, array in golden.inputs(*golden.SETS[index]).items()}
+    masks, spectrum = expand_masks(SEED, features), one.spectrum(case["secret"])
+    weights, tokens = case["weights"], len(case["x"])
+
+    planes = torch.empty(3, degree, features, dtype=torch.int8)
+    one.encrypt(planes, 0, masks, case["keystream"], Message(case["x"], case["inverse"], limit), spectrum)
+    assert planes[:, 0, 0].tolist() == vectors["wire"]["first"]
+    assert golden.digest(planes.numpy(), "<i1") == vectors["wire"]["digest"]
+
+    u = torch.empty(degree, golden.WEIGHTS, dtype=torch.int16)
+    switch = (epilogue.native(native.name) if kernels == "native" else None) or epilogue.reference
+    switch([plane.to(torch.int32) @ weights.t().to(torch.int32) for plane in planes], u)
+    assert golden.digest(u.numpy(), "<i2") == vectors["result"]["digest"]
+
+    by_feature = masks.transpose(1, 2).reshape(-1, 2048)[:features].to(torch.int64)
+    hint = torch.zeros(LANES, 2048, dtype=torch.int64)
+    hint[: golden.WEIGHTS] = weights.to(torch.int64) @ by_feature % MODULUS
+    assert golden.digest(hint[: golden.WEIGHTS].numpy(), "<u4") == vectors["hint"]["digest"]
+    y = torch.empty(tokens, golden.WEIGHTS)
+    block = hint.t().to(torch.int32).contiguous()[None]
+    one.decrypt(y, 0, u, 0, block, torch.ones(tokens), spectrum)
+    assert y[0].tolist() == [float(np.float32(value)) for value in vectors["opened"]["first"]]
+    assert golden.digest(y.numpy(), "<f4") == vectors["opened"]["digest"]
+
+    image = (case["rows"].to(torch.int64) @ weights.to(torch.int64)).to(torch.int32)
+    assert golden.digest(one.check_up(image, planes).numpy(), "<u4") == vectors["check_up"]["digest"]
+    assert golden.digest(one.check_down(case["rows"], u).numpy(), "<u2") == vectors["check_down"]["digest"]
