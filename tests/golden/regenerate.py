@@ -37,20 +37,23 @@ def digest(values: Iterable[int] | npt.NDArray[Any], kind: str) -> str:
     return hashlib.blake2b(np.asarray(values).astype(kind).tobytes(), digest_size=16).hexdigest()
 
 
+def ternary(label: str, count: int) -> npt.NDArray[np.int8]:
+    """Values of {−1, 0, 1}; the bias of a byte modulo 3 does not matter here."""
+    return (np.frombuffer(stream(label, count), np.uint8) % 3).astype(np.int8) - np.int8(1)
+
+
 def inputs(degree: int, rank: int, features: int) -> dict[str, npt.NDArray[Any]]:
     """What a case encrypts: secret, noise keystream, operand, scales, and the matrix of its product."""
     name, tokens = f"{degree}x{rank}", degree - 3
     blocks = -(-features // plain.LANES)
-    ternary = np.frombuffer(stream(f"secret {name}", rank * degree), np.uint8) % 3
     x = np.frombuffer(stream(f"x {name}", 2 * tokens * features), np.int16).astype(np.float32) / 7
     return {
-        "secret": ternary.astype(np.int8).reshape(rank, degree) - 1,
+        "secret": ternary(f"secret {name}", rank * degree).reshape(rank, degree),
         "keystream": np.frombuffer(stream(f"noise {name}", 32 * blocks * degree), np.uint8),
         "x": x.reshape(tokens, features),
         "inverse": np.frombuffer(stream(f"inverse {name}", 2 * tokens), np.uint16).astype(np.float32) / 4096,
         "weights": np.frombuffer(stream(f"weights {name}", WEIGHTS * features), np.int8).reshape(WEIGHTS, -1),
-        "rows": np.frombuffer(stream(f"rows {name}", 16 * WEIGHTS), np.uint8).reshape(16, -1) % 3
-        - np.int8(1),
+        "rows": ternary(f"rows {name}", 16 * WEIGHTS).reshape(16, -1),
     }
 
 

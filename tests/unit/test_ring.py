@@ -37,16 +37,25 @@ SEED = PublicSeed(golden.SEED)
 TORCH = TorchRing()
 
 
-@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
-def native(request: pytest.FixtureRequest) -> NativeRing:
-    """The compiled kernels, once for every instruction set of this machine."""
+def compiled_ring(name: str) -> NativeRing:
+    """The compiled kernels for one instruction set, where this machine has it."""
     best = NativeRing.best()
     if best is None and shutil.which("cc") is None:
         pytest.skip("there was no C compiler when hetrain was installed")
     assert best is not None, "there is a C compiler: reinstall hetrain (pip install --editable .)"
-    if INSTRUCTION_SETS.index(request.param) > best.level:
-        pytest.skip(f"this machine has no {request.param}")
-    return NativeRing(best.found, INSTRUCTION_SETS.index(request.param))
+    if INSTRUCTION_SETS.index(name) > best.level:
+        pytest.skip(f"this machine has no {name}")
+    return NativeRing(best.found, INSTRUCTION_SETS.index(name))
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def native(request: pytest.FixtureRequest) -> NativeRing:
+    return compiled_ring(request.param)
+
+
+@pytest.fixture(scope="module", params=["torch", *INSTRUCTION_SETS])
+def kernels(request: pytest.FixtureRequest) -> RingKernels:
+    return TORCH if request.param == "torch" else compiled_ring(request.param)
 
 
 @pytest.fixture(params=["compiled", "numpy"])
@@ -208,8 +217,8 @@ def test_encryption_equals_the_reference(
     message = operand(degree - missing, features, limit)
     for secret in secrets(rank, degree)[:2]:
         planes = [torch.full((3, degree, features), 7, dtype=torch.int8) for _ in range(2)]
-        for kernels, out in zip((TORCH, native), planes, strict=True):
-            kernels.encrypt(out, 0, masks, noise, message, kernels.spectrum(secret))
+        for one, out in zip((TORCH, native), planes, strict=True):
+            one.encrypt(out, 0, masks, noise, message, one.spectrum(secret))
         assert torch.equal(*planes)
 
 
@@ -229,10 +238,8 @@ def test_the_reference_encrypts_as_plain_integers_do() -> None:
             assert [tuple(one) for one in planes[:, :, k].t().tolist()] == [plain.digits(one) for one in b]
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
-def test_what_travels_is_b_within_half_of_what_was_dropped(kernels: str, native: NativeRing) -> None:
+def test_what_travels_is_b_within_half_of_what_was_dropped(kernels: RingKernels) -> None:
     """A zero secret and no noise make b the message; residues near every edge of the rounding."""
-    one: RingKernels = native if kernels == "native" else TORCH
     degree, features = 2048, 32
     near = torch.arange(-200, 200)
     edges = [centre + near for centre in (0, MODULUS // 2 - (1 << 24) * 31, 64 * 0x7F7F7F % (1 << 24))]
@@ -240,8 +247,8 @@ def test_what_travels_is_b_within_half_of_what_was_dropped(kernels: str, native:
     message = Message(x.reshape(degree, features), torch.ones(degree), 1 << 24)
     planes = torch.empty(3, degree, features, dtype=torch.int8)
     even = torch.full((64 * degree,), 255, dtype=torch.uint8)  # noise of zero
-    spectrum = one.spectrum(torch.zeros(1, degree, dtype=torch.int8))
-    one.encrypt(planes, 0, words(2, degree, LANES), even, message, spectrum)
+    spectrum = kernels.spectrum(torch.zeros(1, degree, dtype=torch.int8))
+    kernels.encrypt(planes, 0, words(2, degree, LANES), even, message, spectrum)
     digits = planes.to(torch.int64)
     c = digits[0] + 256 * digits[1] + 65536 * digits[2]
     error = (64 * c - message.x.to(torch.int64) + MODULUS // 2) % MODULUS - MODULUS // 2
@@ -266,13 +273,13 @@ def test_decryption_equals_the_reference(
     u.view(-1)[::5], u.view(-1)[1::5], u.view(-1)[2::5] = 0, -1, -(1 << 15)
     for secret in secrets(rank, degree):
         outs = [torch.full((tokens, features + 5), 7.0) for _ in range(2)]
-        for kernels, out in zip((TORCH, native), outs, strict=True):
-            kernels.decrypt(out, 2, u, 0, hint, scales, kernels.spectrum(secret))
+        for one, out in zip((TORCH, native), outs, strict=True):
+            one.decrypt(out, 2, u, 0, hint, scales, one.spectrum(secret))
         assert torch.equal(*outs)
         assert bool((outs[1][:, :2] == 7).all() and (outs[1][:, features + 2 :] == 7).all())
 
 
-def test_every_result_is_opened_as_plain_integers_are(native: NativeRing) -> None:
+def test_every_result_is_opened_as_plain_integers_are(kernels: RingKernels) -> None:
     """All 2^16 values of u, with a zero secret and with masks that reach every part of the modulus."""
     u = torch.arange(1 << 16).to(torch.int16).view(2048, 32)
     for secret in (torch.zeros(1, 2048, dtype=torch.int8), secrets(1, 2048)[0]):
@@ -282,10 +289,9 @@ def test_every_result_is_opened_as_plain_integers_are(native: NativeRing) -> Non
             [plain.opened(value % 2**16, mask) for value, mask in zip(*rows, strict=True)]
             for rows in zip(u.tolist(), a.tolist(), strict=True)
         ]
-        for kernels in (TORCH, native):
-            y = torch.empty(2048, 32)
-            kernels.decrypt(y, 0, u, 0, hint, torch.ones(2048), kernels.spectrum(secret))
-            assert torch.equal(y, torch.tensor(expected).to(torch.float32))
+        y = torch.empty(2048, 32)
+        kernels.decrypt(y, 0, u, 0, hint, torch.ones(2048), kernels.spectrum(secret))
+        assert torch.equal(y, torch.tensor(expected).to(torch.float32))
 
 
 def test_a_matrix_can_be_done_in_pieces(native: NativeRing) -> None:
@@ -357,11 +363,8 @@ def products() -> list[torch.Tensor]:
     return [column.to(torch.int32).contiguous() for column in table.t()]
 
 
-@pytest.mark.parametrize("name", ["reference", *INSTRUCTION_SETS])
-def test_switching_rounds_exactly(name: str, products: list[torch.Tensor], native: NativeRing) -> None:
-    if name != "reference" and INSTRUCTION_SETS.index(name) != native.level:
-        pytest.skip("tried with its own instruction set")
-    switch = epilogue.reference if name == "reference" else epilogue.native(name)
+def test_switching_rounds_exactly(kernels: RingKernels, products: list[torch.Tensor]) -> None:
+    switch = epilogue.reference if kernels is TORCH else epilogue.native(kernels.name)
     assert switch is not None
     out = torch.empty(len(products[0]), dtype=torch.int16)
     switch(products, out)
@@ -481,10 +484,8 @@ def test_operands_that_do_not_fit_never_reach_the_kernels(native: NativeRing) ->
         MaskBlocks(SEED).fill(torch.empty(1, 16, 2048, dtype=torch.int32), 0)
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
-def test_secrets_stay_where_they_are(kernels: str, native: NativeRing) -> None:
-    one: RingKernels = native if kernels == "native" else TORCH
-    secret = one.spectrum(secrets(8, 256)[0])
+def test_secrets_stay_where_they_are(kernels: RingKernels) -> None:
+    secret = kernels.spectrum(secrets(8, 256)[0])
     for leave in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="cannot be serialised"):
             leave(secret)
@@ -543,26 +544,25 @@ def test_known_transforms() -> None:
         assert golden.digest(values.numpy(), "<u4") == one["digest"]
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("index", range(len(golden.SETS)))
-def test_known_products(kernels: str, index: int, native: NativeRing) -> None:
+def test_known_products(index: int, kernels: RingKernels) -> None:
     """Wire planes, results, hints, checks and decrypted values, with fixed randomness."""
-    one: RingKernels = native if kernels == "native" else TORCH
     limit, vectors = known("products")["limit"], known("products")["cases"][index]
     degree, rank, features = (vectors[key] for key in ("degree", "rank", "features"))
     assert (degree, rank, features) == golden.SETS[index]
     case = {key: torch.from_numpy(array.copy()) for key, array in golden.inputs(*golden.SETS[index]).items()}
-    masks, spectrum = expand_masks(SEED, features), one.spectrum(case["secret"])
+    masks, spectrum = expand_masks(SEED, features), kernels.spectrum(case["secret"])
     weights, tokens = case["weights"], len(case["x"])
 
     planes = torch.empty(3, degree, features, dtype=torch.int8)
-    one.encrypt(planes, 0, masks, case["keystream"], Message(case["x"], case["inverse"], limit), spectrum)
+    kernels.encrypt(planes, 0, masks, case["keystream"], Message(case["x"], case["inverse"], limit), spectrum)
     assert planes[:, 0, 0].tolist() == vectors["wire"]["first"]
     assert golden.digest(planes.numpy(), "<i1") == vectors["wire"]["digest"]
 
     u = torch.empty(degree, golden.WEIGHTS, dtype=torch.int16)
-    switch = (epilogue.native(native.name) if kernels == "native" else None) or epilogue.reference
-    switch([plane.to(torch.int32) @ weights.t().to(torch.int32) for plane in planes], u)
+    switch = epilogue.reference if kernels is TORCH else epilogue.native(kernels.name)
+    assert switch is not None
+    switch([(plane.to(torch.int32) @ weights.t().to(torch.int32)).contiguous() for plane in planes], u)
     assert golden.digest(u.numpy(), "<i2") == vectors["result"]["digest"]
 
     by_feature = masks.transpose(1, 2).reshape(-1, 2048)[:features].to(torch.int64)
@@ -571,10 +571,12 @@ def test_known_products(kernels: str, index: int, native: NativeRing) -> None:
     assert golden.digest(hint[: golden.WEIGHTS].numpy(), "<u4") == vectors["hint"]["digest"]
     y = torch.empty(tokens, golden.WEIGHTS)
     block = hint.t().to(torch.int32).contiguous()[None]
-    one.decrypt(y, 0, u, 0, block, torch.ones(tokens), spectrum)
+    kernels.decrypt(y, 0, u, 0, block, torch.ones(tokens), spectrum)
     assert y[0].tolist() == [float(np.float32(value)) for value in vectors["opened"]["first"]]
     assert golden.digest(y.numpy(), "<f4") == vectors["opened"]["digest"]
 
     image = (case["rows"].to(torch.int64) @ weights.to(torch.int64)).to(torch.int32)
-    assert golden.digest(one.check_up(image, planes).numpy(), "<u4") == vectors["check_up"]["digest"]
-    assert golden.digest(one.check_down(case["rows"], u).numpy(), "<u2") == vectors["check_down"]["digest"]
+    assert golden.digest(kernels.check_up(image, planes).numpy(), "<u4") == vectors["check_up"]["digest"]
+    assert (
+        golden.digest(kernels.check_down(case["rows"], u).numpy(), "<u2") == vectors["check_down"]["digest"]
+    )
