@@ -534,7 +534,7 @@ def known(name: str) -> Any:
 
 def test_known_masks(version: str) -> None:
     vectors = known("masks")
-    seed = PublicSeed.from_hex(vectors["seed"])
+    seed = PublicSeed(bytes.fromhex(vectors["seed"]))
     for one in vectors["blocks"]:
         block = torch.empty(1, 2048, LANES, dtype=torch.int32)
         MaskBlocks(seed).fill(block, one["block"])
