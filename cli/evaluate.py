@@ -9,6 +9,7 @@ from dataclasses import asdict
 import typer
 
 from cli.options import AsJson, Quiet, from_configuration
+from cli.progress import PreparationDisplay
 from hetrain import api
 from hetrain.config import EvaluationSpec
 
@@ -18,7 +19,8 @@ def evaluate(spec: EvaluationSpec, as_json: AsJson = False, quiet: Quiet = False
     """Loss and perplexity of a data set, on workers that see only ciphertexts."""
     if quiet or as_json:
         logging.getLogger().setLevel(logging.ERROR)
-    result = api.evaluate(**vars(spec))
+    with PreparationDisplay(quiet=quiet or as_json) as display:
+        result = api.evaluate(**vars(spec), on_prepare=display.on_prepare)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     elif not quiet:

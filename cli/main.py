@@ -45,12 +45,14 @@ def add_commands() -> None:
     from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.plan import plan
+    from cli.prepare import prepare
     from cli.submit import submit
     from cli.worker import worker
 
     app.command("submit")(submit)
     app.command("eval")(evaluate)
     app.command("plan")(plan)
+    app.command("prepare")(prepare)
     app.command("doctor")(doctor)
     app.command("worker")(worker)
 

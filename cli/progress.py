@@ -14,6 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -23,6 +24,38 @@ if TYPE_CHECKING:
 
 _MB = 1e6
 _SMOOTHING = 0.8
+
+
+class PreparationDisplay:
+    """A progress bar while hints are made."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_prepare(self, done: int, total: int) -> None:
+        """Shows how many hints are made."""
+        if self._task is None:
+            self._task = self._progress.add_task("making hints", total=total)
+        self._progress.update(self._task, completed=done)
 
 
 class TrainingDisplay:
@@ -57,6 +90,13 @@ class TrainingDisplay:
     ) -> None:
         self._progress.stop()
 
+    def on_prepare(self, done: int, total: int) -> None:
+        """Shows how many hints are made."""
+        if self._json:
+            typer.echo(json.dumps({"event": "hint", "done": done, "total": total}))
+            return
+        self._progress.update(self._task, description="making hints", completed=done, total=total)
+
     def on_step(self, metrics: MicroBatchMetrics) -> None:
         """Shows the metrics of one micro-batch."""
         if self._json:
@@ -74,8 +114,8 @@ class TrainingDisplay:
         figures = (
             f"loss {metrics.loss:.3f} (mean {self._loss:.3f}) · {rate:.0f} tok/s · "
             f"{self._up / _MB:.0f} MB up {self._down / _MB:.0f} down · "
-            f"encrypt {metrics.encrypt_s:.1f}s wait {metrics.wait_s:.1f}s (worker {metrics.server_s:.1f}s) "
-            f"decrypt {metrics.decrypt_s:.1f}s own {own:.1f}s"
+            f"encrypt {metrics.encrypt_s:.1f}s wait {metrics.wait_s:.1f}s (worker {metrics.server_s:.1f}s, "
+            f"verify {metrics.verify_s:.1f}s) decrypt {metrics.decrypt_s:.1f}s own {own:.1f}s"
         )
         self._progress.update(
             self._task,

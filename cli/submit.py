@@ -20,5 +20,7 @@ def submit(spec: JobSpec, as_json: AsJson = False, quiet: Quiet = False) -> None
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)
     with TrainingDisplay(as_json=as_json, quiet=quiet) as display:
-        result = api.finetune(**vars(spec), on_step=display.on_step, on_stop=display.on_stop)
+        result = api.finetune(
+            **vars(spec), on_step=display.on_step, on_stop=display.on_stop, on_prepare=display.on_prepare
+        )
     display.summary(result)

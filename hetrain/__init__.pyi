@@ -2,6 +2,7 @@ from hetrain.api import doctor as doctor
 from hetrain.api import evaluate as evaluate
 from hetrain.api import finetune as finetune
 from hetrain.api import plan as plan
+from hetrain.api import prepare as prepare
 from hetrain.config import BatchingConfig as BatchingConfig
 from hetrain.config import LoraConfig as LoraConfig
 from hetrain.config import OutsourcingConfig as OutsourcingConfig
@@ -18,4 +19,5 @@ __all__ = [
     "evaluate",
     "finetune",
     "plan",
+    "prepare",
 ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hetrain.train.evaluation import Evaluation as Evaluation
     from hetrain.train.finetune import JobResult as JobResult
     from hetrain.train.metrics import MicroBatchMetrics as MicroBatchMetrics
+    from hetrain.train.preparation import Preparation as Preparation
 
 
 def finetune(
@@ -36,6 +37,7 @@ def finetune(
     resume_from_checkpoint: str | PathLike[str] | None = None,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
+    on_prepare: Callable[[int, int], object] = lambda done, total: None,
 ) -> JobResult:
     """Fine-tunes a model with LoRA on workers that see only ciphertexts.
 
@@ -55,6 +57,7 @@ def finetune(
         resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
         on_step: called with the metrics of every micro-batch that has moved the adapter.
         on_stop: called once a signal has asked the run to stop.
+        on_prepare: called with the number of hints that are made, and of those that the cache lacked.
 
     Returns:
         The run in figures; `output_dir` then holds a PEFT adapter.
@@ -77,7 +80,7 @@ def finetune(
         overwrite_output_dir=overwrite_output_dir,
         resume_from_checkpoint=None if resume_from_checkpoint is None else str(resume_from_checkpoint),
     )
-    return run(spec, on_step, on_stop)
+    return run(spec, on_step, on_stop, on_prepare)
 
 
 def evaluate(
@@ -89,6 +92,7 @@ def evaluate(
     device: str = config.EvaluationSpec.device,
     batching: BatchingConfig = config.EvaluationSpec.batching,
     outsourcing: OutsourcingConfig = config.EvaluationSpec.outsourcing,
+    on_prepare: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluation:
     """Loss and perplexity of a data set, on workers that see only ciphertexts.
 
@@ -101,6 +105,7 @@ def evaluate(
         batching: how rows become micro-batches, and how many of these are computed at once; a
             `TrainingConfig` is one too.
         outsourcing: as of `finetune`.
+        on_prepare: as of `finetune`.
 
     Raises:
         HetrainError: as `finetune`.
@@ -116,7 +121,30 @@ def evaluate(
         batching=batching,
         outsourcing=outsourcing,
     )
-    return run(spec)
+    return run(spec, on_prepare)
+
+
+def prepare(
+    model: str = config.JobSpec.model,
+    *,
+    workers: str | None = None,
+    outsource: Sequence[str] = OutsourcingConfig.outsource,
+    on_prepare: Callable[[int, int], object] = lambda done, total: None,
+) -> Preparation:
+    """Has workers compute the hints of a model that the cache lacks; jobs do so themselves where it is missing.
+
+    Args:
+        model: as of `finetune`.
+        workers: as of `finetune`.
+        outsource: see `OutsourcingConfig`.
+        on_prepare: as of `finetune`.
+
+    Raises:
+        HetrainError: the model, the broker, the workers or the disk do not allow it.
+    """
+    from hetrain.train.preparation import prepare as run
+
+    return run(model, workers, outsource, on_prepare)
 
 
 def plan(

@@ -85,13 +85,13 @@ class OutsourcingConfig:
     )
     activation_bits: int | None = _setting(
         None,
-        "Most bits of an encrypted value, 2 to 25 (concrete: to 12).",
+        "Most bits of an encrypted value, 2 to 24 (concrete: to 12).",
         default="as many as fit; concrete: 8",
     )
-    hints: bool | None = _setting(
-        None,
-        "Keep products with masks on disk, so that workers compute them once and send half.",
-        default="from four micro-batches on, if the disk has room",
+    verify_rows: int = _setting(
+        16,
+        "Secret rows by which each result is verified before it is decrypted, 8 to 64: a wrong one passes "
+        "with probability 2^-N. The engine concrete takes 40 at least.",
     )
     outsource: tuple[str, ...] = _setting(
         ("*",),
@@ -102,6 +102,7 @@ class OutsourcingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outsource", _names(self.outsource))
+        _require(8 <= self.verify_rows <= 64, "verify_rows", f"{self.verify_rows} does not lie in 8..64")
 
 
 @dataclass(frozen=True, kw_only=True)

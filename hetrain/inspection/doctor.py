@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 import hetrain
 from hetrain.inspection.probe import ProbeResult, probe_workers
 from hetrain.local.launcher import start_embedded
 from hetrain.public.broker.connection import redacted
 from hetrain.public.broker.server_info import BrokerReport, ask_broker
 from hetrain.public.errors import HetrainError, NoWorker, WireError
+from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.messages import QUEUE, WorkerReport
 from hetrain.public.protocol.plan import Group, Member, Plan
+from hetrain.public.protocol.product import Product
 from hetrain.public.system import available_cores
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
-from hetrain.secret.engines.rlwe.kernels import kernels
+from hetrain.secret.engines.rlwe.hints import client_hints
+from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
+from hetrain.secret.verification.job import Verification
 
 _PACKAGES = ("torch", "transformers", "celery")
 _EMBEDDED_MODEL = "smollm2-135m"  # a worker needs a model to serve; it loads none of it
@@ -31,8 +37,8 @@ _PROBE = Plan(
             name="probe",
             members=(Member(module="probe", tensor="probe", out_features=16),),
             in_features=16,
-            forward_l1=16,
-            backward_l1=16,
+            forward=Norms(l1=16, squares=16),
+            backward=Norms(l1=16, squares=16),
             digest="0" * 64,
         ),
     ),
@@ -152,7 +158,7 @@ def _client() -> ClientReport:
     return ClientReport(
         versions=versions | {package: _version(package) for package in _PACKAGES},
         cores=available_cores(),
-        kernels=kernels().name,
+        kernels=ring_kernels().name,
         engines=tuple(_half(engine) for engine in ENGINES.values()),
     )
 
@@ -165,18 +171,23 @@ def _version(package: str) -> str:
 
 
 def _of_client(client: ClientReport) -> Iterator[str]:
-    if client.kernels != "native":
+    if client.kernels == "torch":
         yield (
-            "this client's kernels are not compiled, encryption takes three times as long; "
+            "this client's kernels are not compiled, and encryption takes many times as long; "
             "install a C compiler, then hetrain again"
         )
+
+
+def _no_weights(product: Product) -> torch.Tensor:
+    raise NotImplementedError(f"{product} is never verified")
 
 
 def _half(engine: ClientEngine) -> ClientHalf:
     """Opens the engine for a job on one small matrix, which takes all that it needs of this machine."""
     reason = ""
     try:
-        engine.open(_PROBE, JobOptions())
+        hints = client_hints() if engine.needs_hints else None
+        engine.open(_PROBE, JobOptions(Verification({}, _no_weights), hints=hints))
     except (HetrainError, ImportError) as error:
         reason = str(error)
     return ClientHalf(engine.name, engine.hides, reason)

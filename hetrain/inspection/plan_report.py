@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hetrain.nn.split import split_model
+from hetrain.public.lattice.bounds import LARGEST_ENTRY, operand_bound
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
-from hetrain.public.lattice.result_format import ResultFormat, largest_operand
+from hetrain.public.lattice.result_format import GROUP, ResultFormat
 from hetrain.public.model.files import resolve
+from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.plan import Group, Plan
-from hetrain.secret.engines.rlwe.hints import hint_bytes
+from hetrain.secret.engines.rlwe.hints import hint_bytes_of
 
-_FULL, _HINTED = (ResultFormat(parameters_for(SLOTS), has_mask_product=has) for has in (True, False))
+_FORMAT = ResultFormat(parameters_for(SLOTS))
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: its matrix, the bits of precision its operands get, and bytes per token with full rings."""
+    """One group: its matrix, the bits that its operands get at least, and bytes per token with full rings."""
 
     group: Group
     forward_bits: float
@@ -38,12 +40,11 @@ class PlanReport:
         kept: linears of decoder blocks that stay on the client.
         outsourced_parameters: parameters that workers hold.
         client_parameters: parameters that the client holds.
-        hint_bytes: disk that a job's hints take.
+        hint_bytes: disk that hints take; a training micro-batch reads all of them once.
     """
 
-    bytes_up: ClassVar[int] = _FULL.operand_bytes(1) // SLOTS
-    bytes_down: ClassVar[int] = _FULL.row_bytes // SLOTS
-    hinted_bytes_down: ClassVar[int] = _HINTED.row_bytes // SLOTS
+    bytes_up: ClassVar[float] = _FORMAT.operand_bytes(1) / SLOTS
+    bytes_down: ClassVar[float] = _FORMAT.result_bytes(GROUP) / GROUP / SLOTS
     ring_slots: ClassVar[int] = SLOTS
 
     plan: Plan = field(repr=False)
@@ -69,7 +70,7 @@ def plan_report(model: str, outsource: Sequence[str]) -> PlanReport:
         kept=tuple(name for name in split.block_linears if name not in leaving),
         outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
         client_parameters=split.client_parameters,
-        hint_bytes=hint_bytes(split.plan),
+        hint_bytes=hint_bytes_of(split.plan),
     )
 
 
@@ -77,13 +78,17 @@ def _group_report(group: Group) -> GroupReport:
     k, n = group.in_features, group.out_features
     return GroupReport(
         group=group,
-        forward_bits=_operand_bits(group.forward_l1),
-        backward_bits=_operand_bits(group.backward_l1),
-        forward_bytes=PlanReport.bytes_up * k + PlanReport.bytes_down * n,
-        backward_bytes=PlanReport.bytes_up * n + PlanReport.bytes_down * k,
+        forward_bits=_operand_bits(group.forward),
+        backward_bits=_operand_bits(group.backward),
+        forward_bytes=_bytes_per_token(k, n),
+        backward_bytes=_bytes_per_token(n, k),
     )
 
 
-def _operand_bits(l1: int) -> float:
-    """log2 of the levels between -x_max and x_max."""
-    return math.log2(2 * largest_operand(parameters_for(SLOTS), l1) + 1)
+def _bytes_per_token(k: int, n: int) -> int:
+    return (_FORMAT.operand_bytes(k) + _FORMAT.result_bytes(n)) // SLOTS
+
+
+def _operand_bits(norms: Norms) -> float:
+    """log2 of the levels that the first of both bounds leaves."""
+    return math.log2(2 * min(operand_bound(norms).largest, LARGEST_ENTRY) + 1)

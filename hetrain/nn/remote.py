@@ -10,30 +10,36 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hetrain.public.errors import UnsupportedArchitecture
+from hetrain.public.errors import ResultRejected, UnsupportedArchitecture
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.plan import Group
-from hetrain.public.protocol.product import Product
+from hetrain.public.protocol.product import Part, Product
 from hetrain.secret.engine import Sealed, Sealer
 from hetrain.transport.channel import Channel, Reply
 
 
 @dataclass
 class ProductStats:
-    """What one replica's remote products have cost since the last `reset`: seconds, bytes, and on what."""
+    """What one replica's remote products have cost since the last `reset`: seconds, bytes, and on what.
+
+    `wait_s` includes `verify_s`. `rejected` counts results that were refused.
+    """
 
     encrypt_s: float = 0.0
     wait_s: float = 0.0
+    verify_s: float = 0.0
     decrypt_s: float = 0.0
     server_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    rejected: int = 0
     devices: tuple[str, ...] = ()
 
     def reset(self) -> None:
@@ -49,9 +55,15 @@ class ProductStats:
         self.devices = tuple(sorted({*self.devices, *reply.devices}))
 
 
-@dataclass(frozen=True)
+@dataclass
 class RemoteMatmul:
-    """Multiplies by outsourced matrices over one channel under one job's keys, and keeps count."""
+    """Multiplies by outsourced matrices over one channel, and keeps count.
+
+    Attributes:
+        channel: the way to the workers.
+        sealer: that of the micro-batch at hand.
+        stats: the count.
+    """
 
     channel: Channel
     sealer: Sealer
@@ -90,13 +102,23 @@ class RemoteMatmul:
 
     def _exchange(self, sealed: Sealed, product: Product) -> tuple[Sealed, Reply]:
         begin = time.perf_counter()
-        reply = self.channel.multiply(product, sealed.operand, sealed.opening.check)
+        reply = self.channel.multiply(product, sealed.operand, partial(self._check, sealed))
         self.stats.wait_s += time.perf_counter() - begin
         return sealed, reply
 
+    def _check(self, sealed: Sealed, part: Part) -> None:
+        begin = time.perf_counter()
+        try:
+            sealed.opening.check(part)
+        except ResultRejected:
+            self.stats.rejected += 1
+            raise
+        finally:
+            self.stats.verify_s += time.perf_counter() - begin
+
     def _open(self, sealed: Sealed, reply: Reply) -> torch.Tensor:
         begin = time.perf_counter()
-        y = sealed.opening.open(reply.parts)
+        y = sealed.opening.open()
         self.stats.decrypt_s += time.perf_counter() - begin
         self.stats.add(reply)
         return y

@@ -31,7 +31,9 @@ class Replica:
         self._head = OutputHead.of(self._causal)
         self._saver = HalfSaver(self.model.parameters())
         self._dropouts = [m for m in self.model.modules() if isinstance(m, SeededDropout)]
-        self._bind(split, RemoteMatmul(channel, sealer, self.stats))
+        self._sealer = sealer
+        self._matmul = RemoteMatmul(channel, sealer, self.stats)
+        self._bind(split, self._matmul)
 
     def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
         """Copies adapter values into this replica."""
@@ -54,6 +56,7 @@ class Replica:
             tokens: int64 [T]; `positions` [T] restart at each row; `targets` [T], -100 where unsupervised.
             lengths: the rows' lengths, summing to T.
         """
+        self._matmul.sealer = self._sealer.for_micro_batch()
         layout = RowLayout.of(lengths, self._device)
         with self._saver.saving():
             states = hidden_states(

@@ -128,7 +128,11 @@ class TaskFailed(WorkerError):
 
 
 class ResultRejected(WorkerError):
-    """A worker's result failed a check of the client's; ``where`` names the worker."""
+    """Results failed verification; `workers` are those that computed them."""
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "", workers: tuple[str, ...] = ()) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.workers = workers
 
 
 class NotFinite(HetrainError):

@@ -1,35 +1,49 @@
-"""Activations and gradients as integers, one scale per token: the largest entry uses the whole range."""
+"""Activations and gradients as integers, one scale per token: the better of two bounds on the product."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from hetrain.public.errors import NotFinite
+from hetrain.public.lattice.bounds import LARGEST_ENTRY, OperandBound
 
 _ROWS_AT_ONCE = 64
+_MARGIN = 1 - 2.0**-8
+"""For the rounding of float32, above all of sums of squares."""
+_SMALLEST_WITH_A_NORM = 1e-10
+"""Below, squares of entries that count might vanish in float32: the first bound stands alone."""
 
 
 @dataclass(frozen=True)
 class QuantizedOperand:
-    """x[t, k] ≈ scales[t]·values[k, t]; values int32 [K, T], |values| ≤ x_max; scales float32 [T]."""
+    """x[t, k] ≈ scales[t]·values[t, k]; values int32 [T, K], scales float32 [T]."""
 
     values: torch.Tensor
     scales: torch.Tensor
 
 
-def limited(x_max: int, bits: int | None) -> int:
-    """The largest entry of an operand of at most `bits` signed bits: min(x_max, 2^(bits-1) - 1)."""
-    return x_max if bits is None else min(x_max, (1 << (bits - 1)) - 1)
+def largest_entry(bits: int | None) -> int:
+    """The largest entry of at most `bits` signed bits: 2^(bits-1) − 1, no more than `LARGEST_ENTRY`."""
+    return LARGEST_ENTRY if bits is None else min(LARGEST_ENTRY, (1 << (bits - 1)) - 1)
 
 
-def token_scales(x: torch.Tensor, x_max: int) -> torch.Tensor:
-    """scale_t = max_k |x[t,k]| / x_max: float32 [T].
+def token_scales(x: torch.Tensor, bound: OperandBound, bits: int | None = None) -> torch.Tensor:
+    """The smallest scale of each token that keeps round(x[t] / scale_t) within `bound` and `bits`.
+
+        scale_t = max(min(‖x_t‖∞ / largest, ‖x_t‖₂ / (norm − √K/2)), ‖x_t‖∞ / largest_entry(bits))
+
+    √K/2 is what rounding adds to a norm.
 
     Args:
         x: float32 [T, K].
-        x_max: largest integer allowed, from `hetrain.public.lattice.parameters.largest_operand`.
+        bound: of the matrix that x will be multiplied by.
+        bits: the most signed bits of an entry.
+
+    Returns:
+        float32 [T].
 
     Raises:
         NotFinite: x has a NaN or an infinity.
@@ -41,31 +55,35 @@ def token_scales(x: torch.Tensor, x_max: int) -> torch.Tensor:
             "the activations or gradients to encrypt are not finite",
             hint="training has diverged: lower `learning_rate` or set `max_grad_norm`",
         )
+    scales = largest / (bound.largest * _MARGIN)
+    norm = bound.norm * _MARGIN - math.sqrt(x.shape[1]) / 2
+    if norm > 0:
+        norms = torch.cat([rows.square().sum(dim=1) for rows in torch.split(x, _ROWS_AT_ONCE)]).sqrt_()
+        norms.masked_fill_(largest < _SMALLEST_WITH_A_NORM, math.inf)
+        scales = torch.minimum(scales, norms / norm)
+    scales = torch.maximum(scales, largest / largest_entry(bits))
     # The inverse of a denormal scale would overflow; such a token is zero for every purpose.
-    scales: torch.Tensor = (largest / x_max).clamp_min(torch.finfo(torch.float32).tiny)
-    return scales
+    return scales.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def rounded(x: torch.Tensor, inverse: torch.Tensor, x_max: int) -> torch.Tensor:
-    """round(x[t, k]·inverse[t]), transposed: float32 [T, K] -> int32 [K, T], no entry beyond x_max."""
-    return (x * inverse[:, None]).t().contiguous().round_().clamp_(-x_max, x_max).to(torch.int32)
-
-
-def quantize_operand(x: torch.Tensor, x_max: int) -> QuantizedOperand:
-    """Per token t: values = round(x / scale_t).
+def quantize_operand(x: torch.Tensor, bound: OperandBound, bits: int | None = None) -> QuantizedOperand:
+    """Per token t: values = round(x / scale_t), with the scales of `token_scales`.
 
     Args:
         x: floating-point [T, K].
-        x_max: as in `token_scales`.
+        bound: as in `token_scales`.
+        bits: as in `token_scales`.
 
     Raises:
         NotFinite: x has a NaN or an infinity.
     """
     x = x.detach().to(device="cpu", dtype=torch.float32)
-    scales = token_scales(x, x_max)
-    return QuantizedOperand(rounded(x, scales.reciprocal(), x_max), scales)
+    scales = token_scales(x, bound, bits)
+    limit = largest_entry(bits)
+    values = (x * scales.reciprocal()[:, None]).round_().clamp_(-limit, limit).to(torch.int32)
+    return QuantizedOperand(values, scales)
 
 
 def dequantize_result(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """y[t, j] = scales[t]·values[j, t]: integers [n, T] -> float32 [T, n]."""
-    return values.t().to(torch.float32) * scales[:, None]
+    """y[t, j] = scales[t]·values[t, j]: integers [T, n] -> float32 [T, n]."""
+    return values.to(torch.float32) * scales[:, None]

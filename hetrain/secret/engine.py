@@ -1,12 +1,12 @@
 """The client half of an engine, and the table of all of them.
 
-A job opens its engine once, which draws the job's keys, if there are any. The resulting sealer encrypts one
-operand after another and returns, with each, the only object that can open its results.
+A job opens its engine once. The resulting sealer encrypts one operand after another and returns, with each,
+the only object that can verify and open its results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -22,27 +22,27 @@ from hetrain.secret.engines.concrete import MAX_BITS as CONCRETE_MAX_BITS
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import HintStore
 from hetrain.secret.engines.rlwe.seal import RlweSealer
+from hetrain.secret.verification.job import Verification
 
-MIN_BITS, MAX_BITS = 2, 25
+MIN_BITS, MAX_BITS = 2, 24
 
 
 class Opening(Protocol):
-    """Opens the results of one sealed operand. Holds its secret; never leaves memory."""
+    """Verifies and opens the results of one sealed operand. Holds its secret; never leaves memory."""
 
     def check(self, part: Part) -> None:
-        """Checks one part before it is used; see `hetrain.transport.channel.Accept`.
+        """Takes one part, and verifies the product once its parts partition the rows of W.
 
         Raises:
-            WireError: its length is not that of its rows.
-            ResultRejected: it is wrong; the error names the worker.
+            ResultRejected: the product is wrong, or a part's length; see `hetrain.transport.channel.Accept`.
         """
         ...
 
-    def open(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Y = X·Wᵀ: float32 [T, n], from checked parts that partition the rows of W, in order.
+    def open(self) -> torch.Tensor:
+        """Y = X·Wᵀ: float32 [T, n], from the parts that were verified.
 
         Raises:
-            WireError: a part does not have the shape that was asked for.
+            WireError: the product was not verified.
         """
         ...
 
@@ -57,11 +57,15 @@ class Sealed(Protocol):
 
 
 class Sealer(Protocol):
-    """The client half of an engine, with the keys of one job if it has any. Thread-safe."""
+    """The client half of an engine, for one job. Thread-safe."""
 
     @property
     def setup(self) -> Header:
         """Public: a worker must agree to it before the first product."""
+        ...
+
+    def for_micro_batch(self) -> Sealer:
+        """The sealer of one micro-batch: with keys of its own where keys serve several operands."""
         ...
 
     def seal(self, x: torch.Tensor, product: Product) -> Sealed:
@@ -83,10 +87,12 @@ class JobOptions:
     """A job's options for its engine.
 
     Attributes:
+        verification: rows that check results.
         bits: the most bits that an operand's entries may have; None is the engine's own choice.
-        hints: the store of products with the masks; None keeps none. Only `rlwe` has any.
+        hints: the client's store of products with masks, for an engine that `needs_hints`.
     """
 
+    verification: Verification
     bits: int | None = None
     hints: HintStore | None = None
 
@@ -99,14 +105,14 @@ class ClientEngine:
         name: as users and messages give it.
         hides: whether workers see ciphertexts only.
         new_sealer: starts a job.
-        has_hints: whether it takes `JobOptions.hints`.
+        needs_hints: whether it needs `JobOptions.hints`.
         max_bits: the largest `JobOptions.bits`.
     """
 
     name: str
     hides: bool
     new_sealer: Callable[[Plan, JobOptions], Sealer]
-    has_hints: bool = False
+    needs_hints: bool = False
     max_bits: int = MAX_BITS
 
     def open(self, plan: Plan, options: JobOptions) -> Sealer:
@@ -120,15 +126,27 @@ class ClientEngine:
         return self.new_sealer(plan, options)
 
 
+def _rlwe(plan: Plan, job: JobOptions) -> Sealer:
+    if job.hints is None:
+        raise UsageError("engine 'rlwe' needs hints", field="engine")
+    return RlweSealer(job.verification, job.hints, job.bits)
+
+
+def _concrete(plan: Plan, job: JobOptions) -> Sealer:
+    return ConcreteSealer(plan, job.verification, job.bits)
+
+
+def _clear(plan: Plan, job: JobOptions) -> Sealer:
+    return ClearSealer(job.verification, job.bits)
+
+
 ENGINES: Mapping[str, ClientEngine] = MappingProxyType(
     {
         engine.name: engine
         for engine in (
-            ClientEngine("rlwe", True, lambda plan, job: RlweSealer(job.bits, job.hints), has_hints=True),
-            ClientEngine(
-                "concrete", True, lambda plan, job: ConcreteSealer(plan, job.bits), max_bits=CONCRETE_MAX_BITS
-            ),
-            ClientEngine("clear", False, lambda plan, job: ClearSealer(job.bits)),
+            ClientEngine("rlwe", True, _rlwe, needs_hints=True),
+            ClientEngine("concrete", True, _concrete, max_bits=CONCRETE_MAX_BITS),
+            ClientEngine("clear", False, _clear),
         )
     }
 )

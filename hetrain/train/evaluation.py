@@ -17,6 +17,7 @@ from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.public.errors import Interrupted, UsageError
+from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.session import Session, open_base, open_session
 from hetrain.train.step import run_evaluation, share_cores, step_threads
 
@@ -38,8 +39,12 @@ class Evaluation:
         )
 
 
-def evaluate(spec: EvaluationSpec) -> Evaluation:
+def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> Evaluation:
     """Evaluates a data set on the base model, with an adapter if `spec` names one.
+
+    Args:
+        spec: the data set, adapter and model.
+        on_prepare: called with the number of hints that are made and to be made, after each.
 
     Raises:
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
@@ -54,7 +59,7 @@ def evaluate(spec: EvaluationSpec) -> Evaluation:
         spec.outsourcing,
         spec.workers,
         spec.device,
-        micro_batches=len(batches),
+        on_prepare=on_prepare,
         in_flight=batching.in_flight,
         max_bytes_in_flight=batching.max_bytes_in_flight,
     ) as session:

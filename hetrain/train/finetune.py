@@ -23,6 +23,7 @@ from hetrain.train.data_position import Position
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_dir import OutputDirectory
+from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals
@@ -31,7 +32,14 @@ from hetrain.train.updater import Updater
 
 _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
 # Settings that a resumed run may change: they decide neither what is computed nor in which micro-batches.
-_FREE = ("hints", "in_flight", "max_staleness", "max_bytes_in_flight", "save_steps", "save_total_limit")
+_FREE = (
+    "verify_rows",
+    "in_flight",
+    "max_staleness",
+    "max_bytes_in_flight",
+    "save_steps",
+    "save_total_limit",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def finetune(
     spec: JobSpec,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
+    on_prepare: OnPrepare = ignore_progress,
 ) -> JobResult:
     """Trains an adapter and writes it, metrics.jsonl, job.json and checkpoints to the output directory.
 
@@ -79,6 +88,7 @@ def finetune(
         spec: the job.
         on_step: called with the metrics of every micro-batch that has moved the adapter.
         on_stop: called when a signal has asked the run to stop, before it finishes what is in flight.
+        on_prepare: called with the number of hints that are made and to be made, after each.
 
     Raises:
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
@@ -100,7 +110,7 @@ def finetune(
             spec.workers,
             spec.device,
             output.log_file,
-            micro_batches=(total_steps - job.done_steps) * spec.training.batches_per_update,
+            on_prepare=on_prepare,
             in_flight=spec.training.in_flight,
             max_bytes_in_flight=spec.training.max_bytes_in_flight,
         ) as session:

@@ -14,8 +14,9 @@ class MicroBatchMetrics:
 
     `step` of `total_steps` is the update that it was part of. `loss` is the mean over its `targets`
     supervised tokens; `staleness` counts the updates between its snapshot and its own. Times are seconds of
-    this micro-batch: `wait_s` from the first byte sent to the last received, `server_s` workers' computing
-    within it; `elapsed_s` since training began. `devices` are those that workers report.
+    this micro-batch: `wait_s` from the first byte sent to the last received and verified, `server_s` workers'
+    computing and `verify_s` verification within it; `elapsed_s` since training began. `rejected` counts
+    results that failed verification. `devices` are those that workers report.
     """
 
     step: int
@@ -29,8 +30,10 @@ class MicroBatchMetrics:
     bytes_down: int
     encrypt_s: float
     wait_s: float
+    verify_s: float
     decrypt_s: float
     server_s: float
+    rejected: int
     devices: tuple[str, ...]
     staleness: int
     learning_rate: float

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,19 +19,19 @@ from hetrain.local.launcher import start_embedded
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.errors import ModelError, UsageError
-from hetrain.public.model.files import ModelFiles, cache_directory, resolve
+from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
-from hetrain.public.protocol.plan import Plan
-from hetrain.public.protocol.product import ProductKey
+from hetrain.public.protocol.plan import Group, stack_group
+from hetrain.public.protocol.product import Product, ProductKey
 from hetrain.public.system import available_cores
-from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, hint_bytes, sketches_of
-from hetrain.secret.verification import Sketch
+from hetrain.secret.engine import JobOptions, Sealer, client_engine
+from hetrain.secret.engines.rlwe.hints import client_hints
+from hetrain.secret.verification.job import Verification, kept_rows
+from hetrain.secret.verification.parts import Weights
+from hetrain.secret.verification.rows import CheckRows
+from hetrain.train.hints import OnPrepare, ignore_progress, make_hints
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Channel
-
-_MICRO_BATCHES_FOR_HINTS = 4
-_SPARE_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
 
@@ -89,11 +89,13 @@ def open_session(
     device: str,
     log_file: Path | None = None,
     *,
-    micro_batches: int = 1,
     in_flight: int = 1,
     max_bytes_in_flight: int | None = None,
+    on_prepare: OnPrepare = ignore_progress,
 ) -> Iterator[Session]:
     """Splits the model, finds workers (or starts one on this machine), and agrees with them on the plan.
+
+    Hints that are missing are made.
 
     Args:
         base: the model.
@@ -102,9 +104,9 @@ def open_session(
             as the session lasts.
         device: torch device of the client's own layers.
         log_file: log of an embedded broker and worker; None takes a temporary one.
-        micro_batches: number to come; decides whether hints pay.
         in_flight: number of them at once; an embedded worker runs as many tasks, as far as it has cores.
         max_bytes_in_flight: see `BatchingConfig`.
+        on_prepare: hears of hints that are being made.
 
     Raises:
         HetrainError: any of its kinds but `DatasetError`.
@@ -128,73 +130,36 @@ def open_session(
         else:
             channel = CeleryChannel(workers, max_bytes_in_flight=max_bytes_in_flight)
         stack.callback(channel.close)
+        hints = client_hints() if engine.needs_hints else None
         # Meanwhile an embedded worker imports and tests its kernels.
-        split, hints = _split(base, outsourcing, engine, micro_batches)
+        kept: dict[ProductKey, CheckRows] = {}
+        split = split_model(
+            base.files,
+            outsourcing.outsource,
+            lambda group, matrix: kept.update(kept_rows(group, matrix)),
+        )
         split.causal.to(target)
-        plan = split.plan
-        if hints is not None:
-            stack.callback(hints.close)
-        sealer = engine.open(plan, JobOptions(outsourcing.activation_bits, hints))
+        plan, verification = split.plan, Verification(kept, _weights(base.files), outsourcing.verify_rows)
+        sealer = engine.open(plan, JobOptions(verification, outsourcing.activation_bits, hints))
         worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
         _log.info("worker %s on %s serves %s", worker.worker, worker.device, plan.model)
+        if hints is not None:
+            make_hints(hints, plan, channel, verification.weights, on_prepare)
         yield Session(split, channel, sealer, worker)
 
 
-def _split(
-    base: BaseModelFiles, outsourcing: OutsourcingConfig, engine: ClientEngine, micro_batches: int
-) -> tuple[SplitModel, HintStore | None]:
-    """The split model, and the job's store of hints, if it keeps any."""
-    if not wants_hints(engine, outsourcing.hints, micro_batches):
-        return split_model(base.files, outsourcing.outsource), None
-    # Held by their hints alone from here on, each until it has done its check.
-    sketches: dict[ProductKey, Sketch] = {}
-    split = split_model(
-        base.files,
-        outsourcing.outsource,
-        lambda group, matrix: sketches.update(sketches_of(group, matrix)),
-    )
-    return split, open_hints(split.plan, sketches, required=bool(outsourcing.hints))
+def _weights(files: ModelFiles) -> Weights:
+    """Loads the matrix of a product; both directions of a group, one after the other, load it once."""
 
+    @lru_cache(maxsize=1)
+    def matrix_of(group: Group) -> torch.Tensor:
+        return stack_group(group.members, files.read).values
 
-def wants_hints(engine: ClientEngine, asked: bool | None, micro_batches: int) -> bool:
-    """Whether a job should keep hints, if there is room for them.
+    def load(product: Product) -> torch.Tensor:
+        matrix = matrix_of(product.group)
+        return matrix if product.direction == "forward" else matrix.t()
 
-    Args:
-        engine: the job's engine.
-        asked: the user's setting; None leaves the choice to this function.
-        micro_batches: number that the job will make; the first ones only fill the store.
-
-    Raises:
-        UsageError: the user asked for hints of an engine that has none.
-    """
-    if asked and not engine.has_hints:
-        raise UsageError(f"engine {engine.name!r} has no hints", field="hints", hint="use `engine` rlwe")
-    if asked is None:
-        return engine.has_hints and micro_batches >= _MICRO_BATCHES_FOR_HINTS
-    return asked
-
-
-def open_hints(plan: Plan, sketches: Mapping[ProductKey, Sketch], *, required: bool) -> HintStore | None:
-    """The job's store of hints; None when the disk has no room for it and it is not `required`.
-
-    Raises:
-        UsageError: there is no room, and it is required.
-    """
-    directory, needed = cache_directory(), hint_bytes(plan)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
-        if free < needed + _SPARE_BYTES:
-            raise OSError(f"only {free / 1e9:.1f} GB are free")
-        return HintStore(plan, sketches, directory)
-    except OSError as error:
-        text = f"hints take {needed / 1e9:.1f} GB of disk: {error}"
-        if required:
-            raise UsageError(
-                text, where=str(directory), hint="make room, set HETRAIN_CACHE, or turn off `hints`"
-            ) from error
-        _log.warning("%s: %s; the job keeps none", directory, text)
-        return None
+    return load
 
 
 def _device(name: str) -> torch.device:

@@ -127,8 +127,7 @@ class CeleryChannel:
     def multiply(self, product: Product, operand: Operand, accept: Accept = accept_any) -> Reply:
         """See `Channel.multiply`. Waits while as much is on its way as may be."""
         self._collector.check()
-        result_bytes = product.n * operand.result_row_bytes
-        with self.flow_control.reserved(product.key, operand.nbytes, result_bytes) as learn_size:
+        with self.flow_control.reserved(product.key, operand.nbytes, operand.result_bytes) as learn_size:
             reply = self._exchange(product, operand, accept)
             learn_size(reply.bytes_down)
         return reply
@@ -177,11 +176,10 @@ class CeleryChannel:
                 except BlobMissing as error:
                     outcomes[self._collector.reopen(request.id, ResultLost(error))] = request
                 except ResultRejected as error:
-                    if error.where != completion.worker:  # it is not this worker alone that is wrong
+                    if not error.workers:
                         raise
-                    event = ResultRefused(completion.worker, error)
-                    for each in [each for each in accepted if accepted[each].worker == completion.worker]:
-                        del accepted[each]
+                    for each in [each for each in accepted if accepted[each].worker in error.workers]:
+                        event = ResultRefused(accepted.pop(each).worker, error)
                         outcomes[self._collector.reopen(each.id, event)] = each
         return list(accepted.values())
 

@@ -13,10 +13,10 @@ from hetrain.public.protocol.product import Operand, Part, Product
 NO_HEADER: Header = MappingProxyType({})
 
 Accept = Callable[[Part], None]
-"""Checks one part of a result; raises `ResultRejected` to have it computed by another worker.
+"""Checks one part of a result; raises `ResultRejected` to have parts computed by other workers.
 
-Where ``where`` of the error names the part's worker, nothing is accepted from that worker any more, and the
-product's parts that were accepted from it are computed anew as well. Where it names others, the job ends.
+Nothing is accepted any more from the error's `workers`, which have computed this part or earlier ones of the
+product: their parts of it are computed anew.
 """
 
 

@@ -1,9 +1,8 @@
 """Encryption parameter sets, and the table of security estimates that admits them.
 
-The scheme is (module) learning with errors over R_q = Z_q[X]/(X^N + 1), q = 2^32, with a uniform ternary
-secret of rank d and centred binomial noise. A set whose dimension n = N·d, modulus and noise have no row of
-at least `MIN_SECURITY_BITS` in `SECURITY_ESTIMATES` cannot be built, unless its name starts with
-``insecure``.
+The scheme is (module) learning with errors over R_q = Z_q[X]/(X^N + 1), q = 2^30 − 49151, with a uniform
+ternary secret of rank d, N·d = 2048, and centred binomial noise. A set whose dimension, modulus and noise
+have no row of at least `MIN_SECURITY_BITS` in `SECURITY_ESTIMATES` cannot be built.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from types import MappingProxyType
 from hetrain.public.errors import ParameterError
 
 MIN_SECURITY_BITS = 128
-MODULUS_BITS = 32
+MODULUS_BITS = 30
+ETA = 8
+"""Noise is a sum of eta bits minus a sum of eta bits: |e| ≤ 8, standard deviation 2."""
 SLOTS = 2048
-"""Tokens that the largest ring holds: one token per coefficient."""
+"""Tokens that the largest ring holds: one token per coefficient. Also N·d of every parameter set."""
 
 
 @dataclass(frozen=True)
@@ -28,51 +29,49 @@ class Estimate:
 
 
 # Estimator: malb/lattice-estimator, commit 27a581bb; uniform ternary secret, unlimited samples; minimum over
-# primal uSVP, primal BDD and dual hybrid. Module LWE is estimated as unstructured LWE of dimension n.
+# primal uSVP and the dual hybrid attack. Module LWE is estimated as unstructured LWE of dimension n.
 # Keys: (dimension n = N·d, log2 q, eta of the centred binomial noise).
 SECURITY_ESTIMATES = MappingProxyType(
     {
-        (2048, 32, 21): Estimate(matzov=219.1, core_svp=195.1),
-        (2048, 32, 16): Estimate(matzov=217.9, core_svp=193.4),
+        (2048, 30, 21): Estimate(matzov=234.5, core_svp=211.1),
+        (2048, 30, 8): Estimate(matzov=229.2, core_svp=205.2),
+        (2048, 30, 4): Estimate(matzov=225.0, core_svp=201.3),
+        (1536, 30, 8): Estimate(matzov=168.6, core_svp=142.5),
     }
 )
 
 
 @dataclass(frozen=True)
 class ParameterSet:
-    """One choice of ring degree, module rank and noise.
+    """One choice of ring degree and module rank.
 
     Attributes:
         name: how messages refer to it.
         ring_degree: N, a power of two; a ciphertext polynomial holds one value for each of N tokens.
         rank: d; a mask is d polynomials, and security is that of dimension N·d.
-        eta: noise is a sum of eta bits minus a sum of eta bits: |e| ≤ eta, standard deviation √(eta/2).
 
     Raises:
-        ParameterError: the numbers are inconsistent, or the set is not known to be secure and its name
-            does not start with ``insecure``.
+        ParameterError: the numbers are inconsistent, or the set is not known to be secure.
     """
 
     name: str
     ring_degree: int
     rank: int
-    eta: int = 21
 
     def __post_init__(self) -> None:
         n = self.ring_degree
-        if n < 4 or n & (n - 1):
-            raise ParameterError(f"ring degree {n} is not a power of two of at least 4", where=self.name)
-        if self.rank < 1 or not 1 <= self.eta <= 21:
-            raise ParameterError(f"rank {self.rank} or eta {self.eta} is out of range", where=self.name)
-        if self.name.startswith("insecure"):
-            return
-        estimate = SECURITY_ESTIMATES.get((self.dimension, MODULUS_BITS, self.eta))
+        if n < 16 or n & (n - 1) or n * self.rank != SLOTS:
+            raise ParameterError(
+                f"ring degree {n} is no power of two of at least 16, or times rank {self.rank} is not {SLOTS}",
+                where=self.name,
+            )
+        estimate = SECURITY_ESTIMATES.get((self.dimension, MODULUS_BITS, ETA))
         if estimate is None or min(estimate.matzov, estimate.core_svp) < MIN_SECURITY_BITS:
             raise ParameterError(
                 f"no estimate of at least {MIN_SECURITY_BITS} bits for dimension {self.dimension}, "
-                f"modulus 2^{MODULUS_BITS}, eta {self.eta}",
+                f"modulus 2^{MODULUS_BITS}, eta {ETA}",
                 where=self.name,
-                hint="use a set from PARAMETER_SETS; a set for experiments must be named insecure-...",
+                hint="use a set from PARAMETER_SETS",
             )
 
     @property

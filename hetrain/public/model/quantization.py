@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import ModelError
 
@@ -91,12 +93,21 @@ def _positive(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values > 0, values, torch.ones_like(values))
 
 
-def max_l1(values: torch.Tensor) -> tuple[int, int]:
-    """(max_j ‖Q_j,:‖₁, max_k ‖Q_:,k‖₁): what bounds a forward and a backward product of int8 matrix Q."""
-    magnitudes = values.to(torch.int16).abs()
-    rows = magnitudes.sum(dim=1, dtype=torch.int64).amax()
-    columns = magnitudes.sum(dim=0, dtype=torch.int64).amax()
-    return int(rows), int(columns)
+class Norms(BaseModel):
+    """What bounds a product with an int8 matrix: max_j ‖W_j‖₁, and `squares`, max_j ‖W_j‖₂²."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    l1: Annotated[int, Field(ge=0)]
+    squares: Annotated[int, Field(ge=0)]
+
+
+def norms_of(values: torch.Tensor) -> Norms:
+    """The norms of the rows of an int8 matrix [n, K]."""
+    wide = values.to(torch.int16)
+    l1 = wide.abs().sum(dim=1, dtype=torch.int64).amax()
+    squares = wide.square_().sum(dim=1, dtype=torch.int64).amax()  # at most 2^14 each
+    return Norms(l1=int(l1), squares=int(squares))
 
 
 def matrix_digest(values: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import WireError
-from hetrain.public.model.quantization import QuantizedMatrix, matrix_digest, max_l1, quantize
+from hetrain.public.model.quantization import Norms, QuantizedMatrix, matrix_digest, norms_of, quantize
 from hetrain.public.protocol.messages import Name, Token, parse
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -36,15 +36,14 @@ class Group(_Part):
     """Linears that share one input: encrypted once, evaluated in one task, one dx on the way back.
 
     Their int8 matrices are stacked along the output dimension: Q [out_features, in_features].
-    `forward_l1` and `backward_l1` bound the rows and columns of Q (see
-    `hetrain.public.model.quantization.max_l1`).
+    `forward` and `backward` bound products with Q and with Qᵀ.
     """
 
     name: Name
     members: tuple[Member, ...] = Field(min_length=1, strict=False)
     in_features: Size
-    forward_l1: Annotated[int, Field(ge=0)]
-    backward_l1: Annotated[int, Field(ge=0)]
+    forward: Norms
+    backward: Norms
     digest: Token
 
     @property
@@ -57,13 +56,12 @@ def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:
 
     It goes by the name of its first module.
     """
-    rows, columns = max_l1(values)
     return Group(
         name=members[0].module,
         members=members,
         in_features=values.shape[1],
-        forward_l1=rows,
-        backward_l1=columns,
+        forward=norms_of(values),
+        backward=norms_of(values.t()),
         digest=matrix_digest(values),
     )
 

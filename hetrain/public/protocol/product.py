@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.messages import DIRECTIONS, Direction, Header
 from hetrain.public.protocol.plan import Group, Plan
 
@@ -36,9 +37,9 @@ class Product:
         return self.group.in_features if self.direction == "forward" else self.group.out_features
 
     @property
-    def max_l1(self) -> int:
-        """max_j ‖W_j‖₁."""
-        return self.group.forward_l1 if self.direction == "forward" else self.group.backward_l1
+    def norms(self) -> Norms:
+        """Of W."""
+        return self.group.forward if self.direction == "forward" else self.group.backward
 
     def __str__(self) -> str:
         return f"{self.group.name} {self.direction}"
@@ -57,13 +58,13 @@ class Operand:
         header: the engine's public part of the message.
         payload: its bytes, as parts that travel one after the other. They must not change until the reply is
             there, since a lost request is sent again from them.
-        result_row_bytes: bytes of one row of the result, for flow control.
-        row_step: rows of the result that workers evaluate together: where the product is best partitioned.
+        result_bytes: bytes of the whole result, in as many ranges as it may come.
+        row_step: rows of W that workers evaluate together: where the product is best partitioned.
     """
 
     header: Header
     payload: Sequence[memoryview]
-    result_row_bytes: int = 0
+    result_bytes: int = 0
     row_step: int = 1
 
     @property

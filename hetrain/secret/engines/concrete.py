@@ -2,13 +2,17 @@
 
 An operand is quantised to 8 bits per token and cut into tiles of rows
 (`hetrain.public.concrete.circuits.tile`), the last one filled up with zeros. Every entry becomes an LWE
-ciphertext under the job's key. Keys stay in this process; randomness and arithmetic are Concrete's.
+ciphertext under a key of its micro-batch. Keys stay in this process; randomness and arithmetic are Concrete's.
+
+Results are verified exactly, but on what they decrypt to: noise hides in the ciphertexts. So a worker learns
+from a rejection a little about that micro-batch's key, and about no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,56 +23,59 @@ from hetrain.public.concrete.circuits import Circuit, compile_circuit, tile
 from hetrain.public.concrete.header import ConcreteHeader, ConcreteSetup
 from hetrain.public.concrete.package import package_version, unswitch
 from hetrain.public.errors import WireError
+from hetrain.public.lattice.bounds import OperandBound
 from hetrain.public.lattice.parameters import require_tokens
 from hetrain.public.protocol.messages import Header
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import Operand, Part, Product, products_of
-from hetrain.secret.activation_quantization import dequantize_result, quantize_operand
+from hetrain.secret.activation_quantization import dequantize_result, largest_entry, quantize_operand
+from hetrain.secret.verification.job import Verification
+from hetrain.secret.verification.parts import PartsCheck
+from hetrain.secret.verification.rows import CheckRows
 
 DEFAULT_BITS, MAX_BITS = 8, 12
+MIN_ROWS = 40
+"""Rows of one verification: a wrong product passes with probability 2^-40."""
+_LARGEST_RESULT = 1 << 36
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ConcreteOpening:
-    """The keys of the job, the scales of the tokens, and how large a product can be."""
+class ConcreteClaim:
+    """Y must be X·Wᵀ exactly: see `hetrain.secret.verification.parts.Claim`.
+
+    Attributes:
+        circuit: what workers evaluate.
+        keys: of the micro-batch.
+        x: the integers of the operand, int64 [T, K].
+        rows: draws rows R and R·W.
+        rows_for: makes new rows for a range of W.
+    """
 
     circuit: Circuit
     keys: Any
-    scales: torch.Tensor
-    bound: int
+    x: torch.Tensor
+    rows: Callable[[], CheckRows]
+    rows_for: Callable[[torch.Tensor], CheckRows]
 
-    def check(self, part: Part) -> None:
-        """See `hetrain.secret.engine.Opening.check`."""
-        self._tile_bytes(part)
-
-    def open(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
-        values = np.concatenate([self.decrypt(part) for part in parts], axis=1)
-        return dequantize_result(torch.from_numpy(np.ascontiguousarray(values.T)), self.scales)
-
-    def decrypt(self, part: Part) -> NDArray[np.int64]:
-        """The exact products, int64 [T, n].
-
-        Raises:
-            WireError: the result's length is not that of its rows, or a value is too large to be a product.
-        """
+    def read(self, part: Part) -> torch.Tensor:
+        """The products of the part's rows, int64 [T, n]."""
         step = self._tile_bytes(part)
         tiles = [part.data[i : i + step] for i in range(0, part.data.nbytes, step)]
-        values: NDArray[np.int64] = np.concatenate([self._decrypt_tile(tile, part.n) for tile in tiles])
-        values = values[: len(self.scales)]
-        if int(np.abs(values).max(initial=0)) > self.bound:
-            raise WireError(
-                "a result is larger than any product can be",
-                where=self.circuit.spec.name,
-                hint="a worker computed wrongly, or a blob was damaged",
-            )
-        return values
+        return torch.from_numpy(np.concatenate([self._decrypt_tile(tile, part.n) for tile in tiles]))[: len(self.x)]
+
+    def holds(self, rows: CheckRows, results: Sequence[torch.Tensor]) -> bool:
+        """Whether r·y = (r·W)·x for every row and token, over the integers; float64 holds all sums exactly."""
+        y = torch.cat(list(results), dim=1)
+        if int(y.abs().max()) >= _LARGEST_RESULT:
+            return False
+        claimed = rows.values.to(torch.float64) @ y.to(torch.float64).t()
+        return torch.equal(claimed, rows.image.to(torch.float64) @ self.x.to(torch.float64).t())
 
     def _tile_bytes(self, part: Part) -> int:
         """Bytes of one tile's results. Raises `WireError` unless there are as many as tiles."""
         rows = self.circuit.spec.rows
         step = rows * part.n * self.circuit.value_bytes()
-        expected = -(-len(self.scales) // rows) * step
+        expected = -(-len(self.x) // rows) * step
         if part.data.nbytes != expected:
             raise WireError(f"a result of {part.n} rows has {part.data.nbytes} bytes, not {expected}")
         return step
@@ -86,7 +93,24 @@ class ConcreteOpening:
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("an opening holds secret keys and cannot be pickled or copied")
+        raise TypeError("a claim holds secret keys and cannot be pickled or copied")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConcreteOpening:
+    """The parts of one product, which know the keys, and the scales of the tokens."""
+
+    parts: PartsCheck[CheckRows, torch.Tensor]
+    scales: torch.Tensor
+
+    def check(self, part: Part) -> None:
+        """Decrypts the part, and verifies the product once it is complete."""
+        self.parts.add(part)
+
+    def open(self) -> torch.Tensor:
+        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
+        values = torch.cat([each.values for each in self.parts.results()], dim=1)
+        return dequantize_result(values, self.scales)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,10 +122,11 @@ class ConcreteSealed:
 
 
 class ConcreteSealer:
-    """See `hetrain.secret.engine.Sealer`. Compiles all circuits of a plan and draws the job's keys.
+    """See `hetrain.secret.engine.Sealer`. Compiles all circuits of a plan and draws keys.
 
     Args:
         plan: the job's products.
+        verification: rows that check results; at least `MIN_ROWS` of them are used.
         bits: most bits of an operand's entries, at most `MAX_BITS`; None means 8.
 
     Raises:
@@ -109,8 +134,10 @@ class ConcreteSealer:
         ParameterError: a product cannot be compiled.
     """
 
-    def __init__(self, plan: Plan, bits: int | None = None) -> None:
-        self._x_max = (1 << ((bits or DEFAULT_BITS) - 1)) - 1
+    def __init__(self, plan: Plan, verification: Verification, bits: int | None = None) -> None:
+        self._bits = bits or DEFAULT_BITS
+        self._x_max = largest_entry(self._bits)
+        self._verification = replace(verification, count=max(verification.count, MIN_ROWS))
         self._circuits = {
             circuit.spec: circuit for product in products_of(plan) for circuit in [self._compile(product)]
         }
@@ -122,15 +149,21 @@ class ConcreteSealer:
         digests = {spec.name: circuit.digest for spec, circuit in self._circuits.items()}
         return ConcreteSetup(package_version=package_version(), x_max=self._x_max, circuits=digests).to_wire()
 
+    def for_micro_batch(self) -> ConcreteSealer:
+        """The same with fresh keys."""
+        sealer = copy(self)
+        sealer._keys = _draw_keys(self._circuits)
+        return sealer
+
     def seal(self, x: torch.Tensor, product: Product) -> ConcreteSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(x.shape[0])
-        operand = quantize_operand(x, self._x_max)
+        operand = quantize_operand(x, OperandBound(self._x_max, norm=0.0), self._bits)
         circuit = self._compile(product)
         keys, spec = self._keys[circuit.spec], circuit.spec
-        values = operand.values.t().to(torch.int64).numpy()
+        values = operand.values.to(torch.int64)
         padded = np.zeros((-(-len(values) // spec.rows) * spec.rows, spec.k), np.int64)
-        padded[: len(values)] = values
+        padded[: len(values)] = values.numpy()
         payload = [
             memoryview(circuit.operands.words(keys.encrypt(padded[start : start + spec.rows], None)[0]))
             for start in range(0, len(padded), spec.rows)
@@ -138,10 +171,16 @@ class ConcreteSealer:
         header = ConcreteHeader(
             circuit=circuit.digest, rows=spec.rows, columns=spec.columns, x_max=spec.x_max
         ).to_wire()
+        claim = ConcreteClaim(circuit, keys, values, *self._verification.rows_of(product))
         # Ranges end at tile borders: a part of a tile costs as much as the whole.
         return ConcreteSealed(
-            Operand(header, payload, len(padded) * circuit.value_bytes(), row_step=spec.columns),
-            ConcreteOpening(circuit, keys, operand.scales, bound=self._x_max * max(product.max_l1, 1)),
+            Operand(
+                header,
+                payload,
+                result_bytes=len(padded) * circuit.value_bytes() * product.n,
+                row_step=spec.columns,
+            ),
+            ConcreteOpening(PartsCheck(product, claim, self._verification.weights), operand.scales),
         )
 
     def _compile(self, product: Product) -> Circuit:

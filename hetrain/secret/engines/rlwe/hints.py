@@ -1,216 +1,315 @@
-"""Hints: products W·a with masks that a job uses again and again, kept by the client on disk.
+"""Hints: products H = W·â mod q with public masks, one for each group and direction, kept in the cache.
 
-Within a job the public mask of a (group, direction) stays the same while every ciphertext has a secret of its
-own (LWE with a shared public matrix, as in SimplePIR, ePrint 2022/949). So W·a is computed once: the first
-result that brings it is checked and kept, and from then on workers compute and send W·b alone. All rings
-share it: a mask is 2048 words for each row, however they are cut into polynomials.
+Masks are fixed for each client and matrix, and every ciphertext has a secret of its own (LWE with a shared
+public matrix, as in SimplePIR, ePrint 2022/949). So H is computed once, by the workers; the client verifies
+it exactly over Z_q, keeps it, and every later job on the same matrix uses it. All rings share it: a mask is
+2048 words for each feature, however they are cut into polynomials.
 
-Hints are public. They lie in a file without a name, which ends with the process.
+A hint is a file of its own: a first line of JSON with what it is and the SHA-256 of the rest, filled up to
+4096 bytes, then H as int32 [⌈n/16⌉, 2048, 16]. A file appears under its name only when it is complete, so
+that jobs can share the directory. Hints are public.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import logging
+import json
 import os
+import secrets
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
 
-from hetrain.public.errors import ResultRejected, WireError
-from hetrain.public.lattice.masks import PublicSeed, expand_mask
-from hetrain.public.lattice.parameters import SLOTS
-from hetrain.public.lattice.result_format import A_SHIFT, HINT_PLANES, join_planes, row_bytes
-from hetrain.public.protocol.plan import Group, Plan
-from hetrain.public.protocol.product import Part, Product, ProductKey, RowRange, products_of
-from hetrain.secret.verification import Sketch
+from hetrain.public.errors import UsageError
+from hetrain.public.lattice.header import RlweHeader
+from hetrain.public.lattice.masks import SEED_BYTES, PublicSeed
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import hint_bytes, read_hint
+from hetrain.public.lattice.ring import LANES, MODULUS
+from hetrain.public.lattice.uniform_masks import MaskBlocks
+from hetrain.public.model.files import cache_directory
+from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import Operand, Part, Product, products_of
+from hetrain.public.system import available_cores
+from hetrain.public.workspace import workspace
+from hetrain.secret.verification.rows import FieldRows
 
-ROW_BYTES = row_bytes(HINT_PLANES)
-_CHECK_ROWS_AT_ONCE = 1024
-
-_log = logging.getLogger(__name__)
-
-
-def sketches_of(group: Group, matrix: torch.Tensor) -> dict[ProductKey, Sketch]:
-    """Sketches that check both products with the group's int8 matrix [out_features, in_features]."""
-    return {
-        (group.name, "forward"): Sketch.of(matrix),
-        (group.name, "backward"): Sketch.of(matrix.t()),
-    }
+_HEAD_BYTES = 4096
+_SPARE_BYTES = 1 << 30
+_BLOCKS_AT_ONCE = 16
+_LOCK_POLL_S = 0.2
 
 
-def hint_bytes(plan: Plan) -> int:
+def hint_bytes_of(plan: Plan) -> int:
     """Bytes on disk that all hints of a plan take."""
-    return ROW_BYTES * sum(product.n for product in products_of(plan))
+    return sum(_HEAD_BYTES + hint_bytes(product.n) for product in products_of(plan))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Hint:
-    """The product with the mask of one (group, direction). Thread-safe.
-
-    Attributes:
-        seed: expands to the mask, [K, 2048] words.
-        operand_rows: K.
-        rows: n, rows of the product.
-        sketch: checks the product; dropped afterwards.
-        file: shared with the other hints of the job.
-        offset: where in it the product lies: `HINT_PLANES`, one after the other.
-    """
+    """One product with a mask, in a file that has been checked. `seed` expands to the mask."""
 
     seed: PublicSeed
-    operand_rows: int
-    rows: int
-    sketch: Sketch | None
-    file: IO[bytes]
-    offset: int
-    _claimed: set[RowRange] = field(default_factory=set)
-    _workers: set[str] = field(default_factory=set)
-    _written: int = 0
-    _ready: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    path: Path
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the product is complete and has passed its check."""
-        return self._ready
-
-    def offer(self, planes: Sequence[torch.Tensor], part: Part) -> None:
-        """Takes rows of the product as a worker sent them with `part`; keeps only those that are new.
-
-        Args:
-            planes: int16 [rows, 2048], bits 16 to 31, and uint8 [rows, 2048], bits 8 to 15.
-            part: which rows, and which worker's result.
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int, torch.Tensor], None]]:
+        """A function that fills int32 [blocks, 2048, 16] with the blocks from a given one on.
 
         Raises:
-            ResultRejected: the rows complete the product, and it is wrong. The kept rows are dropped.
+            UsageError: the file was removed or cut meanwhile.
         """
-        with self._lock:
-            fresh = [] if self._ready else _uncovered(part.rows, self._claimed)
-            self._claimed.update(fresh)
-            self._workers.add(part.worker)
-        if not fresh:
-            return
         try:
-            for first, last in fresh:
-                rows = slice(first - part.rows[0], last - part.rows[0])
-                for plane, offset in zip(planes, self._offsets(first), strict=True):
-                    self._write(plane[rows], offset)
+            with self.path.open("rb", buffering=0) as file:
+                yield lambda first, out: _read(file, _HEAD_BYTES + first * _block_bytes(), out)
         except OSError as error:
-            _log.warning("a hint cannot be kept, workers go on computing it: %s", error)
-            return
-        with self._lock:
-            self._written += sum(last - first for first, last in fresh)
-            complete = self._written == self.rows
-        if complete:
-            self._check()
-            self._ready = True
-
-    def read(self, start: int, planes: Sequence[torch.Tensor]) -> None:
-        """Fills `planes`, int16 [rows, 2048] and uint8 [rows, 2048], with rows from `start` on."""
-        for plane, offset in zip(planes, self._offsets(start), strict=True):
-            self._read(plane, offset)
-
-    def _offsets(self, row: int) -> Iterator[int]:
-        """Offsets of a row in the file, plane by plane."""
-        begin = self.offset
-        for plane in HINT_PLANES:
-            yield begin + row * row_bytes([plane])
-            begin += self.rows * row_bytes([plane])
-
-    def _product(self) -> torch.Tensor:
-        """a'·2^8 modulo 2^32: int32 [n, 2048]."""
-        product = torch.empty(self.rows, SLOTS, dtype=torch.int32)
-        for start in range(0, self.rows, _CHECK_ROWS_AT_ONCE):
-            block = product[start : start + _CHECK_ROWS_AT_ONCE]
-            planes = [torch.empty(len(block), width, dtype=dtype) for dtype, width in HINT_PLANES]
-            self.read(start, planes)
-            block.copy_(join_planes(*planes))
-        return product
-
-    def _check(self) -> None:
-        if self.sketch is None:
-            return
-        mask = expand_mask(self.seed, self.operand_rows, SLOTS)
-        if not self.sketch.accepts(self._product(), mask, rounding=1 << (A_SHIFT - 1)):
-            with self._lock:
-                workers, self._workers = sorted(self._workers), set()
-                self._claimed.clear()
-                self._written = 0
-            raise ResultRejected(
-                "the product with the public mask that this worker computed is wrong"
-                if len(workers) == 1
-                else "the product with the public mask that these workers computed together is wrong",
-                where=", ".join(workers),
-                hint="do not trust it: its weights or its arithmetic are not what they should be",
-            )
-        self.sketch = None
-
-    def _write(self, plane: torch.Tensor, offset: int) -> None:
-        data = plane.contiguous().numpy().data.cast("B")
-        while data.nbytes:
-            count = os.pwrite(self.file.fileno(), data, offset)
-            data, offset = data[count:], offset + count
-
-    def _read(self, plane: torch.Tensor, offset: int) -> None:
-        view = plane.numpy().data.cast("B")
-        while view.nbytes:
-            count = os.preadv(self.file.fileno(), [view], offset)
-            if count == 0:
-                raise WireError("a hint ends before its last row", hint="the disk may be damaged")
-            view, offset = view[count:], offset + count
+            raise UsageError(
+                f"a hint cannot be read: {error}",
+                where=str(self.path),
+                hint="leave the cache alone while a job runs, and start the job again",
+            ) from error
 
 
 class HintStore:
-    """The hints of one job.
+    """The hints of one client, in a directory that all its jobs share.
 
     Args:
-        plan: the job's products.
-        sketches: from `sketches_of`, for every group.
-        directory: where the file goes; it needs `hint_bytes(plan)` bytes.
+        directory: made if it is missing; holds the client's mask seed, too.
+
+    Raises:
+        UsageError: the directory cannot be used.
     """
 
-    def __init__(self, plan: Plan, sketches: Mapping[ProductKey, Sketch], directory: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close()
-        root = PublicSeed.fresh()
-        self._hints: dict[ProductKey, Hint] = {}
-        offset = 0
-        for product in products_of(plan):
-            self._hints[product.key] = Hint(
-                seed=_derive(root, product),
-                operand_rows=product.k,
-                rows=product.n,
-                sketch=sketches[product.key],
-                file=self._file,
-                offset=offset,
-            )
-            offset += product.n * ROW_BYTES
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._root = _client_seed(directory / "seed")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the directory for hints cannot be used: {error}",
+                where=str(directory),
+                hint="set HETRAIN_CACHE to a directory of yours",
+            ) from error
+        self._checked: set[Path] = set()
 
     def hint(self, product: Product) -> Hint:
-        """The hint of one product."""
-        return self._hints[product.key]
+        """The hint of one product, which may be missing still."""
+        text = f"{product.direction}\0{product.group.digest}".encode()
+        seed = hashlib.blake2b(text, key=self._root, digest_size=SEED_BYTES, person=b"hetrain.hint.v2")
+        name = f"{product.group.digest[:32]}-{product.direction}.hint"
+        return Hint(PublicSeed(seed.digest()), self.directory / name)
 
-    def close(self) -> None:
-        """Gives the disk space back."""
-        self._file.close()
+    def missing(self, plan: Plan) -> list[Product]:
+        """The products of a plan without a hint that is whole and this client's own; others are removed."""
+        products = list(products_of(plan))
+        with ThreadPoolExecutor(available_cores(), thread_name_prefix="hints") as pool:
+            found = pool.map(self._is_whole, products)
+            return [product for product, is_whole in zip(products, found, strict=True) if not is_whole]
+
+    def require_room(self, products: Sequence[Product]) -> None:
+        """Raises `UsageError` unless the disk has room for the hints of `products`."""
+        needed = sum(_HEAD_BYTES + hint_bytes(product.n) for product in products)
+        status = os.statvfs(self.directory)
+        free = status.f_bavail * status.f_frsize
+        if free < needed + _SPARE_BYTES:
+            raise UsageError(
+                f"hints of this model take {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free, of "
+                f"which {_SPARE_BYTES / 1e9:.1f} GB must stay so",
+                where=str(self.directory),
+                hint="make room, or set HETRAIN_CACHE to a directory on a larger disk",
+            )
+
+    def keep(self, product: Product, blocks: Sequence[torch.Tensor]) -> None:
+        """Keeps a verified hint.
+
+        Args:
+            product: whose.
+            blocks: int32 [·, 2048, 16], which together are H.
+
+        Raises:
+            UsageError: it cannot be written. No part of it is left.
+        """
+        hint = self.hint(product)
+        digest = hashlib.sha256()
+        for each in blocks:
+            digest.update(each.numpy().data.cast("B"))
+        head = json.dumps(_head(product, hint) | {"sha256": digest.hexdigest()}) + "\n"
+        try:
+            with _appearing(hint.path) as file:
+                file.write(head.encode().ljust(_HEAD_BYTES, b"\0"))
+                for each in blocks:
+                    file.write(each.numpy().data.cast("B"))
+        except OSError as error:
+            raise UsageError(
+                f"a hint cannot be written: {error}", where=str(hint.path), hint="make room on this disk"
+            ) from error
+        self._checked.add(hint.path)
+
+    @contextmanager
+    def locked(self, plan: Plan, on_wait: Callable[[], object]) -> Iterator[None]:
+        """Keeps other jobs from making hints of the same plan meanwhile; calls `on_wait` if one does."""
+        with (self.directory / f"{plan.digest[:32]}.lock").open("w") as file:
+            waited = False
+            while not _lock(file):
+                if not waited:
+                    on_wait()
+                waited = True
+                time.sleep(_LOCK_POLL_S)
+            yield  # the lock ends with the file
+
+    def _is_whole(self, product: Product) -> bool:
+        hint = self.hint(product)
+        if hint.path in self._checked:
+            return True
+        try:
+            with hint.path.open("rb") as file:
+                head = json.loads(file.read(_HEAD_BYTES).rstrip(b"\0"))
+                expected = _head(product, hint) | {
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest()
+                }
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):
+            head, expected = {}, None
+        if head != expected:
+            with suppress(OSError):
+                hint.path.unlink()
+            return False
+        self._checked.add(hint.path)
+        return True
 
 
-def _uncovered(rows: RowRange, covered: Iterable[RowRange]) -> list[RowRange]:
-    """`rows` without the ranges that are `covered`."""
-    left = [rows]
-    for start, stop in covered:
-        halves = ((a, min(b, start), max(a, stop), b) for a, b in left)
-        left = [half for a, b, c, d in halves for half in ((a, b), (c, d)) if half[0] < half[1]]
-    return left
+def client_hints() -> HintStore:
+    """The store in the cache of this user. Raises `UsageError` when it cannot be used."""
+    return HintStore(cache_directory() / "hints")
 
 
-def _derive(root: PublicSeed, product: Product) -> PublicSeed:
-    """A mask seed of its own for every product. Public, as the root is."""
-    text = f"{product.direction}\0{product.group.name}".encode()
-    return PublicSeed(
-        hashlib.blake2b(text, key=root.value, digest_size=32, person=b"hetrain.hint.v1").digest()
-    )
+@dataclass(frozen=True)
+class HintClaim:
+    """H must be W·â mod q for the mask of `seed`: see `hetrain.secret.verification.parts.Claim`."""
+
+    product: Product
+    seed: PublicSeed
+    weights: Callable[[Product], torch.Tensor]
+
+    def read(self, part: Part) -> torch.Tensor:
+        """H of the part's rows, int32 [blocks, 2048, 16]."""
+        return read_hint(part.data, part.n, where=str(self.product))
+
+    def rows(self) -> FieldRows:
+        """Three uniform rows over Z_q."""
+        return self.rows_for(self.weights(self.product))
+
+    def rows_for(self, matrix: torch.Tensor) -> FieldRows:
+        """Three uniform rows over Z_q for a range of W."""
+        return FieldRows.fresh(matrix)
+
+    def holds(self, rows: FieldRows, results: Sequence[torch.Tensor]) -> bool:
+        """Whether r·H = (r·W)·â mod q at every point, and H lies in 0..q−1."""
+        if any(int(each.min()) < 0 or int(each.max()) >= MODULUS for each in results):
+            return False
+        claimed = _weighted(rows.values, (block for each in results for block in each.split(_BLOCKS_AT_ONCE)))
+        return torch.equal(claimed, _weighted(rows.image, _mask_blocks(self.seed, self.product.k)))
+
+
+def hint_operand(product: Product, seed: PublicSeed) -> Operand:
+    """Asks for H: the mask's seed, which workers expand."""
+    header = RlweHeader(parameters=parameters_for(SLOTS).name, operand="mask_seed")
+    payload = [memoryview(bytearray(seed.value))]
+    return Operand(header.to_wire(), payload, result_bytes=hint_bytes(product.n), row_step=LANES)
+
+
+def _weighted(rows: torch.Tensor, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Σ_k rows[:, k]·block[k // 16, :, k % 16] mod q: int64 [3, 2048].
+
+    By halves of 15 bits in float64: sums over 256 features at a time stay below 2^15·2^30·2^8.
+    """
+    total = torch.zeros(len(rows), SLOTS, dtype=torch.int64)
+    first = 0
+    for block in blocks:
+        width = min(len(block) * LANES, rows.shape[1] - first)
+        piece = torch.zeros(len(rows), len(block) * LANES, dtype=torch.int64)
+        piece[:, :width] = rows[:, first : first + width]
+        words = block.transpose(0, 1).reshape(SLOTS, -1).to(torch.float64)
+        high, low = ((half.to(torch.float64) @ words.t()).to(torch.int64) for half in (piece >> 15, piece & 0x7FFF))
+        total = (total + ((high % MODULUS) << 15) + low) % MODULUS
+        first += width
+    return total
+
+
+def _mask_blocks(seed: PublicSeed, features: int) -> Iterator[torch.Tensor]:
+    masks = MaskBlocks(seed)
+    count = -(-features // LANES)
+    for first in range(0, count, _BLOCKS_AT_ONCE):
+        out = workspace("masks", (min(_BLOCKS_AT_ONCE, count - first), SLOTS, LANES), torch.int32)
+        masks.fill(out, first)
+        yield out
+
+
+def _block_bytes() -> int:
+    return 4 * SLOTS * LANES
+
+
+def _head(product: Product, hint: Hint) -> dict[str, object]:
+    return {
+        "hetrain": "hint",
+        "version": 2,
+        "seed": hint.seed.hex(),
+        "matrix": product.group.digest,
+        "direction": product.direction,
+        "rows": product.n,
+    }
+
+
+def _client_seed(path: Path) -> bytes:
+    """The client's own 256 bits, drawn at the first call. Public, as masks are."""
+    with suppress(FileExistsError), _appearing(path, replace=False) as file:
+        file.write(secrets.token_hex(SEED_BYTES).encode())
+    value = bytes.fromhex(path.read_text())
+    if len(value) != SEED_BYTES:
+        raise ValueError(f"{path.name} has {len(value)} bytes, not {SEED_BYTES}; delete it")
+    return value
+
+
+@contextmanager
+def _appearing(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
+    """A file that gets its name when the block has ended well. Raises `FileExistsError` unless `replace`."""
+    if not replace and path.exists():
+        raise FileExistsError(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            if replace:
+                os.replace(file.name, path)
+            else:
+                os.link(file.name, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(file: IO[bytes], offset: int, out: torch.Tensor) -> None:
+    view = out.numpy().data.cast("B")
+    while view.nbytes:
+        count = os.preadv(file.fileno(), [view], offset)
+        if count == 0:
+            raise OSError("it ends before its last row")
+        view, offset = view[count:], offset + count

@@ -1,88 +1,114 @@
-"""Client half of `rlwe`: encrypts a matrix of tokens, decrypts the product with a public matrix.
+"""Client half of `rlwe`: encrypts a matrix of tokens, verifies and decrypts the product with a public matrix.
 
-Feature k of all T tokens is one polynomial m_k(X) = Σ_t x[t,k]·X^t, and
+Feature k of all T tokens is one polynomial m_k(X) = Σ_t m[t,k]·X^t of R_q = Z_q[X]/(X^N + 1), and
 
-    b_k = a_k·s + e_k + m_k   modulo 2^32,      a_k public, from a seed;  s, e_k fresh for every matrix.
-
-A worker returns b' = W·b and a' = W·a with their low bits dropped, and  b' − a'·s = W·m + noise. Once the
-client has a' from an earlier product (`hetrain.secret.engines.rlwe.hints`), a worker returns b' alone.
+    b_k = a_k·s + e_k + m_k  mod q          a_k public, the same in every job; s, e_k fresh for every matrix
+    c_k = round(b_k / 2^6)                  travels, in three digits
+    u_j = round((W·2^6·c)_j·2^14 / q)       comes back
+    y_j = u_j·q / 2^14 − (W·a)_j·s          = (W·m)_j + errors, without a wrap; W·a is the hint
 
 Rule 1 of the security parameters is kept by construction: `seal` is the only place that draws a secret, it
 encrypts one matrix under it, and the secret leaves it only inside the `Opening`, which cannot encrypt.
+Rule 7: `open` decrypts what `check` has verified, and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hetrain.public.lattice.bounds import operand_bound
 from hetrain.public.lattice.header import RlweHeader
-from hetrain.public.lattice.masks import MaskStream, PublicSeed
-from hetrain.public.lattice.parameters import ParameterSet, parameters_for
-from hetrain.public.lattice.result_format import HINT_PLANES, ResultFormat, largest_operand
+from hetrain.public.lattice.parameters import SLOTS, ParameterSet, parameters_for
+from hetrain.public.lattice.result_format import GROUP, ResultFormat
+from hetrain.public.lattice.ring import LANES
+from hetrain.public.lattice.uniform_masks import MaskBlocks
 from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.public.workspace import unaligned_empty, workspace
-from hetrain.secret.activation_quantization import limited, token_scales
+from hetrain.secret.activation_quantization import largest_entry, token_scales
 from hetrain.secret.engines.rlwe.hints import Hint, HintStore
-from hetrain.secret.engines.rlwe.kernels import BLOCK_ROWS, ScaledOperand, kernels
+from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
+from hetrain.secret.engines.rlwe.torch_ring import Message
 from hetrain.secret.randomness import SecretStream, sample_ternary
+from hetrain.secret.verification.job import Verification
+from hetrain.secret.verification.parts import PartsCheck
+from hetrain.secret.verification.rows import CheckRows
+from hetrain.secret.verification.verdict import is_near
+
+_BLOCK = (SLOTS, LANES)
+
+
+@dataclass(frozen=True)
+class RlweClaim:
+    """u must be the product of a ciphertext: see `hetrain.secret.verification.parts.Claim`.
+
+    Attributes:
+        planes: c, int8 [3, N, K], as it travelled.
+        result_format: of the results.
+        rows: draws rows R and R·W.
+        rows_for: makes new rows for a range of W.
+    """
+
+    planes: torch.Tensor
+    result_format: ResultFormat
+    rows: Callable[[], CheckRows]
+    rows_for: Callable[[torch.Tensor], CheckRows]
+
+    def read(self, part: Part) -> torch.Tensor:
+        """u of the part's rows, int16 [N, n]."""
+        packed = self.result_format.read_result(part.data, part.n, where=part.worker)
+        u = unaligned_empty((len(packed), part.n), torch.int16)
+        ring_kernels().unpack(packed, u)
+        return u
+
+    def holds(self, rows: CheckRows, results: Sequence[torch.Tensor]) -> bool:
+        """See `hetrain.secret.verification.verdict.is_near`."""
+        expected = ring_kernels().check_up(rows.image, self.planes)
+        widths = [u.shape[1] for u in results]
+        pieces = rows.values.split(widths, dim=1)
+        claimed = sum(
+            ring_kernels().check_down(piece.contiguous(), u) for piece, u in zip(pieces, results, strict=True)
+        )
+        return is_near(expected, torch.as_tensor(claimed), rows.weights)
 
 
 @dataclass(frozen=True, repr=False)
 class RlweOpening:
-    """The secret of one ciphertext matrix and the scales of its tokens.
+    """The secret of one ciphertext matrix and the scales of its tokens. See `hetrain.secret.engine.Opening`."""
 
-    Results without a mask product take it from `hint`; results with one give it to `hint`, if there is one.
-    """
-
-    result_format: ResultFormat
+    parts: PartsCheck[CheckRows, torch.Tensor]
+    hint: Hint
     secret: Any
     scales: torch.Tensor
-    hint: Hint | None = None
 
     def check(self, part: Part) -> None:
-        """Offers a' to the hint, where it comes along; see `hetrain.secret.engine.Opening.check`."""
-        _, *mask_product = self.result_format.read_result(part.data, part.n)
-        if mask_product and self.hint is not None:
-            self.hint.offer(mask_product, part)
+        """Verifies the product once it is complete."""
+        self.parts.add(part)
 
-    def open(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`.
-
-        Raises:
-            WireError: a result's length is not that of its rows.
-        """
-        y = unaligned_empty((len(self.scales), sum(part.n for part in parts)), torch.float32)
-        column = 0
-        for part in parts:
-            self._decrypt(part, y, column)
-            column += part.n
+    def open(self) -> torch.Tensor:
+        """Y = X·Wᵀ, float32 [T, n]."""
+        verified = self.parts.results()
+        y = unaligned_empty((len(self.scales), verified[-1].rows[1]), torch.float32)
+        with self.hint.opened() as read:
+            for each in verified:
+                start, stop = each.rows
+                for first in range(0, stop - start, GROUP):
+                    count = -(-min(GROUP, stop - start - first) // LANES)
+                    hint = workspace("hint", (count, *_BLOCK), torch.int32)
+                    read((start + first) // LANES, hint)
+                    ring_kernels().decrypt(
+                        y, start + first, each.values, first, hint, self.scales, self.secret
+                    )
         return y
-
-    def _decrypt(self, part: Part, out: torch.Tensor, column: int) -> None:
-        """scale·(b'·2^16 − (a'·2^8)·s) for the rows of `part`, as columns of `out`."""
-        b, *mask_product = self.result_format.read_result(part.data, part.n)
-        for first in range(0, part.n, BLOCK_ROWS):
-            block = b[first : first + BLOCK_ROWS]
-            a = [plane[first : first + BLOCK_ROWS] for plane in mask_product] or self._read_hint(
-                part.rows[0] + first, len(block)
-            )
-            kernels().decrypt(out, column + first, (block, *a), self.scales, self.secret)
-
-    def _read_hint(self, start: int, rows: int) -> list[torch.Tensor]:
-        assert self.hint is not None
-        planes = [workspace(f"hint {dtype}", (rows, width), dtype) for dtype, width in HINT_PLANES]
-        self.hint.read(start, planes)
-        return planes
 
 
 @dataclass(frozen=True, repr=False)
 class RlweSealed:
-    """A ciphertext matrix: b as int32 [K, N]; its header is a `RlweHeader`."""
+    """A ciphertext matrix: the digits of c as int8 [3, N, K]; its header is a `RlweHeader`."""
 
     operand: Operand
     opening: RlweOpening
@@ -92,85 +118,78 @@ class RlweSealed:
 class RlweSealer:
     """See `hetrain.secret.engine.Sealer`. A job has no keys: every ciphertext matrix has its own secret.
 
-    `bits` limits the operand's precision; None takes all that fits. With `hints` the masks of a product stay
-    the same throughout the job; without, every ciphertext matrix has its own mask, too.
+    Attributes:
+        verification: rows that check results.
+        hints: the store of products with the masks; those of the job's products must be there.
+        bits: limits the operand's precision; None takes all that fits.
     """
 
+    verification: Verification
+    hints: HintStore
     bits: int | None = None
-    hints: HintStore | None = None
 
     @property
     def setup(self) -> Header:
         """Empty."""
         return EngineHeader().to_wire()
 
+    def for_micro_batch(self) -> RlweSealer:
+        """Itself."""
+        return self
+
     def seal(self, x: torch.Tensor, product: Product) -> RlweSealed:
-        """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
-        hint = None if self.hints is None else self.hints.hint(product)
-        return seal(x, product.max_l1, self.bits, hint)
+        """Encrypts X under a fresh secret; see `hetrain.secret.engine.Sealer.seal`.
 
-
-def seal(x: torch.Tensor, max_l1: int, bits: int | None = None, hint: Hint | None = None) -> RlweSealed:
-    """Encrypts X under a fresh secret.
-
-    Args:
-        x: floating point [T, K], T ≤ 2048; token t takes coefficient t, unused coefficients are zero.
-        max_l1: max_j ‖W_j‖₁ of the matrix that will multiply X: fixes the token scale such that no product
-            wraps.
-        bits: entries get at most so many signed bits.
-        hint: the mask to use, and its product if it is ready; None draws a fresh mask.
-
-    Raises:
-        ParameterError: more than 2048 tokens, or a matrix with too large rows.
-        NotFinite: x has a NaN or an infinity.
-    """
-    parameters = parameters_for(x.shape[0])
-    x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    x_max = limited(largest_operand(parameters, max_l1), bits)
-    scales = token_scales(x, x_max)
-    secret = _fresh_secret(parameters)
-    result_format = ResultFormat(parameters, has_mask_product=hint is None or not hint.is_ready)
-    seed = PublicSeed.fresh() if hint is None else hint.seed
-    b = encrypt(x, scales, x_max, seed, secret, parameters)
-    header = RlweHeader.of(result_format, seed).to_wire()
-    return RlweSealed(
-        Operand(header, [b.numpy().data.cast("B")], result_format.row_bytes),
-        RlweOpening(result_format, secret, scales, hint),
-    )
+        Token t takes coefficient t; the coefficients from T on carry noise alone.
+        """
+        parameters = parameters_for(x.shape[0])
+        x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        scales = token_scales(x, operand_bound(product.norms), self.bits)
+        message = Message(x, scales.reciprocal(), largest_entry(self.bits))
+        secret, hint = _fresh_secret(parameters), self.hints.hint(product)
+        planes = encrypt(message, hint, secret, parameters)
+        result_format = ResultFormat(parameters)
+        claim = RlweClaim(planes, result_format, *self.verification.rows_of(product))
+        parts = PartsCheck(product, claim, self.verification.weights)
+        header = RlweHeader(parameters=parameters.name, operand="ciphertext")
+        return RlweSealed(
+            Operand(
+                header.to_wire(),
+                [planes.numpy().data.cast("B")],
+                result_bytes=result_format.result_bytes(product.n),
+                row_step=GROUP,
+            ),
+            RlweOpening(parts, hint, secret, scales),
+        )
 
 
 def _fresh_secret(parameters: ParameterSet) -> Any:
     values = sample_ternary(SecretStream("hetrain.secret"), parameters.dimension)
-    return kernels().transform(values.view(parameters.rank, parameters.ring_degree))
+    return ring_kernels().spectrum(values.view(parameters.rank, parameters.ring_degree))
 
 
-def encrypt(
-    x: torch.Tensor, scales: torch.Tensor, x_max: int, seed: PublicSeed, secret: Any, parameters: ParameterSet
-) -> torch.Tensor:
-    """b_k = a_k·s + e_k + round(x_k / scale) modulo 2^32.
+def encrypt(message: Message, hint: Hint, secret: Any, parameters: ParameterSet) -> torch.Tensor:
+    """c_k = round((a_k·s + e_k + m_k mod q) / 2^6), in three digits.
 
-    The caller owns rule 1: this (seed, secret) pair must never have met another message.
+    The caller owns rule 1: this (mask, secret) pair must never have met another message.
 
     Args:
-        x: contiguous float32 [T, K], T ≤ N.
-        scales: float32 [T].
-        x_max: the largest entry after rounding.
-        seed: expands to the masks a_k.
-        secret: s [d, N], from `Kernels.transform`.
-        parameters: N, d and the noise.
+        message: m, [T, K], T ≤ N.
+        hint: its seed expands to the masks a_k.
+        secret: s [d, N], from `RingKernels.spectrum`.
+        parameters: N and d.
 
     Returns:
-        int32 [K, N].
+        int8 [3, N, K].
     """
-    k, degree = x.shape[1], parameters.ring_degree
-    operand = ScaledOperand(x, scales.reciprocal(), x_max, parameters.eta)
-    mask_stream, noise_stream = MaskStream(seed), SecretStream("hetrain.noise")
-    out = unaligned_empty((k, degree), torch.int32)
-    for start in range(0, k, BLOCK_ROWS):
-        block = out[start : start + BLOCK_ROWS]
-        masks = workspace("masks", (len(block), parameters.dimension), torch.int32)
-        keystream = workspace("keystream", (6 * block.numel(),), torch.uint8)
-        mask_stream.fill(masks)
+    k, degree = message.x.shape[1], parameters.ring_degree
+    mask_blocks, noise_stream = MaskBlocks(hint.seed), SecretStream("hetrain.noise")
+    planes = unaligned_empty((3, degree, k), torch.int8)
+    for first in range(0, k, GROUP):  # masks and keystream of a group stay within a core's cache
+        count = -(-min(GROUP, k - first) // LANES)
+        masks = workspace("masks", (count, *_BLOCK), torch.int32)
+        keystream = workspace("keystream", (2 * LANES * count * degree,), torch.uint8)
+        mask_blocks.fill(masks, first // LANES)
         noise_stream.fill(keystream)
-        kernels().encrypt(block, operand, start, masks, keystream, secret)
-    return out
+        ring_kernels().encrypt(planes, first, masks, keystream, message, secret)
+    return planes

@@ -1,0 +1,96 @@
+"""Rows that check a product with a public matrix without holding the matrix (Freivalds' check).
+
+For P = X·Wᵀ and secret random rows r:  P·r = X·(r·W).  The client computes r·W while the matrix is at hand,
+and keeps only that. The rows are secret: a worker that knew them could pass wrong products.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from hetrain.public.lattice.ring import MODULUS
+from hetrain.secret.randomness import SecretStream
+
+KEPT_ROWS = 64
+"""Rows of a product that a client keeps, from which it draws those of each verification."""
+FIELD_ROWS = 3
+_BLOCK_COLUMNS = 256
+_EXACT_FLOAT32 = 1 << 24
+_SYSTEM = secrets.SystemRandom()
+
+
+@dataclass(frozen=True, repr=False)
+class CheckRows:
+    """R, int8 [rows, n], entries −1, 0, 0, 1 alike likely, and its image R·W, int32 [rows, K].
+
+    A product with a wrong entry passes one row with probability at most 1/2. Over {−1, 0, 1} two entries
+    wrong by half the modulus would pass with 5/9.
+    """
+
+    values: torch.Tensor
+    image: torch.Tensor
+
+    @staticmethod
+    def fresh(matrix: torch.Tensor, count: int = KEPT_ROWS) -> CheckRows:
+        """`count` new rows for the int8 matrix W [n, K]."""
+        n, k = matrix.shape
+        values = sample_rows(SecretStream("hetrain.check"), count * n).view(count, n)
+        dtype = torch.float32 if 128 * n < _EXACT_FLOAT32 else torch.float64
+        image = torch.empty(count, k, dtype=torch.int32)
+        left = values.to(dtype)
+        for start in range(0, k, _BLOCK_COLUMNS):
+            columns = slice(start, start + _BLOCK_COLUMNS)
+            image[:, columns] = (left @ matrix[:, columns].to(dtype)).to(torch.int32)
+        return CheckRows(values, image)
+
+    def draw(self, count: int) -> CheckRows:
+        """`count` of these rows, every choice alike likely."""
+        chosen = torch.tensor(_SYSTEM.sample(range(len(self.values)), count))
+        return CheckRows(self.values[chosen], self.image[chosen])
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """‖r‖₁ of every row, float64 [rows]."""
+        return self.values.abs().sum(dim=1, dtype=torch.int64).to(torch.float64)
+
+
+@dataclass(frozen=True, repr=False)
+class FieldRows:
+    """R, int64 [3, n], uniform over Z_q, and its image R·W mod q, int64 [3, K].
+
+    A wrong product modulo q passes with probability q^-3 < 2^-89.
+    """
+
+    values: torch.Tensor
+    image: torch.Tensor
+
+    @staticmethod
+    def fresh(matrix: torch.Tensor) -> FieldRows:
+        """New rows for the int8 matrix W [n, K], n < 2^16: sums stay below 2^53."""
+        n, k = matrix.shape
+        values = sample_field(SecretStream("hetrain.field"), FIELD_ROWS * n).view(FIELD_ROWS, n)
+        image = torch.empty(FIELD_ROWS, k, dtype=torch.int64)
+        left = values.to(torch.float64)
+        for start in range(0, k, _BLOCK_COLUMNS):
+            columns = slice(start, start + _BLOCK_COLUMNS)
+            image[:, columns] = (left @ matrix[:, columns].to(torch.float64)).to(torch.int64)
+        return FieldRows(values, image % MODULUS)
+
+
+def sample_rows(stream: SecretStream, count: int) -> torch.Tensor:
+    """`count` independent values of {−1, 0, 0, 1}, int8: the difference of two bits."""
+    keystream = stream.take(-(-count // 4))
+    pairs = keystream[:, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    return ((pairs & 1).to(torch.int8) - ((pairs >> 1) & 1).to(torch.int8)).view(-1)[:count]
+
+
+def sample_field(stream: SecretStream, count: int) -> torch.Tensor:
+    """`count` independent uniform values of Z_q, int64: 30 bits each, those from q on rejected."""
+    values = torch.empty(0, dtype=torch.int64)
+    while values.numel() < count:
+        words = stream.take(4 * (count + 64)).view(torch.int32).to(torch.int64) & ((1 << 30) - 1)
+        values = torch.cat([values, words[words < MODULUS]])
+    return values[:count]
