@@ -67,8 +67,8 @@ def _print(found: api.PlanReport) -> None:
     console.print(
         f"{found.outsourced_parameters:,} of {total:,} parameters ({found.share:.0%}) are held by workers; "
         f"{forward / 1e6:.2f} MB forward and {backward / 1e6:.2f} MB backward per token, with full rings of "
-        f"{found.ring_slots} tokens: {found.bytes_up:g} bytes a value up, {found.bytes_down:g} down. Hints take "
-        f"{found.hint_bytes / 1e9:.2f} GB of disk, which each micro-batch of a training job reads once.",
+        f"{found.ring_slots} tokens: {found.bytes_up:g} bytes a value up, {found.bytes_down:g} down. Hints "
+        f"take {found.hint_bytes / 1e9:.2f} GB of disk, which each micro-batch of a training job reads once.",
         highlight=False,
     )
     if found.kept:

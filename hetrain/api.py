@@ -131,7 +131,7 @@ def prepare(
     outsource: Sequence[str] = OutsourcingConfig.outsource,
     on_prepare: Callable[[int, int], object] = lambda done, total: None,
 ) -> Preparation:
-    """Has workers compute the hints of a model that the cache lacks; jobs do so themselves where it is missing.
+    """Has workers compute the hints of a model that the cache lacks, as a job would before it starts.
 
     Args:
         model: as of `finetune`.

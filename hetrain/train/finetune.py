@@ -20,10 +20,10 @@ from hetrain.public.errors import DatasetError, Interrupted, UsageError
 from hetrain.secret.engine import client_engine
 from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
 from hetrain.train.data_position import Position
+from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_dir import OutputDirectory
-from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals

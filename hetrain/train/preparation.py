@@ -22,9 +22,7 @@ class Preparation:
     directory: Path
 
     def __str__(self) -> str:
-        return (
-            f"{self.hints} hints, {self.made} of them made now, {self.nbytes / 1e9:.2f} GB in {self.directory}"
-        )
+        return f"{self.hints} hints, {self.made} of them made now, {self.nbytes / 1e9:.2f} GB in {self.directory}"
 
 
 def prepare(

@@ -62,7 +62,7 @@ class ParameterSet:
         n = self.ring_degree
         if n < 16 or n & (n - 1) or n * self.rank != SLOTS:
             raise ParameterError(
-                f"ring degree {n} is no power of two of at least 16, or times rank {self.rank} is not {SLOTS}",
+                f"ring degree {n} is no power of two from 16 on, or times rank {self.rank} not {SLOTS}",
                 where=self.name,
             )
         estimate = SECURITY_ESTIMATES.get((self.dimension, MODULUS_BITS, ETA))

@@ -61,7 +61,9 @@ class ConcreteClaim:
         """The products of the part's rows, int64 [T, n]."""
         step = self._tile_bytes(part)
         tiles = [part.data[i : i + step] for i in range(0, part.data.nbytes, step)]
-        return torch.from_numpy(np.concatenate([self._decrypt_tile(tile, part.n) for tile in tiles]))[: len(self.x)]
+        return torch.from_numpy(np.concatenate([self._decrypt_tile(tile, part.n) for tile in tiles]))[
+            : len(self.x)
+        ]
 
     def holds(self, rows: CheckRows, results: Sequence[torch.Tensor]) -> bool:
         """Whether r·y = (r·W)·x for every row and token, over the integers; float64 holds all sums exactly."""

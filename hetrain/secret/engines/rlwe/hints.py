@@ -173,9 +173,7 @@ class HintStore:
         try:
             with hint.path.open("rb") as file:
                 head = json.loads(file.read(_HEAD_BYTES).rstrip(b"\0"))
-                expected = _head(product, hint) | {
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest()
-                }
+                expected = _head(product, hint) | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         except FileNotFoundError:
             return False
         except (OSError, ValueError):
@@ -240,7 +238,9 @@ def _weighted(rows: torch.Tensor, blocks: Iterator[torch.Tensor]) -> torch.Tenso
         piece = torch.zeros(len(rows), len(block) * LANES, dtype=torch.int64)
         piece[:, :width] = rows[:, first : first + width]
         words = block.transpose(0, 1).reshape(SLOTS, -1).to(torch.float64)
-        high, low = ((half.to(torch.float64) @ words.t()).to(torch.int64) for half in (piece >> 15, piece & 0x7FFF))
+        high, low = (
+            (half.to(torch.float64) @ words.t()).to(torch.int64) for half in (piece >> 15, piece & 0x7FFF)
+        )
         total = (total + ((high % MODULUS) << 15) + low) % MODULUS
         first += width
     return total
