@@ -22,7 +22,8 @@ class Preparation:
     directory: Path
 
     def __str__(self) -> str:
-        return f"{self.hints} hints, {self.made} of them made now, {self.nbytes / 1e9:.2f} GB in {self.directory}"
+        size = f"{self.nbytes / 1e9:.2f} GB"
+        return f"{self.hints} hints, {self.made} of them made now, {size} in {self.directory}"
 
 
 def prepare(

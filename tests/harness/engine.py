@@ -11,10 +11,9 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save_file
 
-from hetrain.public.lattice.parameters import parameters_for
-from hetrain.public.lattice.result_format import largest_operand, switching_error_bound
+from hetrain.public.lattice.bounds import OPERAND_ERROR, RESULT_ERROR, OperandBound, operand_bound
 from hetrain.public.model.files import resolve
-from hetrain.public.model.quantization import max_l1
+from hetrain.public.model.quantization import norms_of
 from hetrain.public.protocol.messages import (
     Blob,
     Direction,
@@ -25,11 +24,12 @@ from hetrain.public.protocol.messages import (
     parse,
 )
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
-from hetrain.public.protocol.product import Part, Product, ProductKey, RowRange
+from hetrain.public.protocol.product import Part, Product, RowRange
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealed, Sealer, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
-from hetrain.secret.verification import Sketch
+from hetrain.secret.engines.rlwe.hints import HintStore
+from hetrain.secret.verification.job import Verification, kept_rows
+from hetrain.train.hints import ignore_progress, make_hints
 from hetrain.transport.in_process import InProcessChannel
 from hetrain.transport.requests.request import evaluate_task
 from worker_gpu.device import choose_compute, choose_device
@@ -41,49 +41,48 @@ COMPUTE = choose_compute(choose_device())
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What an engine guarantees for W·x: the largest entry of x it takes, and the largest error of a product.
-
-    Both are given the tokens of x and the int8 matrix W [n, K]; the error is one for each row.
+    """What an engine guarantees for W·x, for the int8 matrix W [n, K]: how it quantizes x, and the largest
+    error of each row.
     """
 
-    x_max: Callable[[int, torch.Tensor], int]
-    error: Callable[[int, torch.Tensor], torch.Tensor]
+    bound: Callable[[torch.Tensor], OperandBound]
+    bits: int | None
+    error: Callable[[torch.Tensor], torch.Tensor]
 
 
-def _rlwe_x_max(tokens: int, matrix: torch.Tensor) -> int:
-    return largest_operand(parameters_for(tokens), max_l1(matrix)[0])
+def _bound(matrix: torch.Tensor) -> OperandBound:
+    return operand_bound(norms_of(matrix))
 
 
-def _rlwe_error(tokens: int, matrix: torch.Tensor) -> torch.Tensor:
-    parameters = parameters_for(tokens)
-    return parameters.eta * matrix.to(torch.int64).abs().sum(1) + switching_error_bound(parameters)
+def _rlwe_error(matrix: torch.Tensor) -> torch.Tensor:
+    return OPERAND_ERROR * matrix.to(torch.int64).abs().sum(1) + int(RESULT_ERROR) + 1
 
 
-def _exact(tokens: int, matrix: torch.Tensor) -> torch.Tensor:
+def _exact(matrix: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(matrix), dtype=torch.int64)
 
 
 GUARANTEES: Mapping[str, Guarantee] = MappingProxyType(
     {
-        "rlwe": Guarantee(_rlwe_x_max, _rlwe_error),
-        "concrete": Guarantee(lambda tokens, matrix: 127, _exact),
-        "clear": Guarantee(_rlwe_x_max, _exact),
+        "rlwe": Guarantee(_bound, None, _rlwe_error),
+        "concrete": Guarantee(lambda matrix: OperandBound(127, 0.0), 8, _exact),
+        "clear": Guarantee(_bound, None, _exact),
     }
 )
 
 
 def open_checked(sealed: Sealed, parts: Sequence[Part]) -> torch.Tensor:
-    """What `sealed` opens `parts` to, after checking each."""
+    """What `sealed` opens to, after checking each of `parts`."""
     for part in parts:
         sealed.opening.check(part)
-    return sealed.opening.open(parts)
+    return sealed.opening.open()
 
 
 class EngineHarness:
     """A checkpoint of the given matrices, its plan, a worker that serves it, and a job of one engine."""
 
     def __init__(
-        self, engine: str, weights: Mapping[str, torch.Tensor], folder: Path, *, hints: bool = False
+        self, engine: str, weights: Mapping[str, torch.Tensor], folder: Path, *, rows: int = 16
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"model_type": "none"}))
@@ -101,12 +100,23 @@ class EngineHarness:
             self.matrices[name] = values
         self.plan = Plan(model=checkpoint.label, groups=tuple(groups))
         self.service = Service(COMPUTE, WeightStore(COMPUTE.device, {checkpoint.label: str(folder)}))
-        self._hints_in = folder if hints else None
+        self.verification = Verification(
+            {
+                key: kept
+                for group in self.plan.groups
+                for key, kept in kept_rows(group, self.matrices[group.name]).items()
+            },
+            self.weights,
+            rows,
+        )
+        self.hints = HintStore(folder / "hints")
         self.sealer = self.new_sealer()
         self.channel = InProcessChannel(self.evaluate, self._prepare)
         self.channel.prepare(
             self.plan.model, engine, self.plan.to_bytes(), self.plan.digest, self.sealer.setup
         )
+        if engine == "rlwe":
+            make_hints(self.hints, self.plan, self.channel, self.weights, ignore_progress)
 
     def _prepare(self, task: PrepareTask, plan: bytes) -> None:
         self.prepared = task
@@ -114,16 +124,11 @@ class EngineHarness:
 
     def new_sealer(self, bits: int | None = None) -> Sealer:
         """The client half of another job, with its own keys."""
-        return client_engine(self.name).open(self.plan, JobOptions(bits, self.new_hints()))
+        return client_engine(self.name).open(self.plan, JobOptions(self.verification, bits, self.hints))
 
-    def new_hints(self) -> HintStore | None:
-        """A store of hints, empty; None where this harness has none."""
-        if self._hints_in is None:
-            return None
-        sketches: dict[ProductKey, Sketch] = {}
-        for group in self.plan.groups:
-            sketches |= sketches_of(group, self.matrices[group.name])
-        return HintStore(self.plan, sketches, self._hints_in)
+    def weights(self, product: Product) -> torch.Tensor:
+        """W, int8 [n, K]."""
+        return self.matrix(product.group.name, product.direction)
 
     def evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """The worker's results for a task."""
@@ -175,14 +180,14 @@ class EngineHarness:
         return values if direction == "forward" else values.t()
 
     def excess(self, name: str, direction: Direction, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """By how much entries of y exceed the guaranteed error, [n, T]: 0 where the guarantee is kept."""
+        """By how much entries of y exceed the guaranteed error, [T, n]: 0 where the guarantee is kept."""
         w = self.matrix(name, direction)
         guarantee = GUARANTEES[self.name]
-        operand = quantize_operand(x, guarantee.x_max(len(x), w))
-        exact = w.to(torch.int64) @ operand.values.to(torch.int64)
+        operand = quantize_operand(x, guarantee.bound(w), guarantee.bits)
+        exact = operand.values.to(torch.int64) @ w.to(torch.int64).t()
         scales = operand.scales.to(torch.float64)
-        got = (y.to(torch.float64) / scales[:, None]).t()
+        got = y.to(torch.float64) / scales[:, None]
         # float32 carries 24 bits of a result and of its scale.
         slack = exact.abs().to(torch.float64) * 2.0**-22 + 0.01
         error = (got - exact.to(torch.float64)).abs()
-        return (error - guarantee.error(len(x), w)[:, None] - slack).clamp_min(0)
+        return (error - guarantee.error(w) - slack).clamp_min(0)

@@ -66,7 +66,7 @@ class ConcreteClaim:
         ]
 
     def holds(self, rows: CheckRows, results: Sequence[torch.Tensor]) -> bool:
-        """Whether r·y = (r·W)·x for every row and token, over the integers; float64 holds all sums exactly."""
+        """Whether r·y = (r·W)·x for every row and token, over the integers: float64 is exact here."""
         y = torch.cat(list(results), dim=1)
         if int(y.abs().max()) >= _LARGEST_RESULT:
             return False

@@ -1,1 +1,1 @@
-"""Verifying results with public matrices before they are decrypted. Nothing here holds an encryption secret."""
+"""Verifying results before they are decrypted. Nothing here holds an encryption secret."""

@@ -67,7 +67,7 @@ class PartsCheck(Generic[C, R]):
         self._is_verified = False
 
     def add(self, part: Part) -> None:
-        """Takes one part, and gives the verdict if it is the last one. See `hetrain.transport.channel.Accept`.
+        """Takes one part, and gives the verdict with the last one: an `Accept` of `hetrain.transport`.
 
         Raises:
             ResultRejected: the part has another length than its rows take, or the product is wrong; `workers`

@@ -122,8 +122,8 @@ class HintStore:
         free = status.f_bavail * status.f_frsize
         if free < needed + _SPARE_BYTES:
             raise UsageError(
-                f"hints of this model take {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free, of "
-                f"which {_SPARE_BYTES / 1e9:.1f} GB must stay so",
+                f"hints of this model take {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free, "
+                f"of which {_SPARE_BYTES / 1e9:.1f} GB must stay so",
                 where=str(self.directory),
                 hint="make room, or set HETRAIN_CACHE to a directory on a larger disk",
             )
@@ -216,7 +216,8 @@ class HintClaim:
         if any(int(each.min()) < 0 or int(each.max()) >= MODULUS for each in results):
             return False
         claimed = _weighted(rows.values, (block for each in results for block in each.split(_BLOCKS_AT_ONCE)))
-        return torch.equal(claimed, _weighted(rows.image, _mask_blocks(self.seed, self.product.k)))
+        expected = _weighted(rows.image, _mask_blocks(self.seed, self.product.k))
+        return torch.equal(claimed, expected)
 
 
 def hint_operand(product: Product, seed: PublicSeed) -> Operand:

@@ -78,7 +78,7 @@ class RlweClaim:
 
 @dataclass(frozen=True, repr=False)
 class RlweOpening:
-    """The secret of one ciphertext matrix and the scales of its tokens. See `hetrain.secret.engine.Opening`."""
+    """The secret of one ciphertext matrix and the scales of its tokens: see `hetrain.secret.engine`."""
 
     parts: PartsCheck[CheckRows, torch.Tensor]
     hint: Hint
