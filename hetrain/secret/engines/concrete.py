@@ -2,7 +2,8 @@
 
 An operand is quantised to 8 bits per token and cut into tiles of rows
 (`hetrain.public.concrete.circuits.tile`), the last one filled up with zeros. Every entry becomes an LWE
-ciphertext under a key of its micro-batch. Keys stay in this process; randomness and arithmetic are Concrete's.
+ciphertext under a key of its micro-batch. Keys stay in this process; randomness and arithmetic are
+Concrete's.
 
 Results are verified exactly, but on what they decrypt to: noise hides in the ciphertexts. So a worker learns
 from a rejection a little about that micro-batch's key, and about no other.
