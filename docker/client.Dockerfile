@@ -20,7 +20,7 @@ COPY tasks tasks/
 COPY worker_gpu worker_gpu/
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && python -m zipfile --list /wheels/*.whl > /wheels/files \
-    && grep --quiet _kernels /wheels/files
+    && grep --quiet _ring /wheels/files
 
 
 FROM python:3.11-slim
