@@ -1,6 +1,6 @@
-"""What follows a worker's three int8 products P_l = W·D_l: their sum modulo q, switched to 16 bits.
+"""What follows a worker's three int8 products P_l = D_l·Wᵀ: their sum modulo q, switched to 14 bits and packed.
 
-    b' = 2^6·Σ_l 2^(8l)·P_l mod q        u = round(b'·2^16 / q) mod 2^16
+    b' = 2^6·Σ_l 2^(8l)·P_l mod q        u = round(b'·2^14 / q) mod 2^14
 
 Exact in every version: in C, in one pass over memory, or element-wise in int64 on any device.
 """
@@ -9,55 +9,98 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hetrain.public import compiled
-from hetrain.public.compiled import require
+from hetrain.public.compiled import INSTRUCTION_SETS, require
+from hetrain.public.lattice.result_format import DIGITS, GROUP, pack, packed_bytes
 from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
+from worker_gpu.kernels import combined
 
-_INTERFACE = 1
+_INTERFACE = 2
+_PIECE_WORDS = 1 << 16
 
-Switch = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
-"""Writes u, int16 [N, n], residues modulo 2^16, from three products, int32 [N, n]: any values."""
+Switch = Callable[[torch.Tensor, torch.Tensor], None]
+"""Writes packed u, uint8 [N, 112·⌈n/64⌉], from three products, int32 [3, N, n]: any values. Rows may be apart."""
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """One version of it, and its name in logs."""
+
+    name: str
+    switch: Switch
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
         ("level", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("products", ctypes.c_void_p * 3),
+        ("tokens", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("product_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("products", ctypes.c_void_p * DIGITS),
         ("out", ctypes.c_void_p),
     )
 
 
-def reference(products: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+def _reference(products: torch.Tensor, out: torch.Tensor) -> None:
     """See `Switch`. Every number stays below 2^54; a tie cannot be, since q is odd."""
-    low, middle, high = (product.to(torch.int64) for product in products)
-    b = ((low + (middle << 8) + (high << 16)) << DROPPED_BITS) % MODULUS
-    out.copy_((((b << RESULT_BITS) + MODULUS // 2) // MODULUS).to(torch.int16))
+    u = combined_modulo(products)
+    u = u.mul_(1 << RESULT_BITS).add_(MODULUS // 2).floor_divide_(MODULUS)
+    out.copy_(pack(u))
 
 
-def native(instructions: str | None = None) -> Switch | None:
+def combined_modulo(products: torch.Tensor, dropped_bits: int = DROPPED_BITS) -> torch.Tensor:
+    """2^dropped_bits·Σ_l 2^(8l)·P_l mod q in 0..q − 1, int64 [N, n], for up to four products int32 [P, N, n]."""
+    total = combined(products.to(torch.int64))
+    return total.mul_(1 << dropped_bits).remainder_(MODULUS)
+
+
+REFERENCE = Epilogue("torch", _reference)
+
+
+def native(instructions: str | None = None) -> Epilogue | None:
     """The version in C, for the named instruction set or the best; None where none was compiled."""
     found = _library()
     if found is None:
         return None
     level = compiled.level(found, instructions)
 
-    def switch(products: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def switch(products: torch.Tensor, out: torch.Tensor) -> None:
+        _, tokens, features = products.shape
         require(
-            len(products) == 3,
-            out.dtype == torch.int16,
-            all(one.dtype == torch.int32 and one.shape == out.shape for one in products),
-            all(one.is_contiguous() and one.device.type == "cpu" for one in (*products, out)),
+            (products.dtype, out.dtype) == (torch.int32, torch.uint8),
+            len(products) == DIGITS,
+            out.shape == (tokens, packed_bytes(features)),
+            products.stride(2) == out.stride(1) == 1,
+            products.device.type == out.device.type == "cpu",
         )
-        pointers = (ctypes.c_void_p * 3)(*(one.data_ptr() for one in products))
-        found.hetrain_switch(ctypes.byref(_Arguments(level, out.numel(), pointers, out.data_ptr())))
 
-    return switch
+        def piece(first: int) -> None:
+            part = products[:, first : first + step]
+            pointers = (ctypes.c_void_p * DIGITS)(*(one.data_ptr() for one in part))
+            strides = products.stride(1), out.stride(0)
+            found.hetrain_switch(
+                ctypes.byref(
+                    _Arguments(level, part.shape[1], features, *strides, pointers, out[first:].data_ptr())
+                )
+            )
+
+        step = -(-tokens // min(torch.get_num_threads(), -(-products[0].numel() // _PIECE_WORDS)))
+        list(_threads().map(piece, range(0, tokens, step)))
+
+    return Epilogue(INSTRUCTION_SETS[level], switch)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), "epilogue")
 
 
 @functools.cache

@@ -1,7 +1,11 @@
-"""Integer matrix products modulo 2^32: the worker's one heavy operation.
+"""Exact products of signed 8-bit digits with int8 weights: the worker's one heavy operation.
 
-Each kernel computes  C = W·X mod 2^32  for int8 W [n, K] and int32 X [K, M], exactly, on any device of torch.
-int32 overflow is the ring's reduction modulo 2^32.
+An operand is P planes of digits D_l, int8 [N, K], of the integers c = Σ_l 2^(8l)·D_l. For int8 W [n, K] each
+kernel computes P matrices P_l, int32 [N, n], such that
+
+    Σ_l 2^(8l)·P_l = Σ_l 2^(8l)·D_l·Wᵀ = c·Wᵀ
+
+exactly, on any device of torch. Only `int8_products` gives each P_l = D_l·Wᵀ.
 """
 
 from __future__ import annotations
@@ -15,91 +19,78 @@ from hetrain.public.errors import ParameterError
 from hetrain.public.workspace import unaligned_empty, workspace
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""int32 [P, N, n] from int8 [P, N, K] and int8 [n, K], by rows or transposed. On a CPU the result lies in this
+thread's memory, until its next product."""
 
 # torch._int_mm requires on CUDA: more than 16 rows, inner and outer widths in multiples of 8.
 _MIN_ROWS, _MULTIPLE = 17, 8
-_MAX_INNER = 1 << 17
-_DIGIT_OFFSET = _TOP_BITS = -0x7F7F7F80  # 0x80808080 as int32
-_CACHED_WORDS = 1 << 16
-_SLAB_ROWS = 2048
+_MAX_INNER = 130_000  # |c·Wᵀ| ≤ K·2^7·0x80808080 < 2^55 for four digits, and |D_l·Wᵀ| ≤ K·2^14 < 2^31
+_EXACT_BITS = 53
+# Words of a slab's products: on a CPU they stay in its last cache until the epilogue reads them.
+_CPU_SLAB_WORDS, _GPU_SLAB_WORDS = 1 << 21, 1 << 26
+_SLAB_MULTIPLE = 64
 
 
-def int8_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """W·X mod 2^32 by four int8 products: X = Σ_l 2^{8l}·D_l with signed digits D_l in -128..127.
+def slabs(planes: torch.Tensor, rows: int) -> Iterator[slice]:
+    """Slices of `rows` rows of W, all but the last of one multiple of 64, that bound the memory of products."""
+    words = _CPU_SLAB_WORDS if planes.device.type == "cpu" else _GPU_SLAB_WORDS
+    count = -(-rows // max(words // planes[:, :, 0].numel(), _SLAB_MULTIPLE))
+    step = -(-rows // (count * _SLAB_MULTIPLE)) * _SLAB_MULTIPLE
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
-    The products run from the top digit down, C ← 2^8·C + W·D_l, so int32 overflow drops only multiples of
-    2^32. Each is exact while K < 2^17, since |W·D_l| ≤ K·2^14 < 2^31.
 
-    Args:
-        weights: int8 [n, K].
-        operand: int32 [K, M].
+def int8_products(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """See `Kernel`: one int8 product of all planes."""
+    (count, tokens, k), n = planes.shape, len(matrix)
+    _require_inner(k)
+    left = _padded(planes.view(count * tokens, k), max(_MIN_ROWS - count * tokens, 0), -k % _MULTIPLE)
+    right = _padded(matrix, -n % _MULTIPLE, -k % _MULTIPLE)
+    if planes.is_cuda:
+        right = right.contiguous()  # the layout that every generation of cuBLAS multiplies
+    out = _scratch("products", (len(left), len(right)), torch.int32, planes.device)
+    torch._int_mm(left, right.t(), out=out)
+    return out[: count * tokens].view(count, tokens, -1)[:, :, :n]
 
-    Returns:
-        int32 [n, M].
+
+def float64_products(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """See `Kernel`: one float64 product S = c·Wᵀ, as S mod 2^t, zeros, ⌊S / 2^t⌋ with t = 8·(P − 1).
+
+    The fall-back where int8 products are not exact (some processors saturate) or not there. S is summed over
+    so many columns at a time that every partial sum stays below 2^53: |c| < 2^(8P), |W| ≤ 2^7.
     """
-    n, k = weights.shape
-    m = operand.shape[1]
-    if k >= _MAX_INNER:
-        raise ParameterError(f"an inner dimension of {k} would overflow, {_MAX_INNER - 1} at most")
-    weights = _padded(weights, max(_MIN_ROWS - n, 0), -k % _MULTIPLE)
-    digits = _digits(_padded(operand, -k % _MULTIPLE, -m % _MULTIPLE))
-    result = new_memory((len(weights), digits.shape[2]), torch.int32, operand.device)
-    for rows in _slabs(len(weights)):
-        _combine(weights[rows], digits, result[rows])
-    return result[:n, :m]
+    count, _, k = planes.shape
+    _require_inner(k)
+    top = 8 * (count - 1)
+    columns = 1 << (_EXACT_BITS - 8 * count - 7)
+    total = torch.zeros(planes.shape[1], len(matrix), dtype=torch.int64, device=planes.device)
+    for first in range(0, k, columns):
+        part = slice(first, first + columns)
+        c = combined(planes[:, :, part].to(torch.float64))
+        total += (c @ matrix[:, part].to(torch.float64).t()).to(torch.int64)
+    products = _scratch("products", (count, *total.shape), torch.int32, planes.device).zero_()
+    products[-1] = total >> top
+    products[0] += (total & ((1 << top) - 1)).to(torch.int32)
+    return products
 
 
-def _combine(weights: torch.Tensor, digits: torch.Tensor, out: torch.Tensor) -> None:
-    """out = Σ_l 2^{8l}·W·D_l modulo 2^32, the sums block by block while they are in the cache."""
-    products = [_scratch(f"product {i}", out.shape, torch.int32, out.device) for i in range(3)]
-    for product, digit in zip((*products, out), digits, strict=True):
-        torch._int_mm(weights, digit, out=product)
-    for rows in blocks(out):
-        total = out[rows]
-        for product in reversed(products):
-            torch.add(product[rows], total, alpha=256, out=total)
+def reference(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """c·Wᵀ, int64 [N, n], on the CPU: slow, and obviously right."""
+    return combined(planes.to(torch.int64)) @ matrix.to(torch.int64).t()
 
 
-def _slabs(rows: int) -> list[slice]:
-    """Slices of nearly equal length, 2048 rows at most: they bound the memory of three products."""
-    count = -(-rows // _SLAB_ROWS)
-    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
-
-
-def _digits(operand: torch.Tensor) -> torch.Tensor:
-    """D of X = Σ_l 2^{8l}·D_l with D_l in -128..127, in one pass: int32 [K, M] -> int8 [4, K, M].
-
-    Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.
-    """
-    digits = _scratch("digits", (4, *operand.shape), torch.int8, operand.device)
-    for rows in blocks(operand):
-        words = operand[rows] + _DIGIT_OFFSET
-        words ^= _TOP_BITS
-        digits[0, rows] = words
-        for position in (1, 2, 3):
-            words >>= 8
-            digits[position, rows] = words
-    return digits
-
-
-def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """`matrix` with rows and columns of zeros appended; itself if there are none."""
-    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
-
-
-def blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows that fit a core's cache; on a GPU one slice of all rows."""
-    step = len(matrix) if matrix.is_cuda else max(_CACHED_WORDS // max(matrix[:1].numel(), 1), 1)
-    return (slice(start, start + step) for start in range(0, len(matrix), step))
+def combined(planes: torch.Tensor) -> torch.Tensor:
+    """Σ_l 2^(8l)·X_l of [P, ...], in the type of X: exact in int64 and float64, modulo 2^32 in int32."""
+    total = planes[-1]
+    for plane in reversed(planes[:-1].unbind()):
+        total = total * 256 + plane
+    return total
 
 
 def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory of the caller's."""
-    return (
-        unaligned_empty(shape, dtype)
-        if device.type == "cpu"
-        else torch.empty(shape, dtype=dtype, device=device)
-    )
+    if device.type == "cpu":
+        return unaligned_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -107,21 +98,15 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     return workspace(name, shape, dtype) if device.type == "cpu" else new_memory(shape, dtype, device)
 
 
-def float64_limbs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """W·X mod 2^32 by two float64 products over 16-bit halves: X = 2^16·H + L, H signed, L in 0..2^16-1.
-
-    Exact while K < 2^29, since |W·H| and |W·L| stay below K·2^23 < 2^52. The fall-back where int8 products
-    are not exact (some processors saturate) or not there.
-    """
-    w = weights.to(torch.float64)
-    high = w @ (operand >> 16).to(torch.float64)
-    low = w @ (operand & 0xFFFF).to(torch.float64)
-    return ((high.to(torch.int64) << 16) + low.to(torch.int64)).to(torch.int32)
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`matrix` with rows and columns of zeros appended; itself if there are none."""
+    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
-def reference(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """W·X mod 2^32 on the CPU in int64, which wraps modulo 2^64: slow, and obviously right."""
-    return (weights.to(torch.int64) @ operand.to(torch.int64)).to(torch.int32)
+def _require_inner(k: int) -> None:
+    if k > _MAX_INNER:
+        raise ParameterError(f"an inner dimension of {k} would overflow, {_MAX_INNER} at most")
 
 
-KERNELS: dict[str, Kernel] = {"int8": int8_limbs, "float64": float64_limbs}
+KERNELS: dict[str, Kernel] = {"int8": int8_products, "float64": float64_products}
+"""In the order of preference."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from hetrain.public.errors import WireError
+from hetrain.public.lattice.result_format import DIGITS
 from hetrain.public.protocol.messages import EngineHeader, EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
 from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
+from worker_gpu.kernels import combined, new_memory, slabs
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,15 @@ class ClearEngine:
         EngineHeader.from_wire(setup, where="setup")
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        """W·x modulo 2^32 for the int32 operand x [K, T]; returns int32 [n, T]."""
+        """x·Wᵀ modulo 2^32, int32 [T, n], for the digit planes int8 [3, T, K] of x."""
         EngineHeader.from_wire(task.header, where=task.group)
-        k = matrix.shape[1]
-        if payload.nbytes == 0 or payload.nbytes % (4 * k):
+        n, k = matrix.shape
+        if payload.nbytes == 0 or payload.nbytes % (DIGITS * k):
             raise WireError(
-                f"the operand has {payload.nbytes} bytes, no multiple of {4 * k}", where=task.group
+                f"the operand has {payload.nbytes} bytes, no multiple of {DIGITS * k}", where=task.group
             )
-        operand = torch.frombuffer(payload, dtype=torch.int32).view(k, -1)
-        return download([self.compute.kernel(matrix, upload(operand, self.compute.device))])
+        planes = upload(torch.frombuffer(payload, dtype=torch.int8).view(DIGITS, -1, k), self.compute.device)
+        out = new_memory((planes.shape[1], n), torch.int32, planes.device)
+        for rows in slabs(planes, n):
+            out[:, rows] = combined(self.compute.kernel(planes, matrix[rows]))
+        return download([out])

@@ -1,4 +1,4 @@
-"""Evaluating half of `rlwe`: b' = W·b and a' = W·a modulo 2^32, then modulus switching. No keys.
+"""Evaluating half of `rlwe`: c·Wᵀ modulo q, switched to fewer bits, and W·â for hints. No keys.
 
 Ciphertext matrices as in "Private LoRA Fine-tuning of Open-Source LLMs with Homomorphic Encryption"
 (arXiv 2505.07329), with the reduction to plaintext products of Bae, Cheon, Hanrot, Park and Stehlé
@@ -10,15 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from hetrain.public.lattice.header import RlweHeader
-from hetrain.public.lattice.masks import expand_mask
-from hetrain.public.lattice.result_format import A_SHIFT, B_SHIFT
+from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.lattice.result_format import GROUP, GROUP_BYTES, packed_bytes, read_seed
+from hetrain.public.lattice.ring import LANES
+from hetrain.public.lattice.uniform_masks import MaskBlocks
 from hetrain.public.protocol.messages import EngineHeader, EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
 from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
-from worker_gpu.kernels import blocks, new_memory
+from worker_gpu.epilogue import combined_modulo
+from worker_gpu.kernels import new_memory, slabs
+
+_MASK_DIGITS = 4
+_BYTE_TOPS = -0x7F7F7F80  # 0x80808080 as int32
+_BLOCKS = 16  # of masks, made and split into digits at a time
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class RlweEngine:
 
     @property
     def description(self) -> str:
-        """Device and kernel."""
+        """Device, kernel and epilogue."""
         return self.compute.description
 
     def prepare(self, plan: Plan, setup: Header) -> None:
@@ -37,37 +46,44 @@ class RlweEngine:
         EngineHeader.from_wire(setup, where="setup")
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        """Modulus-switched W·b and, if the header has a mask seed, W·a: the planes of its `ResultFormat`."""
+        """The packed result of a ciphertext, or the hint of a seed: see `hetrain.public.lattice.result_format`."""
         header = RlweHeader.from_wire(task.header, where=task.group)
-        b = header.result_format.read_operand(payload, matrix.shape[1], where=task.group)
-        planes = [switch_b(self._multiply(matrix, b))]
-        if header.seed is not None:
-            a = expand_mask(header.seed, len(b), header.result_format.parameters.dimension)
-            planes += switch_a(self._multiply(matrix, a))
-        return download(planes)
+        if header.operand == "mask_seed":
+            return download([self._hint(matrix, read_seed(payload, where=task.group))])
+        planes = header.result_format.read_operand(payload, matrix.shape[1], where=task.group)
+        return download([self._result(matrix, upload(planes, self.compute.device))])
 
-    def _multiply(self, matrix: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-        return self.compute.kernel(matrix, upload(operand, self.compute.device))
+    def _result(self, matrix: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+        n = len(matrix)
+        out = new_memory((planes.shape[1], packed_bytes(n)), torch.uint8, planes.device)
+        for rows in slabs(planes, n):
+            start = rows.start // GROUP * GROUP_BYTES
+            part = out[:, start : start + packed_bytes(rows.stop - rows.start)]
+            self.compute.epilogue.switch(self.compute.kernel(planes, matrix[rows]), part)
+        return out
+
+    def _hint(self, matrix: torch.Tensor, seed: PublicSeed) -> torch.Tensor:
+        n, k = matrix.shape
+        planes = mask_digits(seed, k, self.compute.device)
+        out = new_memory((-(-n // LANES), SLOTS, LANES), torch.int32, planes.device)
+        for rows in slabs(planes, n):
+            products = self.compute.kernel(planes, matrix[rows])
+            words = pad(combined_modulo(products, dropped_bits=0), (0, -products.shape[2] % LANES))
+            blocks = slice(rows.start // LANES, -(-rows.stop // LANES))
+            out[blocks] = words.view(SLOTS, -1, LANES).transpose(0, 1)
+        return out
 
 
-def switch_b(values: torch.Tensor) -> torch.Tensor:
-    """round(v / 2^16) modulo 2^16, as int16."""
-    switched = new_memory(values.shape, torch.int16, values.device)
-    for rows in blocks(values):
-        rounded = values[rows] + (1 << (B_SHIFT - 1))
-        rounded >>= B_SHIFT
-        switched[rows] = rounded
-    return switched
-
-
-def switch_a(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """round(v / 2^8) modulo 2^24, as its high 16 bits (int16) and its low 8 bits (uint8)."""
-    high = new_memory(values.shape, torch.int16, values.device)
-    low = new_memory(values.shape, torch.uint8, values.device)
-    for rows in blocks(values):
-        rounded = values[rows] + (1 << (A_SHIFT - 1))
-        rounded >>= A_SHIFT
-        low[rows] = rounded
-        rounded >>= 16 - A_SHIFT
-        high[rows] = rounded
-    return high, low
+def mask_digits(seed: PublicSeed, k: int, device: torch.device) -> torch.Tensor:
+    """The masks â of k features as signed 8-bit digits, Σ_l 2^(8l)·D_l = â: int8 [4, 2048, k] on `device`."""
+    planes = new_memory((_MASK_DIGITS, SLOTS, k), torch.int8, device)
+    blocks, masks = MaskBlocks(seed), torch.empty(_BLOCKS, SLOTS, LANES, dtype=torch.int32)
+    for first in range(0, k, _BLOCKS * LANES):
+        width = min(_BLOCKS * LANES, k - first)
+        some = masks[: -(-width // LANES)]
+        blocks.fill(some, first // LANES)
+        # Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.
+        words = (upload(some, device) + _BYTE_TOPS) ^ _BYTE_TOPS
+        digits = words.view(torch.int8).view(*words.shape, _MASK_DIGITS).permute(3, 1, 0, 2)
+        planes[:, :, first : first + width] = digits.reshape(_MASK_DIGITS, SLOTS, -1)[:, :, :width]
+    return planes

@@ -1,11 +1,12 @@
-/* What follows a worker's three int8 products, in one pass over memory: u = round((2^6·sum 2^(8l)·P_l mod q)·2^16 / q). */
+/* What follows a worker's three int8 products, in one pass over memory: u = round((2^6·sum 2^(8l)·P_l mod q)·2^14 / q)
+ * modulo 2^14, packed. The layout: hetrain/public/lattice/result_format.py. The reference: worker_gpu/epilogue.py. */
 
 #include "lanes.h"
 
 typedef struct {
-    int64_t level, count;
+    int64_t level, tokens, features, product_stride, out_stride; /* strides: from one token to the next */
     const int32_t *products[3];
-    uint16_t *out;
+    uint8_t *out;
 } switch_arguments;
 
 #define LEVEL 0
@@ -45,5 +46,5 @@ int hetrain_best_level(void)
 /* Changes with the structure above. */
 int hetrain_interface(void)
 {
-    return 1;
+    return 2;
 }

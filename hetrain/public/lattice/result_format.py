@@ -1,94 +1,107 @@
-"""Layout of operands and results of `rlwe`: sizes, dropped bits, and the order of a result's planes.
+"""Layout and sizes of what `rlwe` sends: operands, results and hints.
 
-up      b     int32 [K, N]
-down    b'    int16 [n, N]        bits 16 to 31
-        a'    int16 [n, d·N]      bits 16 to 31, without a hint only
-              uint8 [n, d·N]      bits 8 to 15
+up      c     int8  [3, N, K]               three planes of signed 8-bit digits (ring.py)
+down    u     uint8 [N, ⌈n/64⌉, 112]        residues modulo 2^14, 64 features in 112 bytes
+hint    H     int32 [⌈n/16⌉, 2048, 16]      W·â mod q, as masks lie (uniform_masks.py); zero from feature n on
+
+112 bytes are u >> 6 of 64 features in their order, and then their low six bits: with a, b, c, d those of features
+0..15, 16..31, 32..47 and 48..63, 16 bytes of a | b << 6, 16 of b >> 2 | c << 4, 16 of c >> 4 | d << 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hetrain.public.errors import ParameterError, WireError
+from hetrain.public.lattice.masks import SEED_BYTES, PublicSeed
 from hetrain.public.lattice.parameters import MODULUS_BITS, SLOTS, ParameterSet
+from hetrain.public.lattice.ring import LANES, RESULT_BITS
+
+DIGITS = 3
+"""Planes of an operand."""
+GROUP = 64
+"""Features of a result that are packed together; the last group is filled up with zeros."""
+GROUP_BYTES = GROUP * RESULT_BITS // 8
+LOW_BITS = RESULT_BITS - 8
 
 B_SHIFT, A_SHIFT = 16, 8
-"""Low bits of b' and of a' that a worker drops, rounding to nearest."""
-
-Plane = tuple[torch.dtype, int]
-"""Type and width of a matrix of n rows, which lie one after the other."""
-
-
-def mask_planes(dimension: int) -> tuple[Plane, Plane]:
-    """The planes of a': its high 16 bits, then its low 8."""
-    return (torch.int16, dimension), (torch.uint8, dimension)
-
-
-def row_bytes(planes: Sequence[Plane]) -> int:
-    """Bytes of one row of all planes together."""
-    return sum(dtype.itemsize * width for dtype, width in planes)
-
-
-HINT_PLANES = mask_planes(SLOTS)
 
 
 @dataclass(frozen=True)
 class ResultFormat:
-    """The layout of operands and results under one parameter set.
+    """Sizes of operands and results under one parameter set.
 
     Attributes:
         parameters: N and d.
-        has_mask_product: whether a' = W·a travels beside b' = W·b.
     """
 
     parameters: ParameterSet
-    has_mask_product: bool
-
-    @property
-    def planes(self) -> tuple[Plane, ...]:
-        """In the order in which they travel."""
-        b = (torch.int16, self.parameters.ring_degree)
-        return (b, *mask_planes(self.parameters.dimension)) if self.has_mask_product else (b,)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of a result."""
-        return row_bytes(self.planes)
 
     def operand_bytes(self, k: int) -> int:
         """Bytes of an operand of k features."""
-        return 4 * k * self.parameters.ring_degree
+        return DIGITS * self.parameters.ring_degree * k
+
+    def result_bytes(self, n: int) -> int:
+        """Bytes of a result of n features, that is of n rows of W."""
+        return self.parameters.ring_degree * packed_bytes(n)
 
     def read_operand(self, payload: memoryview, k: int, *, where: str) -> torch.Tensor:
-        """b, int32 [k, N]. Raises `WireError` unless the payload has as many bytes."""
-        expected = self.operand_bytes(k)
-        if payload.nbytes != expected:
-            raise WireError(f"the operand has {payload.nbytes} bytes, not {expected}", where=where)
-        return torch.frombuffer(payload, dtype=torch.int32).view(k, -1)
+        """The digit planes, int8 [3, N, k]. Raises `WireError` unless the payload has as many bytes."""
+        _require_size("operand", payload, self.operand_bytes(k), where)
+        return torch.frombuffer(payload, dtype=torch.int8).view(DIGITS, -1, k)
 
-    def read_result(self, data: memoryview, n: int) -> list[torch.Tensor]:
-        """The planes of n rows. Raises `WireError` unless the data has as many bytes."""
-        expected = n * self.row_bytes
-        if data.nbytes != expected:
-            raise WireError(f"a result of {n} rows has {data.nbytes} bytes, not {expected}")
-        return list(_split(data, n, self.planes))
+    def read_result(self, data: memoryview, n: int, *, where: str) -> torch.Tensor:
+        """u, packed: uint8 [N, 112·⌈n/64⌉]. Raises `WireError` unless the data has as many bytes."""
+        _require_size("result", data, self.result_bytes(n), where)
+        return torch.frombuffer(data, dtype=torch.uint8).view(-1, packed_bytes(n))
 
 
-def _split(data: memoryview, n: int, planes: Sequence[Plane]) -> Iterator[torch.Tensor]:
-    start = 0
-    for dtype, width in planes:
-        stop = start + n * width * dtype.itemsize
-        yield torch.frombuffer(data[start:stop], dtype=dtype).view(n, width)
-        start = stop
+def packed_bytes(n: int) -> int:
+    """Bytes of one token's n features in a result."""
+    return GROUP_BYTES * -(-n // GROUP)
 
 
-def join_planes(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """a'·2^8 modulo 2^32 from its high 16 bits (int16) and its low 8 (uint8): int32 of the same shape."""
-    return (high.to(torch.int32) << 16) | (low.to(torch.int32) << A_SHIFT)
+def hint_bytes(n: int) -> int:
+    """Bytes of the hint of n rows of W."""
+    return 4 * SLOTS * LANES * -(-n // LANES)
+
+
+def read_seed(payload: memoryview, *, where: str) -> PublicSeed:
+    """The operand of a hint. Raises `WireError` unless it has 32 bytes."""
+    _require_size("mask seed", payload, SEED_BYTES, where)
+    return PublicSeed(bytes(payload))
+
+
+def read_hint(data: memoryview, n: int, *, where: str) -> torch.Tensor:
+    """H, int32 [⌈n/16⌉, 2048, 16]. Raises `WireError` unless the data has as many bytes."""
+    _require_size("hint", data, hint_bytes(n), where)
+    return torch.frombuffer(data, dtype=torch.int32).view(-1, SLOTS, LANES)
+
+
+def _require_size(what: str, data: memoryview, expected: int, where: str) -> None:
+    if data.nbytes != expected:
+        raise WireError(f"the {what} has {data.nbytes} bytes, not {expected}", where=where)
+
+
+def pack(u: torch.Tensor) -> torch.Tensor:
+    """The bytes of a result: uint8 [N, 112·⌈n/64⌉] from integers u [N, n], of which the low 14 bits count."""
+    tokens, n = u.shape
+    groups = torch.nn.functional.pad(u, (0, -n % GROUP)).view(tokens, -1, 4, GROUP // 4)
+    a, b, c, d = (groups & ((1 << LOW_BITS) - 1)).unbind(dim=2)
+    rest = torch.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), dim=2)
+    return (torch.cat((groups >> LOW_BITS, rest), dim=2) & 0xFF).to(torch.uint8).view(tokens, -1)
+
+
+def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """u, int16 [N, n] in 0..2^14 − 1, from uint8 [N, 112·⌈n/64⌉]."""
+    high, rest = (
+        packed.to(torch.int16).view(len(packed), -1, GROUP_BYTES).split((GROUP, 3 * GROUP // 4), dim=2)
+    )
+    x, y, z = rest.unflatten(2, (3, GROUP // 4)).unbind(dim=2)
+    low = torch.cat((x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2), dim=2)
+    return (high << LOW_BITS | low).flatten(1)[:, :n]
 
 
 def switching_error_bound(parameters: ParameterSet) -> int:

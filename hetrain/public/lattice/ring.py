@@ -25,8 +25,8 @@ DROPPED_BITS = 6
 """What travels up is c = round(b / 2^6) ..."""
 DIGIT_OFFSET = 0x808080
 """... in digits D_l in −128..127: c = Σ_l 2^(8l)·D_l, and c + 0x808080 has the bytes D_l + 128."""
-RESULT_BITS = 16
-"""What travels down is u = round(b'·2^16 / q) mod 2^16."""
+RESULT_BITS = 14
+"""What travels down is u = round(b'·2^14 / q) mod 2^14."""
 MIN_DEGREE, MAX_DEGREE = 16, 2048
 
 

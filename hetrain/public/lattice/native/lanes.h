@@ -33,6 +33,14 @@
 #define Q 1073692673u
 #define HALF_Q ((Q - 1) / 2)
 #define BLOCK 16 /* features side by side in memory, whatever a vector's width */
+
+/* Results, u = round(b'·2^14 / q) modulo 2^14, travel in groups of four blocks: hetrain/public/lattice/result_format.py */
+#define RESULT_BITS 14
+#define RESULT_LOW_BITS (RESULT_BITS - 8)
+#define RESULT_LOW_MASK ((1u << RESULT_LOW_BITS) - 1)
+#define GROUP_BLOCKS 4
+#define GROUP_FEATURES (GROUP_BLOCKS * BLOCK)
+#define GROUP_BYTES (GROUP_FEATURES * RESULT_BITS / 8)
 #define INLINE static inline __attribute__((always_inline))
 
 #define PASTE_(name, level) name##_##level
@@ -42,6 +50,8 @@
 #define words AT_LEVEL(words)
 #define ints AT_LEVEL(ints)
 #define wide AT_LEVEL(wide)
+#define shorts AT_LEVEL(shorts)
+#define bytes AT_LEVEL(bytes)
 #define load AT_LEVEL(load)
 #define store AT_LEVEL(store)
 #define even_products AT_LEVEL(even_products)
@@ -76,6 +86,8 @@ INLINE int best_level(void)
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint64_t wide __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 INLINE words load(const void *from)
 {

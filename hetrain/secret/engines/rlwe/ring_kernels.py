@@ -1,9 +1,10 @@
 """The client's operations on a block of features, and which version of them this machine has.
 
     encrypt      b_k = a_k·s + e_k + round(x_k / scale) mod q,  c_k = round(b_k / 2^6)
-    decrypt      y_j = scale·(round(u_j·q / 2^16) − (W·a)_j·s mod q, signed)
+    unpack       u of a result, from 14 bits each to 16
+    decrypt      y_j = scale·(round(u_j·q / 2^14) − (W·a)_j·s mod q, signed)
     check_up     2^6·(R·W)·c mod q
-    check_down   R·u mod 2^16
+    check_down   R·u mod 2^14
 
 All versions give the same numbers to the bit.
 """
@@ -52,6 +53,15 @@ class RingKernels(Protocol):
         """
         ...
 
+    def unpack(self, packed: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes u, int16 [N, n] in 0..2^14 − 1, whose rows may be apart.
+
+        Args:
+            packed: uint8 [N, 112·⌈n/64⌉]: see `hetrain.public.lattice.result_format`.
+            out: the columns of u that a part of the result holds.
+        """
+        ...
+
     def decrypt(
         self,
         out: torch.Tensor,
@@ -67,7 +77,7 @@ class RingKernels(Protocol):
         Args:
             out: float32 [T, width], T ≤ N: columns from `column` on are written.
             column: where the first column goes.
-            u: int16 [N, n], residues modulo 2^16.
+            u: int16 [N, n], residues modulo 2^14.
             first: the first column of u.
             hint: int32 [blocks, d·N, 16], (W·â)_j mod q of those columns.
             scales: float32 [T].
@@ -85,7 +95,7 @@ class RingKernels(Protocol):
         ...
 
     def check_down(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """R·u mod 2^16 in 0..65535, int32 [rows, N]; R int8 [rows, n] in {−1, 0, 1}, u int16 [N, n]."""
+        """R·u mod 2^14 in 0..2^14 − 1, int32 [rows, N]; R int8 [rows, n] in {−1, 0, 1}, u int16 [N, n]."""
         ...
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from hetrain.public.lattice import result_format
 from hetrain.public.lattice.ring import (
     DIGIT_OFFSET,
     DROPPED_BITS,
@@ -20,6 +21,7 @@ from hetrain.public.lattice.ring import (
     inverse,
 )
 
+RESULT_MASK = (1 << RESULT_BITS) - 1
 LARGEST_IMAGE = 0x7F7F7F
 """The largest entry of R·W: three signed 8-bit digits. |entries| ≤ 127·n, so n < 65,000 is always enough."""
 
@@ -82,6 +84,10 @@ class TorchRing:
         for position, plane in enumerate(out):
             plane.copy_(((c >> (8 * position)) & 0xFF) - 0x80)
 
+    def unpack(self, packed: torch.Tensor, out: torch.Tensor) -> None:
+        """See `RingKernels.unpack`."""
+        out.copy_(result_format.unpack(packed, out.shape[1]))
+
     def decrypt(
         self,
         out: torch.Tensor,
@@ -95,7 +101,7 @@ class TorchRing:
         """See `RingKernels.decrypt`."""
         tokens = len(scales)
         a = secret.dot(hint)[:tokens]
-        u = u[:tokens, first : first + a.shape[1]].to(torch.int64) & 0xFFFF
+        u = u[:tokens, first : first + a.shape[1]].to(torch.int64) & RESULT_MASK
         b = (u * MODULUS + (1 << (RESULT_BITS - 1))) >> RESULT_BITS
         half = MODULUS // 2
         values = (b - a[:, : u.shape[1]] + half) % MODULUS - half
@@ -111,7 +117,7 @@ class TorchRing:
     def check_down(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """See `RingKernels.check_down`."""
         sums: torch.Tensor = rows.to(torch.int64) @ u.to(torch.int64).t()
-        return (sums & 0xFFFF).to(torch.int32)
+        return (sums & RESULT_MASK).to(torch.int32)
 
 
 def noise(keystream: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@
 
 typedef uint16_t pairs __attribute__((vector_size(4 * LANES)));
 
-/* ---- R·u modulo 2^16: two features in each 32-bit lane ---- */
+/* ---- R·u modulo 2^16, which 2^14 divides: two features in each 32-bit lane ---- */
 
 #undef TILE
 #define TILE (8 / VECTORS) /* tokens at a time: as many sums as fit the registers */

@@ -2,8 +2,9 @@
  *
  *     spectrum     NTT(s)/N of a secret
  *     encrypt      b_k = a_k·s + e_k + round(x_k / scale) modulo q, rounded to 24 bits, as three digit planes
- *     decrypt      y_j = scale·(round(u_j·q / 2^16) - (W·a)_j·s) modulo q, signed
- *     check_up     (R·W)·c modulo q      check_down   R·u modulo 2^16
+ *     unpack       u of a result, from 14 bits each to 16
+ *     decrypt      y_j = scale·(round(u_j·q / 2^14) - (W·a)_j·s) modulo q, signed
+ *     check_up     (R·W)·c modulo q      check_down   R·u modulo 2^14
  *
  * Matrices are token-major: a vector holds features 16i, 16i+1, ... of one token, so nothing is ever transposed. Masks
  * and hints are in the transform's domain, [block of 16 features][rank·N points][16].
@@ -21,6 +22,8 @@
 /* c = round(b / 2^6): digits are bytes of b/2^6 + 0x808080, each with its top bit flipped. */
 #define DROPPED_BITS 6
 #define DIGIT_OFFSET 0x808080u
+
+#define RESULT_MASK ((1u << RESULT_BITS) - 1)
 
 /* Constants of a transform: psi^brv(i), psi^-brv(i), each with its companion. psi: see hetrain/public/lattice/ring.py */
 typedef struct {
@@ -63,6 +66,12 @@ typedef struct {
 } decrypt_arguments;
 
 typedef struct {
+    int64_t level, tokens, features, stride;
+    const uint8_t *packed; /* [tokens, groups of 64 features, 112] */
+    uint16_t *u;           /* [tokens, features], rows `stride` apart, written */
+} unpack_arguments;
+
+typedef struct {
     int64_t level, rows, features, tokens;
     const int32_t *image;  /* R·W [rows, features], |entries| ≤ 0x7f7f7f */
     const int8_t *planes;  /* [3, tokens, features] */
@@ -73,7 +82,7 @@ typedef struct {
     int64_t level, rows, features, tokens;
     const int8_t *matrix; /* [rows, features], in {-1, 0, 1} */
     const uint16_t *u;    /* [tokens, features] */
-    uint16_t *out;        /* [groups of 16 rows][tokens][16], written */
+    uint16_t *out;        /* [groups of 16 rows][tokens][16], written: residues modulo 2^16 */
 } check_down_arguments;
 
 static int64_t least(int64_t a, int64_t b)
@@ -160,6 +169,7 @@ END_TARGET
 
 DISPATCH(encrypt)
 DISPATCH(decrypt)
+DISPATCH(unpack)
 DISPATCH(check_up)
 DISPATCH(check_down)
 
@@ -171,5 +181,5 @@ int hetrain_best_level(void)
 /* Changes with every structure above: ring_library.py refuses another one. */
 int hetrain_interface(void)
 {
-    return 1;
+    return 2;
 }

@@ -4,7 +4,6 @@
 
 #define floats AT_LEVEL(floats)
 #define longs AT_LEVEL(longs)
-#define shorts AT_LEVEL(shorts)
 #define masks_of AT_LEVEL(masks_of)
 #define ahead AT_LEVEL(ahead)
 #define prefetch AT_LEVEL(prefetch)
@@ -21,9 +20,10 @@
 #define write_rows AT_LEVEL(write_rows)
 #define encrypt_lanes AT_LEVEL(encrypt_lanes)
 #define decrypt_lanes AT_LEVEL(decrypt_lanes)
+#define load_bytes AT_LEVEL(load_bytes)
+#define unpack_group AT_LEVEL(unpack_group)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 
 /* ---- The inverse transform: Gentleman and Sande, from bit-reversed order, values lazily in [0, 2q) ---- */
 
@@ -301,9 +301,9 @@ INLINE void decrypt_lanes(const opening *o, int64_t rank)
                 break;
             shorts u;
             memcpy(&u, o->u + token * o->u_stride, sizeof u);
-            const words switched = __builtin_convertvector(u, words);
-            /* round(u·q / 2^16), since q = 2^30 - 49151 */
-            const words b = (switched << 14) - ((switched * 49151 + 32767) >> 16);
+            const words switched = __builtin_convertvector(u, words) & RESULT_MASK;
+            /* round(u·q / 2^14), since q = 2^30 - 49151 */
+            const words b = (switched << (30 - RESULT_BITS)) - ((switched * 49151 + RESULT_MASK / 2) >> RESULT_BITS);
             const words shifted = reduced(reduced(b - v[k] + (2 * Q + HALF_Q), 2 * Q), Q);
             const floats y = __builtin_convertvector((ints)(shifted - HALF_Q), floats) * o->scales[token];
             store(o->y + token * o->y_stride, (words)y);
@@ -342,6 +342,46 @@ static void AT_LEVEL(decrypt)(const decrypt_arguments *a)
         }
         for (int64_t token = 0; !whole && token < a->tokens; token++)
             memcpy(y + token * a->width, tile + BLOCK * token, sizeof(float) * (size_t)features);
+    }
+}
+
+/* ---- Results as they travel ---- */
+
+INLINE shorts load_bytes(const uint8_t *from)
+{
+    bytes v;
+    memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, shorts);
+}
+
+INLINE void unpack_group(uint16_t *u, const uint8_t *packed)
+{
+    _Static_assert(RESULT_LOW_BITS == 6, "three bytes hold four times six bits");
+    for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
+        const uint8_t *const rest = packed + GROUP_FEATURES + lane;
+        const shorts x = load_bytes(rest), y = load_bytes(rest + BLOCK), z = load_bytes(rest + 2 * BLOCK);
+        const shorts low[GROUP_BLOCKS] = {x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2};
+        for (int64_t block = 0; block < GROUP_BLOCKS; block++) {
+            const int64_t at = BLOCK * block + lane;
+            const shorts value = load_bytes(packed + at) << RESULT_LOW_BITS | low[block];
+            memcpy(u + at, &value, sizeof value);
+        }
+    }
+}
+
+static void AT_LEVEL(unpack)(const unpack_arguments *a)
+{
+    const int64_t whole = a->features / GROUP_FEATURES * GROUP_FEATURES;
+    const uint8_t *packed = a->packed;
+    for (int64_t token = 0; token < a->tokens; token++) {
+        uint16_t last[GROUP_FEATURES], *const u = a->u + token * a->stride;
+        for (int64_t first = 0; first < whole; first += GROUP_FEATURES, packed += GROUP_BYTES)
+            unpack_group(u + first, packed);
+        if (whole < a->features) {
+            unpack_group(last, packed);
+            memcpy(u + whole, last, sizeof(uint16_t) * (size_t)(a->features - whole));
+            packed += GROUP_BYTES;
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 """The kernels of ring.c by way of ctypes: each takes one structure, whose fields are checked here.
 
-Words modulo q are int32 here and uint32 in C, the same bits since q < 2^30; residues modulo 2^16 are int16
+Words modulo q are int32 here and uint32 in C, the same bits since q < 2^30; residues modulo 2^14 are int16
 here and uint16 in C.
 """
 
@@ -18,11 +18,12 @@ import torch
 from hetrain.public import compiled
 from hetrain.public.compiled import INSTRUCTION_SETS, require
 from hetrain.public.lattice import ring
+from hetrain.public.lattice.result_format import packed_bytes
 from hetrain.public.lattice.ring import LANES, companions
-from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, Message
+from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, RESULT_MASK, Message
 
-_INTERFACE = 1
-_KERNELS = ("spectrum", "encrypt", "decrypt", "check_up", "check_down")
+_INTERFACE = 2
+_KERNELS = ("spectrum", "encrypt", "unpack", "decrypt", "check_up", "check_down")
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -65,6 +66,17 @@ class _EncryptArguments(ctypes.Structure):
         ("inverse", _POINTER),
         ("limit", _FLOAT),
         ("planes", _POINTER),
+    )
+
+
+class _UnpackArguments(ctypes.Structure):
+    _fields_ = (
+        ("level", _INT),
+        ("tokens", _INT),
+        ("features", _INT),
+        ("stride", _INT),
+        ("packed", _POINTER),
+        ("u", _POINTER),
     )
 
 
@@ -200,6 +212,20 @@ class NativeRing:
             )
         )
 
+    def unpack(self, packed: torch.Tensor, out: torch.Tensor) -> None:
+        """See `RingKernels.unpack`."""
+        require(
+            (packed.dtype, out.dtype) == (torch.uint8, torch.int16),
+            out.dim() == 2,
+            packed.shape == (len(out), packed_bytes(out.shape[1])),
+            packed.is_contiguous(),
+            out.stride(1) == 1,
+        )
+        pointers = packed.data_ptr(), out.data_ptr()
+        self.found.hetrain_unpack(
+            ctypes.byref(_UnpackArguments(self.level, *out.shape, out.stride(0), *pointers))
+        )
+
     def decrypt(
         self,
         out: torch.Tensor,
@@ -254,7 +280,7 @@ class NativeRing:
         """See `RingKernels.check_down`."""
         require(rows.dtype == torch.int8, u.dtype == torch.int16)
         sums = self._check(self.found.hetrain_check_down, rows, u, len(u), torch.int16)
-        return sums.to(torch.int32) & 0xFFFF
+        return sums.to(torch.int32) & RESULT_MASK
 
     def _check(
         self, kernel: Any, left: torch.Tensor, right: torch.Tensor, tokens: int, dtype: torch.dtype
