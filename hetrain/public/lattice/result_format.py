@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hetrain.public.errors import ParameterError, WireError
+from hetrain.public.errors import WireError
 from hetrain.public.lattice.masks import SEED_BYTES, PublicSeed
-from hetrain.public.lattice.parameters import MODULUS_BITS, SLOTS, ParameterSet
+from hetrain.public.lattice.parameters import SLOTS, ParameterSet
 from hetrain.public.lattice.ring import LANES, RESULT_BITS
 
 DIGITS = 3
@@ -25,8 +25,6 @@ GROUP = 64
 """Features of a result that are packed together; the last group is filled up with zeros."""
 GROUP_BYTES = GROUP * RESULT_BITS // 8
 LOW_BITS = RESULT_BITS - 8
-
-B_SHIFT, A_SHIFT = 16, 8
 
 
 @dataclass(frozen=True)
@@ -101,33 +99,5 @@ def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     )
     x, y, z = rest.unflatten(2, (3, GROUP // 4)).unbind(dim=2)
     low = torch.cat((x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2), dim=2)
-    return (high << LOW_BITS | low).flatten(1)[:, :n]
-
-
-def switching_error_bound(parameters: ParameterSet) -> int:
-    """Largest |error| that dropping low result bits can add: 2^15 from b', 2^7·‖s‖₁ ≤ 2^7·n from a'·s."""
-    return (1 << (B_SHIFT - 1)) + (1 << (A_SHIFT - 1)) * parameters.dimension
-
-
-def largest_operand(parameters: ParameterSet, max_l1: int) -> int:
-    """x_max: the largest |x| for which W·x never wraps modulo 2^32.
-
-    |Σ_k W[j,k]·(x_k + e_k)| ≤ (x_max + eta)·‖W_j‖₁, so x_max is the largest integer with
-    (x_max + eta)·max_j ‖W_j‖₁ + switching error < 2^31.
-
-    Args:
-        parameters: gives eta and the switching error.
-        max_l1: max_j ‖W_j‖₁ of the int8 matrix.
-
-    Raises:
-        ParameterError: the matrix is so large that fewer than 8 bits would be left.
-    """
-    room = (1 << (MODULUS_BITS - 1)) - 1 - switching_error_bound(parameters)
-    x_max = room // max(max_l1, 1) - parameters.eta
-    if x_max < 127:
-        raise ParameterError(
-            f"a matrix with max ‖W_j‖₁ = {max_l1} leaves only {x_max} levels for its operand",
-            hint="keep this module on the client",
-        )
-    # Zero or tiny matrices would admit operands wider than the modulus; 2^24 levels are exact in float32.
-    return min(x_max, 1 << 24)
+    u: torch.Tensor = (high << LOW_BITS | low).flatten(1)[:, :n]
+    return u

@@ -264,7 +264,7 @@ def _head(product: Product, hint: Hint) -> dict[str, object]:
     return {
         "hetrain": "hint",
         "version": 2,
-        "seed": hint.seed.hex(),
+        "seed": hint.seed.value.hex(),
         "matrix": product.group.digest,
         "direction": product.direction,
         "rows": product.n,
