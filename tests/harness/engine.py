@@ -51,7 +51,7 @@ class Guarantee:
 
 
 def _bound(matrix: torch.Tensor) -> OperandBound:
-    return operand_bound(norms_of(matrix))
+    return operand_bound(norms_of(matrix)[0])
 
 
 def _rlwe_error(matrix: torch.Tensor) -> torch.Tensor:

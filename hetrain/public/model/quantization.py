@@ -20,6 +20,7 @@ from hetrain.public.errors import ModelError
 
 _BALANCING_ROUNDS = 4
 _BLOCK_ROWS = 1024
+_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,19 @@ class Norms(BaseModel):
     squares: Annotated[int, Field(ge=0)]
 
 
-def norms_of(values: torch.Tensor) -> Norms:
-    """The norms of the rows of an int8 matrix [n, K]."""
-    wide = values.to(torch.int16)
-    l1 = wide.abs().sum(dim=1, dtype=torch.int64).amax()
-    squares = wide.square_().sum(dim=1, dtype=torch.int64).amax()  # at most 2^14 each
-    return Norms(l1=int(l1), squares=int(squares))
+def norms_of(values: torch.Tensor) -> tuple[Norms, Norms]:
+    """The norms of an int8 matrix Q and of Qᵀ. Sums within a tile stay below 2^24, so float32 holds them exactly."""
+    rows, columns = (torch.zeros(2, size, dtype=torch.float64) for size in values.shape)
+    for top in range(0, len(values), _TILE):
+        for left in range(0, values.shape[1], _TILE):
+            tile = values[top : top + _TILE, left : left + _TILE].to(torch.float32)
+            sizes = torch.stack((tile.abs(), tile.square()))
+            rows[:, top : top + _TILE] += sizes @ torch.ones(tile.shape[1])
+            columns[:, left : left + _TILE] += torch.ones(tile.shape[0]) @ sizes
+    of_rows, of_columns = (
+        Norms(l1=int(l1), squares=int(squares)) for l1, squares in (rows.amax(dim=1), columns.amax(dim=1))
+    )
+    return of_rows, of_columns
 
 
 def matrix_digest(values: torch.Tensor) -> str:

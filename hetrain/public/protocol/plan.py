@@ -56,12 +56,13 @@ def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:
 
     It goes by the name of its first module.
     """
+    forward, backward = norms_of(values)
     return Group(
         name=members[0].module,
         members=members,
         in_features=values.shape[1],
-        forward=norms_of(values),
-        backward=norms_of(values.t()),
+        forward=forward,
+        backward=backward,
         digest=matrix_digest(values),
     )
 

@@ -17,7 +17,7 @@ from hetrain.secret.randomness import SecretStream
 KEPT_ROWS = 64
 """Rows of a product that a client keeps, from which it draws those of each verification."""
 FIELD_ROWS = 3
-_BLOCK_COLUMNS = 256
+_BLOCK_ROWS = 256
 _EXACT_FLOAT32 = 1 << 24
 _SYSTEM = secrets.SystemRandom()
 
@@ -36,15 +36,9 @@ class CheckRows:
     @staticmethod
     def fresh(matrix: torch.Tensor, count: int = KEPT_ROWS) -> CheckRows:
         """`count` new rows for the int8 matrix W [n, K]."""
-        n, k = matrix.shape
-        values = sample_rows(SecretStream("hetrain.check"), count * n).view(count, n)
-        dtype = torch.float32 if 128 * n < _EXACT_FLOAT32 else torch.float64
-        image = torch.empty(count, k, dtype=torch.int32)
-        left = values.to(dtype)
-        for start in range(0, k, _BLOCK_COLUMNS):
-            columns = slice(start, start + _BLOCK_COLUMNS)
-            image[:, columns] = (left @ matrix[:, columns].to(dtype)).to(torch.int32)
-        return CheckRows(values, image)
+        values = sample_rows(SecretStream("hetrain.check"), count * len(matrix)).view(count, -1)
+        dtype = torch.float32 if 128 * len(matrix) < _EXACT_FLOAT32 else torch.float64
+        return CheckRows(values, _image(values.to(dtype), matrix).to(torch.int32))
 
     def draw(self, count: int) -> CheckRows:
         """`count` of these rows, every choice alike likely."""
@@ -70,14 +64,21 @@ class FieldRows:
     @staticmethod
     def fresh(matrix: torch.Tensor) -> FieldRows:
         """New rows for the int8 matrix W [n, K], n < 2^16: sums stay below 2^53."""
-        n, k = matrix.shape
-        values = sample_field(SecretStream("hetrain.field"), FIELD_ROWS * n).view(FIELD_ROWS, n)
-        image = torch.empty(FIELD_ROWS, k, dtype=torch.int64)
-        left = values.to(torch.float64)
-        for start in range(0, k, _BLOCK_COLUMNS):
-            columns = slice(start, start + _BLOCK_COLUMNS)
-            image[:, columns] = (left @ matrix[:, columns].to(torch.float64)).to(torch.int64)
-        return FieldRows(values, image % MODULUS)
+        values = sample_field(SecretStream("hetrain.field"), FIELD_ROWS * len(matrix)).view(FIELD_ROWS, -1)
+        return FieldRows(values, _image(values.to(torch.float64), matrix).to(torch.int64) % MODULUS)
+
+
+def _image(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows·W in the type of `rows`, floating point, W int8 [n, K] by rows or transposed: converted as it lies."""
+    n, k = matrix.shape
+    if matrix.is_contiguous():
+        image = torch.zeros(len(rows), k, dtype=rows.dtype)
+        for start in range(0, n, _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            image.addmm_(rows[:, block], matrix[block].to(rows.dtype))
+        return image
+    parts = [rows @ block.to(rows.dtype).t() for block in matrix.t().split(_BLOCK_ROWS)]
+    return torch.cat(parts, dim=1)
 
 
 def sample_rows(stream: SecretStream, count: int) -> torch.Tensor:
