@@ -31,23 +31,29 @@ from hetrain.train.updater import Updater
 
 _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
 # Settings that a resumed run may change: they decide neither what is computed nor in which micro-batches.
-_FREE = ("hints", "in_flight", "max_staleness", "max_bytes_in_flight", "save_steps", "save_total_limit")
+_FREE = ("hints", "in_flight", "max_staleness", "max_bytes_in_flight", "max_skipped_updates", "save_steps")
+_FREE += ("save_total_limit",)
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory."""
+    """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory.
+
+    Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite.
+    """
 
     steps: int
     total_steps: int
     tokens: int
+    skipped_updates: int
     seconds: float
     last: MicroBatchMetrics = field(repr=False)
     output_dir: Path
 
     def __str__(self) -> str:
+        skipped = f" ({self.skipped_updates} of them skipped)" if self.skipped_updates else ""
         return (
-            f"{self.steps} updates over {self.tokens} tokens in {self.seconds:.0f} s, "
+            f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s, "
             f"last loss {self.last.loss:.3f}. Adapter in {self.output_dir}"
         )
 
@@ -77,7 +83,7 @@ def finetune(
 
     Args:
         spec: the job.
-        on_step: called with the metrics of every micro-batch that has moved the adapter.
+        on_step: called with the metrics of every micro-batch of an update.
         on_stop: called when a signal has asked the run to stop, before it finishes what is in flight.
 
     Raises:
@@ -203,7 +209,15 @@ def _run(
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
         raise _interrupted(run_log.step, total_steps, saved, output.path)
-    return JobResult(run_log.step, total_steps, run_log.tokens, run_log.elapsed_s, run_log.last, output.path)
+    return JobResult(
+        run_log.step,
+        total_steps,
+        run_log.tokens,
+        run_log.skipped_updates,
+        run_log.elapsed_s,
+        run_log.last,
+        output.path,
+    )
 
 
 def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) -> Interrupted:

@@ -23,7 +23,7 @@ from hetrain.public.model.files import ModelFiles, cache_directory, resolve
 from hetrain.public.protocol.messages import Completion
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import ProductKey
-from hetrain.public.system import available_cores
+from hetrain.public.system import available_cores, flush_denormals
 from hetrain.secret.engine import ClientEngine, JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import HintStore, hint_bytes, sketches_of
 from hetrain.secret.verification import Sketch
@@ -114,6 +114,7 @@ def open_session(
         _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine.name)
     target = _device(device)
     with ExitStack() as stack:
+        stack.callback(flush_denormals, flush_denormals())  # before any thread starts, which inherits it
         if workers is None:
             if log_file is None:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
