@@ -10,6 +10,7 @@ import sys
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 import hetrain
 from cli.options import as_options
@@ -81,14 +82,13 @@ def main() -> None:
     try:
         app()
     except HetrainError as error:
-        stderr.print(
-            f"[bold red]error:[/] {_escape(as_options(str(error)))}", soft_wrap=True, highlight=False
-        )
+        stderr.print(error_text(error), soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         stderr.print("[bold red]error:[/] stopped")
         sys.exit(130)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def error_text(error: HetrainError) -> Text:
+    """The line that says what went wrong. A `Text`: mark-up in foreign words has no effect."""
+    return Text.assemble(("error:", "bold red"), " ", as_options(str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -77,7 +78,7 @@ class TrainingDisplay:
         self._task = self._progress.add_task("preparing", total=None, figures="")
         self._tokens = 0
         self._up = self._down = 0
-        self._loss: float | None = None
+        self._loss = math.nan
         self._begin: float | None = None
         self._doing = "training"
 
@@ -100,15 +101,16 @@ class TrainingDisplay:
     def on_step(self, metrics: MicroBatchMetrics) -> None:
         """Shows the metrics of one micro-batch."""
         if self._json:
-            typer.echo(json.dumps({"event": "micro_batch"} | asdict(metrics)))
+            typer.echo(json.dumps({"event": "micro_batch"} | metrics.record()))
             return
         if self._begin is None:  # not zero in a run that goes on from a checkpoint
             self._begin = metrics.elapsed_s - metrics.seconds
         self._tokens += metrics.tokens
         self._up += metrics.bytes_up
         self._down += metrics.bytes_down
-        past = metrics.loss if self._loss is None else self._loss
-        self._loss = _SMOOTHING * past + (1 - _SMOOTHING) * metrics.loss
+        if math.isfinite(metrics.loss):
+            past = metrics.loss if math.isnan(self._loss) else self._loss
+            self._loss = _SMOOTHING * past + (1 - _SMOOTHING) * metrics.loss
         own = metrics.seconds - metrics.encrypt_s - metrics.wait_s - metrics.decrypt_s
         rate = self._tokens / (metrics.elapsed_s - self._begin)
         figures = (
@@ -141,6 +143,7 @@ class TrainingDisplay:
     def summary(self, result: JobResult) -> None:
         """Says how the run ended."""
         if self._json:
-            typer.echo(json.dumps({"event": "done"} | asdict(result), default=str))
+            figures = asdict(result) | {"last": result.last.record()}
+            typer.echo(json.dumps({"event": "done"} | figures, default=str))
             return
         self._console.print(str(result), highlight=False)

@@ -55,7 +55,7 @@ def finetune(
         outsourcing: what leaves for the workers, and how it is encrypted.
         overwrite_output_dir: replace the adapter and checkpoints of another run.
         resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
-        on_step: called with the metrics of every micro-batch that has moved the adapter.
+        on_step: called with the metrics of every micro-batch of an update.
         on_stop: called once a signal has asked the run to stop.
         on_prepare: called with the number of hints that are made, and of those that the cache lacked.
 

@@ -163,6 +163,12 @@ class TrainingConfig(BatchingConfig):
     warmup_steps: int = _setting(0, "Updates of linear warm-up.", least=0)
     weight_decay: float = _setting(0.0, "Weight decay of AdamW.", least=0)
     max_grad_norm: float = _setting(1.0, "Clip gradients to this norm; 0 does not clip.", least=0)
+    max_skipped_updates: int = _setting(
+        5,
+        "An update whose loss or gradients are not finite is skipped; after so many in a row the job ends, "
+        "with a checkpoint.",
+        least=1,
+    )
     seed: int = _setting(42, "Of adapter, shuffling and dropout; never of keys or noise.")
     sync: bool = _setting(
         False, "Lock step: the micro-batches in flight share one snapshot of the adapter and make one update."

@@ -21,6 +21,7 @@ from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.plan import Group
 from hetrain.public.protocol.product import Part, Product
+from hetrain.public.system import flush_denormals
 from hetrain.secret.engine import Sealed, Sealer
 from hetrain.transport.channel import Channel, Reply
 
@@ -83,7 +84,7 @@ class RemoteMatmul:
         if len(blocks) == 1:
             return self._open(*self._exchange(self._seal(product, x), product))
         results = []
-        with ThreadPoolExecutor(1, thread_name_prefix="remote-matmul") as thread:
+        with ThreadPoolExecutor(1, "remote-matmul", flush_denormals) as thread:
             away = None
             for block in blocks:
                 sealed = self._seal(product, block)

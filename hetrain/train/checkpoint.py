@@ -55,7 +55,8 @@ class TrainerState(BaseModel):
     Attributes:
         format: version of this layout.
         identity: what a run that goes on from here must have in common with this one.
-        step: updates so far.
+        step: updates so far,
+        skipped_updates: and those of them that were skipped, since values were not finite.
         low: all micro-batches below it have been applied,
         beyond: and these.
         tokens: tokens of applied micro-batches.
@@ -68,6 +69,7 @@ class TrainerState(BaseModel):
     format: Literal[1] = 1
     identity: dict[str, Any]
     step: int = Field(ge=1)
+    skipped_updates: int = Field(ge=0)
     low: int = Field(ge=0)
     beyond: list[int]
     tokens: int = Field(ge=0)

@@ -37,6 +37,7 @@ _FREE = (
     "in_flight",
     "max_staleness",
     "max_bytes_in_flight",
+    "max_skipped_updates",
     "save_steps",
     "save_total_limit",
 )
@@ -44,18 +45,23 @@ _FREE = (
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory."""
+    """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory.
+
+    Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite.
+    """
 
     steps: int
     total_steps: int
     tokens: int
+    skipped_updates: int
     seconds: float
     last: MicroBatchMetrics = field(repr=False)
     output_dir: Path
 
     def __str__(self) -> str:
+        skipped = f" ({self.skipped_updates} of them skipped)" if self.skipped_updates else ""
         return (
-            f"{self.steps} updates over {self.tokens} tokens in {self.seconds:.0f} s, "
+            f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s, "
             f"last loss {self.last.loss:.3f}. Adapter in {self.output_dir}"
         )
 
@@ -86,7 +92,7 @@ def finetune(
 
     Args:
         spec: the job.
-        on_step: called with the metrics of every micro-batch that has moved the adapter.
+        on_step: called with the metrics of every micro-batch of an update.
         on_stop: called when a signal has asked the run to stop, before it finishes what is in flight.
         on_prepare: called with the number of hints that are made and to be made, after each.
 
@@ -213,7 +219,15 @@ def _run(
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
         raise _interrupted(run_log.step, total_steps, saved, output.path)
-    return JobResult(run_log.step, total_steps, run_log.tokens, run_log.elapsed_s, run_log.last, output.path)
+    return JobResult(
+        run_log.step,
+        total_steps,
+        run_log.tokens,
+        run_log.skipped_updates,
+        run_log.elapsed_s,
+        run_log.last,
+        output.path,
+    )
 
 
 def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) -> Interrupted:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hetrain.config import TrainingConfig
 from hetrain.data.packing import MicroBatch
 from hetrain.nn.replica import Replica
+from hetrain.public.errors import NotFinite
 from hetrain.train.signals import Stop, never
 from hetrain.train.staleness import Entry, StalenessGate
 from hetrain.train.step import StepResult, run_step, step_threads
@@ -38,23 +39,30 @@ def train(
     abort: Callable[[], None],
     stop: Stop = never,
 ) -> Generator[AppliedUpdate, None, None]:
-    """Trains until `batches` is exhausted, yielding every update after it was applied.
+    """Trains until `batches` is exhausted, yielding every update after it was applied or skipped.
 
     Args:
         updater: owns the adapter.
         replicas: ``config.in_flight`` of them.
         batches: micro-batches, drawn as replicas become free.
-        config: whether and by how much updates may overtake each other, and the seed of LoRA dropout.
+        config: whether and by how much updates may overtake each other, how many in a row may be skipped, and
+            the seed of LoRA dropout.
         abort: called when the loop ends early; see `step_threads`.
         stop: called between updates; once it returns true no micro-batch starts any more, and training ends
             when those in flight have been applied.
 
     Raises:
-        HetrainError: whatever a step raises, after `abort`.
+        NotFinite: `config.max_skipped_updates` updates in a row were skipped; they have been yielded.
+        HetrainError: whatever a step raises. Both after `abort`.
     """
     course = _lock_step if config.sync else _asynchronous
+    skipped = 0
     with step_threads(len(replicas), abort) as pool:
-        yield from course(pool, updater, replicas, batches, config, stop)
+        for applied in course(pool, updater, replicas, batches, config, stop):
+            yield applied
+            skipped = skipped + 1 if applied.update.is_skipped else 0
+            if skipped == config.max_skipped_updates:
+                raise _diverged(applied.update.step, skipped)
 
 
 def _asynchronous(
@@ -71,7 +79,7 @@ def _asynchronous(
     in_flight: dict[Future[StepResult], tuple[Replica, Entry[StepResult]]] = {}
     while True:
         while (result := gate.take()) is not None:
-            yield AppliedUpdate(updater.apply([result.gradients], result.batch.n_targets), (result,))
+            yield _apply(updater, (result,))
         while free and gate.can_start and not stop():
             batch = next(batches, None)
             if batch is None:
@@ -108,9 +116,20 @@ def _lock_step(
             in_flight -= finished
             for future in finished:
                 future.result()  # a failure ends the run at once
-        results = tuple(future.result() for future in futures)
-        n_targets = sum(result.batch.n_targets for result in results)
-        yield AppliedUpdate(updater.apply([result.gradients for result in results], n_targets), results)
+        yield _apply(updater, tuple(future.result() for future in futures))
+
+
+def _apply(updater: Updater, results: tuple[StepResult, ...]) -> AppliedUpdate:
+    n_targets = sum(result.batch.n_targets for result in results)
+    return AppliedUpdate(updater.apply([result.gradients for result in results], n_targets), results)
+
+
+def _diverged(step: int, skipped: int) -> NotFinite:
+    return NotFinite(
+        f"{skipped} updates in a row, up to update {step}, were skipped: loss or gradients were not finite",
+        hint="If the losses before them rose, start anew with a lower `learning_rate` or `max_grad_norm`; "
+        "else go on with other workers and `resume_from_checkpoint` latest",
+    )
 
 
 def _wait_for_any(in_flight: Collection[Future[StepResult]], stop: Stop) -> set[Future[StepResult]]:

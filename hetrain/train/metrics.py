@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from hetrain.train.loop import AppliedUpdate
@@ -10,17 +11,20 @@ from hetrain.train.step import StepResult
 
 @dataclass(frozen=True)
 class MicroBatchMetrics:
-    """One micro-batch that has moved the adapter.
+    """One micro-batch that has moved the adapter, or whose update was skipped.
 
-    `step` of `total_steps` is the update that it was part of. `loss` is the mean over its `targets`
-    supervised tokens; `staleness` counts the updates between its snapshot and its own. Times are seconds of
-    this micro-batch: `wait_s` from the first byte sent to the last received and verified, `server_s` workers'
-    computing and `verify_s` verification within it; `elapsed_s` since training began. `rejected` counts
-    results that failed verification. `devices` are those that workers report.
+    `step` of `total_steps` is the update that it was part of. `skipped_updates` counts those up to it that
+    were skipped since loss or gradients were not finite: the `grad_norm` of such an update is not, and `loss`
+    may be NaN. `loss` is the mean over its `targets` supervised tokens; `staleness` counts the updates
+    between its snapshot and its own. Times are seconds of this micro-batch: `wait_s` from the first byte sent
+    to the last received and verified, `server_s` workers' computing and `verify_s` verification within it;
+    `elapsed_s` since training began. `rejected` counts results that failed verification. `devices` are those
+    that workers report.
     """
 
     step: int
     total_steps: int
+    skipped_updates: int
     micro_batch: int
     loss: float
     tokens: int
@@ -40,6 +44,13 @@ class MicroBatchMetrics:
     grad_norm: float
     elapsed_s: float
 
+    def record(self) -> dict[str, object]:
+        """The fields as JSON has them: None in place of what is not finite."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
     def __str__(self) -> str:
         return (
             f"step {self.step}/{self.total_steps}: loss {self.loss:.4f}, {self.tokens} tokens in "
@@ -48,16 +59,21 @@ class MicroBatchMetrics:
         )
 
 
-def metrics_of(applied: AppliedUpdate, total_steps: int, elapsed_s: float) -> list[MicroBatchMetrics]:
+def metrics_of(
+    applied: AppliedUpdate, total_steps: int, skipped_updates: int, elapsed_s: float
+) -> list[MicroBatchMetrics]:
     """The metrics of each micro-batch of an update."""
-    return [_of(applied, result, total_steps, elapsed_s) for result in applied.results]
+    return [_of(applied, result, total_steps, skipped_updates, elapsed_s) for result in applied.results]
 
 
-def _of(applied: AppliedUpdate, result: StepResult, total_steps: int, elapsed_s: float) -> MicroBatchMetrics:
+def _of(
+    applied: AppliedUpdate, result: StepResult, total_steps: int, skipped_updates: int, elapsed_s: float
+) -> MicroBatchMetrics:
     update, batch = applied.update, result.batch
     return MicroBatchMetrics(
         step=update.step,
         total_steps=total_steps,
+        skipped_updates=skipped_updates,
         micro_batch=batch.index,
         loss=result.summed_loss / batch.n_targets,
         tokens=batch.n_tokens,

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -50,7 +49,7 @@ class OutputDirectory:
         """Appends a line to metrics.jsonl."""
         if self._metrics is None:
             self._metrics = self._begin()
-        self._metrics.write(json.dumps(asdict(metrics)) + "\n")
+        self._metrics.write(json.dumps(metrics.record()) + "\n")
         self._metrics.flush()
 
     def write_job(self, job: Mapping[str, object]) -> None:

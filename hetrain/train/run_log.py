@@ -58,6 +58,7 @@ class RunLog:
         self.position = start.position if start else Position()
         self.tokens = start.tokens if start else 0
         self.step = start.step if start else 0
+        self.skipped_updates = start.skipped_updates if start else 0
         self.last: MicroBatchMetrics | None = None
         self._begin = time.perf_counter() - (start.elapsed_s if start else 0.0)
         self._output, self._updater, self._write_adapter = output, updater, write_adapter
@@ -73,7 +74,8 @@ class RunLog:
 
     def add(self, applied: AppliedUpdate) -> list[MicroBatchMetrics]:
         """Records an update, and writes a checkpoint when one is due. Returns the update's metrics."""
-        metrics = metrics_of(applied, self._total_steps, self.elapsed_s)
+        self.skipped_updates += applied.update.is_skipped
+        metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self.elapsed_s)
         for each in metrics:
             self._output.add(each)
         self.step, self.last = applied.update.step, metrics[-1]
@@ -92,6 +94,7 @@ class RunLog:
         state = TrainerState(
             identity=self._identity,
             step=self.step,
+            skipped_updates=self.skipped_updates,
             low=self.position.low,
             beyond=sorted(self.position.beyond),
             tokens=self.tokens,

@@ -23,7 +23,7 @@ from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
 from hetrain.public.protocol.plan import Group, stack_group
 from hetrain.public.protocol.product import Product, ProductKey
-from hetrain.public.system import available_cores
+from hetrain.public.system import available_cores, flush_denormals
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import client_hints
 from hetrain.secret.verification.job import Verification, kept_rows
@@ -116,6 +116,7 @@ def open_session(
         _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine.name)
     target = _device(device)
     with ExitStack() as stack:
+        stack.callback(flush_denormals, flush_denormals())  # before any thread starts, which inherits it
         if workers is None:
             if log_file is None:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from hetrain.data.packing import MicroBatch
 from hetrain.nn.remote import ProductStats
 from hetrain.nn.replica import Replica
-from hetrain.public.system import available_cores
+from hetrain.public.errors import NotFinite
+from hetrain.public.system import available_cores, flush_denormals
 from hetrain.train.updater import Snapshot, Tensors
 
 
@@ -25,8 +27,8 @@ class StepResult:
     Attributes:
         batch: the micro-batch.
         version: the snapshot's version.
-        summed_loss: Σ −log p over its targets.
-        gradients: of `summed_loss`, by adapter parameter.
+        summed_loss: Σ −log p over its targets; NaN if the forward pass met a value that is not finite.
+        gradients: of `summed_loss`, by adapter parameter; None if it, or a value to encrypt, is not finite.
         seconds: wall time.
         stats: what its remote products cost.
     """
@@ -34,7 +36,7 @@ class StepResult:
     batch: MicroBatch
     version: int
     summed_loss: float
-    gradients: Tensors
+    gradients: Tensors | None
     seconds: float
     stats: ProductStats
 
@@ -50,14 +52,14 @@ def share_cores(in_flight: int) -> None:
 
 @contextmanager
 def step_threads(count: int, abort: Callable[[], object]) -> Iterator[ThreadPoolExecutor]:
-    """Threads for `count` steps at once.
+    """Threads for `count` steps at once, which take denormal numbers for zero.
 
     Args:
         count: number of threads.
         abort: called if the block ends by an exception; must make the steps in the threads fail soon, since
             the end of the block waits for them.
     """
-    with ThreadPoolExecutor(count, thread_name_prefix="micro-batch") as pool:
+    with ThreadPoolExecutor(count, "micro-batch", flush_denormals) as pool:
         try:
             yield pool
         except BaseException:  # KeyboardInterrupt and GeneratorExit must release the threads as well
@@ -66,21 +68,35 @@ def step_threads(count: int, abort: Callable[[], object]) -> Iterator[ThreadPool
 
 
 def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int) -> StepResult:
-    """Gradients of the summed loss of `batch` at `snapshot`; dropout depends on (seed, batch index) alone."""
+    """Gradients of the summed loss of `batch` at `snapshot`; dropout depends on (seed, batch index) alone.
+
+    Values that are not finite are no error, but make it a result without gradients.
+    """
     begin = time.perf_counter()
     replica.stats.reset()
     replica.load(snapshot.values)
     replica.seed_dropout(seed * 1_000_003 + batch.index)
-    loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths)
-    loss.backward()
+    summed_loss, gradients = _differentiate(replica, batch)
     return StepResult(
         batch=batch,
         version=snapshot.version,
-        summed_loss=float(loss.detach()),
-        gradients=replica.take_gradients(),
+        summed_loss=summed_loss,
+        gradients=gradients,
         seconds=time.perf_counter() - begin,
         stats=copy.copy(replica.stats),
     )
+
+
+def _differentiate(replica: Replica, batch: MicroBatch) -> tuple[float, Tensors | None]:
+    """`summed_loss` and `gradients` of a `StepResult`."""
+    summed_loss, is_complete = math.nan, False
+    with suppress(NotFinite):
+        loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths)
+        summed_loss = float(loss.detach())
+        loss.backward()
+        is_complete = True
+    gradients = replica.take_gradients()  # also those of half a backward pass
+    return summed_loss, gradients if is_complete and math.isfinite(summed_loss) else None
 
 
 def run_evaluation(replica: Replica, batch: MicroBatch) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +12,10 @@ from torch import nn
 from transformers import get_scheduler
 
 from hetrain.config import TrainingConfig
-from hetrain.public.errors import NotFinite
 
 Tensors = Mapping[str, torch.Tensor]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,19 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: its number from 1, its learning rate, the gradients' norm before clipping."""
+    """One optimizer update: its number from 1, its learning rate, the gradients' norm before clipping.
+
+    With a `grad_norm` that is not finite it was skipped: adapter and moments have stayed as they were.
+    """
 
     step: int
     learning_rate: float
     grad_norm: float
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether it has changed nothing."""
+        return not math.isfinite(self.grad_norm)
 
 
 class Updater:
@@ -43,6 +54,13 @@ class Updater:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        # AdamW would make these with its first update, which may be skipped.
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self._scheduler = get_scheduler(
             config.lr_scheduler_type,
             self._optimizer,
@@ -93,34 +111,37 @@ class Updater:
         values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         return Snapshot(self._version, values)
 
-    def apply(self, gradients: Sequence[Tensors], n_targets: int) -> Update:
+    def apply(self, gradients: Sequence[Tensors | None], n_targets: int) -> Update:
         """Adds up gradients of summed losses, in the order given, divides by the targets, clips and steps.
 
-        Args:
-            gradients: by parameter name, one mapping per micro-batch.
-            n_targets: supervised tokens of all of them: the loss that is minimised is their mean.
+        If they have a NaN or an infinity, the update is skipped, and takes its place in the schedule.
 
-        Raises:
-            NotFinite: the gradients have a NaN or an infinity; the adapter stays as it was.
+        Args:
+            gradients: by parameter name, one mapping per micro-batch; None for one that is not finite.
+            n_targets: supervised tokens of all of them: the loss that is minimised is their mean.
         """
+        complete = [each for each in gradients if each is not None]
+        norm = self._set_gradients(complete, n_targets) if len(complete) == len(gradients) else math.nan
+        update = Update(self._version + 1, float(self._scheduler.get_last_lr()[0]), norm)
+        if update.is_skipped:
+            _log.warning("update %d is skipped: its loss or its gradients are not finite", update.step)
+            self._optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._version = update.step
+        return update
+
+    def _set_gradients(self, gradients: Sequence[Tensors], n_targets: int) -> float:
+        """Gives the parameters their clipped gradients. Returns the norm before."""
         for name, parameter in self._parameters.items():
             total = gradients[0][name].clone()
             for other in gradients[1:]:
                 total += other[name]
             parameter.grad = total.to(parameter.device) / n_targets
         # A limit of zero means no clipping, as in transformers' trainer; the norm is computed all the same.
-        limit = self._max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
-        if not bool(torch.isfinite(norm)):
-            raise NotFinite(
-                f"the gradients of update {self._version + 1} are not finite", hint="lower `learning_rate`"
-            )
-        learning_rate = float(self._scheduler.get_last_lr()[0])
-        self._optimizer.step()
-        self._scheduler.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._version += 1
-        return Update(self._version, learning_rate, float(norm))
+        limit = self._max_grad_norm or math.inf
+        return float(nn.utils.clip_grad_norm_(self._parameters.values(), limit))
 
 
 def _moments_of(name: str, parameter: nn.Parameter, moments: Tensors) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
-from hetrain.public.errors import HetrainError, Interrupted, UsageError
+from hetrain.public.errors import HetrainError, Interrupted, NotFinite, UsageError
 from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import JobResult, finetune
 from hetrain.train.metrics import MicroBatchMetrics
@@ -158,6 +158,28 @@ def test_asynchronously_every_micro_batch_counts_once(spec: JobSpec, tmp_path: P
     assert [record["step"] for record in records] == list(range(1, 13))
     assert sorted(int(record["micro_batch"]) for record in records) == list(range(12))  # type: ignore[call-overload]
     assert all(0 <= int(record["staleness"]) <= 3 for record in records)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("how", [TRAINING, IN_STEP])
+def test_a_run_that_diverges_ends_at_a_checkpoint_from_which_it_goes_on(
+    spec: JobSpec, tmp_path: Path, how: TrainingConfig
+) -> None:
+    how = replace(how, learning_rate=1e30, warmup_steps=0, max_staleness=0, max_steps=9)
+    with pytest.raises(NotFinite, match="2 updates in a row, up to update 3,"):
+        run(spec, replace(how, max_skipped_updates=2), tmp_path)
+    assert checkpoint_steps(tmp_path) == [3]
+    assert json.loads((tmp_path / "job.json").read_text())["status"] == "failed"
+    assert_same_adapter(tmp_path, tmp_path / "checkpoint-3")
+    with pytest.raises(NotFinite, match="3 updates in a row, up to update 6,"):
+        run(spec, replace(how, max_skipped_updates=3), tmp_path, "latest")
+    assert checkpoint_steps(tmp_path) == [3, 6]
+    assert_same_adapter(tmp_path, tmp_path / "checkpoint-3")
+    last = {record["step"]: record for record in metrics(tmp_path)}
+    assert [last[step]["skipped_updates"] for step in sorted(last)] == [0, 1, 2, 3, 4, 5]
+    assert [last[step]["grad_norm"] is None for step in sorted(last)] == [False] + [True] * 5
+    outcome = run(spec, replace(how, max_skipped_updates=4), tmp_path, "latest")
+    assert (outcome.steps, outcome.skipped_updates) == (9, 8)
+    assert "9 updates (8 of them skipped)" in str(outcome)
 
 
 def test_what_does_not_belong_together_is_refused_and_nothing_is_lost(spec: JobSpec, tmp_path: Path) -> None:

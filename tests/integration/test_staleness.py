@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import replace
 from itertools import islice
@@ -56,6 +57,7 @@ def test_a_slow_micro_batch_is_waited_for_and_no_result_is_lost(tiny_llama: Path
     rows = read_rows(HANDBOOK, base.tokenizer, 64)
     config = TrainingConfig(in_flight=3, max_staleness=2, seed=1)
     with open_session(base, OutsourcingConfig(engine="clear"), None, "cpu", tmp_path / "log") as session:
+        assert sys.float_info.min / 2 == 0, "denormal numbers are flushed"
         model = add_adapter(session.split, LoraConfig(r=4, alpha=8), 1)
         updater = Updater(adapter_parameters(model), config, 8)
 
@@ -81,3 +83,4 @@ def test_a_slow_micro_batch_is_waited_for_and_no_result_is_lost(tiny_llama: Path
         stopped = run(session.channel, count=99, stop_at=2)
         assert sorted(a.results[0].batch.index for a in stopped) == list(range(len(stopped)))
         assert 2 <= len(stopped) <= 2 + config.in_flight
+    assert sys.float_info.min / 2 > 0

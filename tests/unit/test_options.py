@@ -80,6 +80,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             warmup_steps=1,
             weight_decay=0.125,
             max_grad_norm=2.0,
+            max_skipped_updates=4,
             seed=8,
             sync=True,
             max_staleness=1,
@@ -95,9 +96,9 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         --lora-dropout 0.25 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
         --max-length 7 --micro-batch-tokens 70 --in-flight 4 --max-bytes-in-flight 2GiB
         --max-steps 9 --num-train-epochs 2 --learning-rate 0.5 --lr-scheduler-type cosine
-        --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2 --seed 8 --sync --max-staleness
-        1 --save-steps 6 --save-total-limit 11 --engine clear --activation-bits 12 --no-hints
-        --outsource *.a --outsource *.b"""
+        --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2 --max-skipped-updates 4
+        --seed 8 --sync --max-staleness 1 --save-steps 6 --save-total-limit 11 --engine clear
+        --activation-bits 12 --no-hints --outsource *.a --outsource *.b"""
     given = called_with(monkeypatch, "finetune", submit, *line.split())
     del given["on_step"], given["on_stop"]
     assert given == vars(job)

@@ -27,6 +27,7 @@ from hetrain.public.model.quantization import input_scales, matrix_digest, max_l
 from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, stack_group
 from hetrain.public.protocol.product import Product
+from hetrain.public.system import flush_denormals
 from worker_gpu.device import Compute
 from worker_gpu.kernels import float64_limbs
 from worker_gpu.service import Service
@@ -148,6 +149,23 @@ def test_input_scales_do_not_depend_on_the_order_of_a_sum() -> None:
     w = torch.randn(2500, 300, generator=torch.Generator().manual_seed(2))
     order = torch.randperm(2500, generator=torch.Generator().manual_seed(3))
     assert torch.equal(input_scales(w), input_scales(w[order]))
+
+
+def test_the_plan_does_not_depend_on_the_flushing_of_denormals() -> None:
+    """Clients flush them, workers need not."""
+    w = torch.randn(30, 20, generator=torch.Generator().manual_seed(4))
+    w[3] *= 1e-39
+    w[:, 5] *= 1e-38
+    w[4, 7] = 1e-40
+    kept = quantize(w)
+    before = flush_denormals()
+    try:
+        flushed = quantize(w)
+    finally:
+        flush_denormals(before)
+    assert torch.equal(flushed.values, kept.values)
+    assert torch.equal(flushed.scales.outputs, kept.scales.outputs)
+    assert torch.equal(flushed.scales.inputs, kept.scales.inputs)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -15,12 +15,14 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch.nn.functional import hardshrink
 
 from hetrain.public.errors import ModelError
 
 _BALANCING_ROUNDS = 4
 _BLOCK_ROWS = 1024
 _TILE = 1024
+_SMALLEST = 2.0**-64
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def quantize(weight: torch.Tensor) -> QuantizedMatrix:
 
     Args:
         weight: floating-point matrix [out, in]; computed in float32, so client and worker agree to the bit.
+            Magnitudes up to 2^-64 count as zero: not every process takes denormal numbers for zero.
 
     Returns:
         The quantised matrix; a channel of zeros gets scale 1.
@@ -55,7 +58,7 @@ def quantize(weight: torch.Tensor) -> QuantizedMatrix:
     Raises:
         ModelError: the matrix has a NaN or an infinity.
     """
-    w = weight.detach().to(torch.float32)
+    w = hardshrink(weight.detach().to(torch.float32), _SMALLEST)
     inputs = input_scales(w)
     balanced = w / inputs
     outputs = balanced.abs().amax(dim=1) / 127.0

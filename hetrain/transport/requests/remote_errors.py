@@ -1,22 +1,38 @@
-"""Workers' failures as exceptions of ours."""
+"""Workers' failures as exceptions of ours, whose text is quoted: whoever wrote it is not trusted."""
 
 from __future__ import annotations
 
-from hetrain.public import errors
-from hetrain.public.errors import HetrainError, TaskFailed
+import re
+
+from hetrain.public.errors import BlobMissing, HetrainError, TaskFailed, WorkerRefused
 from hetrain.public.protocol.messages import Failure
 
-_UNTRUSTED = {"HetrainError", "Interrupted"}
+_CLASSES: dict[str, type[HetrainError]] = {"BlobMissing": BlobMissing, "WorkerRefused": WorkerRefused}
+_LONGEST = 600
+_LONGEST_NAME = 100
 
 
-def error_of(failure: Failure) -> HetrainError:
-    """The exception that `failure` describes; `TaskFailed` when it names none that a worker may raise."""
-    found = getattr(errors, failure.error, None)
-    if not (isinstance(found, type) and issubclass(found, HetrainError)) or failure.error in _UNTRUSTED:
-        found = TaskFailed
-    return found(_plain(failure.what), where=_plain(failure.where), hint=_plain(failure.hint))
+def error_of(failure: Failure, worker: str) -> HetrainError:
+    """The exception that `failure` of `worker` describes.
+
+    Its class is one that a request recovers from in a way of its own, `BlobMissing` or `WorkerRefused`, else
+    `TaskFailed`. The text is one quotation, the worker's advice included; the hint is the client's.
+    """
+    place = f"{failure.where}: " if failure.where else ""
+    advice = f". {failure.hint}" if failure.hint else ""
+    return _CLASSES.get(failure.error, TaskFailed)(
+        f"worker {_name(worker)} reports: {_quoted(place + failure.what + advice)}",
+        hint="see the log of that worker, or start others",
+    )
 
 
-def _plain(text: str) -> str:
-    """`text` without control characters: it comes from a worker and may end on a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
+def _quoted(text: str) -> str:
+    """`text` between quotes, as one line, without control characters, quotes and backticks of its own."""
+    plain = "".join(char if char.isprintable() else " " for char in text)
+    plain = " ".join(re.sub('["`\u201c\u201d]', "'", plain).split())
+    return f'"{plain}"' if len(plain) <= _LONGEST else f'"{plain[:_LONGEST]}…"'
+
+
+def _name(worker: str) -> str:
+    """`worker` as one word, so that a name cannot pass for a sentence."""
+    return re.sub(r"[^\w.@:/-]", "?", worker)[:_LONGEST_NAME] or "?"

@@ -212,7 +212,7 @@ def event_of(completion: Completion, request: Request) -> WorkerEvent:
     if completion.state == "started":
         return Started(completion.worker)
     if completion.state == "failed" and completion.failure is not None:
-        return Failed(completion.worker, error_of(completion.failure))
+        return Failed(completion.worker, error_of(completion.failure, completion.worker))
     if completion.state == "failed":
         error = WireError("a worker reported a failure without saying which", where=str(request))
         return Failed(completion.worker, error)
