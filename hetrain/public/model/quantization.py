@@ -107,7 +107,7 @@ class Norms(BaseModel):
 
 
 def norms_of(values: torch.Tensor) -> tuple[Norms, Norms]:
-    """The norms of an int8 matrix Q and of Qᵀ. Sums within a tile stay below 2^24, so float32 holds them exactly."""
+    """The norms of an int8 matrix Q and of Qᵀ. Sums within a tile stay below 2^24: exact in float32."""
     rows, columns = (torch.zeros(2, size, dtype=torch.float64) for size in values.shape)
     for top in range(0, len(values), _TILE):
         for left in range(0, values.shape[1], _TILE):

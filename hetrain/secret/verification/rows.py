@@ -69,7 +69,7 @@ class FieldRows:
 
 
 def _image(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows·W in the type of `rows`, floating point, W int8 [n, K] by rows or transposed: converted as it lies."""
+    """rows·W in the floating-point type of `rows`, W int8 [n, K] by rows or transposed."""
     n, k = matrix.shape
     if matrix.is_contiguous():
         image = torch.zeros(len(rows), k, dtype=rows.dtype)
