@@ -47,21 +47,24 @@ _FREE = (
 class JobResult:
     """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory.
 
-    Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite.
+    Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite. `rejected`
+    results of workers failed verification in this run.
     """
 
     steps: int
     total_steps: int
     tokens: int
     skipped_updates: int
+    rejected: int
     seconds: float
     last: MicroBatchMetrics = field(repr=False)
     output_dir: Path
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped_updates} of them skipped)" if self.skipped_updates else ""
+        rejected = f", {self.rejected} results of workers rejected" if self.rejected else ""
         return (
-            f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s, "
+            f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s{rejected}, "
             f"last loss {self.last.loss:.3f}. Adapter in {self.output_dir}"
         )
 
@@ -224,6 +227,7 @@ def _run(
         total_steps,
         run_log.tokens,
         run_log.skipped_updates,
+        run_log.rejected,
         run_log.elapsed_s,
         run_log.last,
         output.path,

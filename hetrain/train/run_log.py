@@ -59,6 +59,7 @@ class RunLog:
         self.tokens = start.tokens if start else 0
         self.step = start.step if start else 0
         self.skipped_updates = start.skipped_updates if start else 0
+        self.rejected = 0
         self.last: MicroBatchMetrics | None = None
         self._begin = time.perf_counter() - (start.elapsed_s if start else 0.0)
         self._output, self._updater, self._write_adapter = output, updater, write_adapter
@@ -80,6 +81,7 @@ class RunLog:
             self._output.add(each)
         self.step, self.last = applied.update.step, metrics[-1]
         self.tokens += sum(each.tokens for each in metrics)
+        self.rejected += sum(each.rejected for each in metrics)
         self.position = self.position.after(each.micro_batch for each in metrics)
         if self._config.save_steps and self.step % self._config.save_steps == 0:
             self.checkpoint()
