@@ -17,11 +17,7 @@ from torch import nn
 from hetrain.config import TrainingConfig
 from hetrain.data.packing import MicroBatch
 from hetrain.nn.remote import ProductStats
-from hetrain.nn.replica import Replica
 from hetrain.public.errors import NotFinite
-from hetrain.public.protocol.product import Product
-from hetrain.secret.engine import Sealed
-from hetrain.secret.engines.clear import ClearSealer
 from hetrain.train.data_position import Position
 from hetrain.train.loop import AppliedUpdate, train
 from hetrain.train.staleness import Entry, StalenessGate
@@ -238,32 +234,32 @@ def test_what_is_skipped_counts_as_an_update_for_staleness(spoiled: dict[int, st
     assert all(0 <= each.update.step - 1 - each.results[0].version <= 2 for each in course.applied)
 
 
-class PoisonedSealer:
-    """Replaces an operand's first value by a NaN, in products of the last block in one direction."""
-
-    setup = ClearSealer().setup
-
-    def __init__(self) -> None:
-        self.direction = ""
-
-    def seal(self, x: torch.Tensor, product: Product) -> Sealed:
-        if product.direction == self.direction and product.group.name.startswith("model.layers.1."):
-            x = x.clone()
-            x[0, 0] = math.nan
-        return ClearSealer().seal(x, product)
+def _spoil_forward(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return inputs[0] * math.nan
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_replica_forgets_a_step_that_was_not_finite(tmp_path: Path, direction: str) -> None:
+def _spoil_backward(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return inputs[0] + (0 * inputs[0]).sqrt()
+
+
+@pytest.mark.parametrize("spoil", [_spoil_forward, _spoil_backward])
+def test_a_replica_forgets_a_step_whose_values_could_not_be_sealed(
+    tmp_path: Path, spoil: Callable[..., torch.Tensor]
+) -> None:
     save_model(FAMILIES["llama"], tmp_path)
-    harness, sealer = SplitHarness(tmp_path), PoisonedSealer()
-    replica = Replica(harness.split, harness.model, harness.channel, sealer)
+    harness = SplitHarness(tmp_path)
+    replica = harness.replica()
     expected = run_step(replica, packed(rows()), harness.snapshot(), seed=0)
-    sealer.direction = direction
+    complete = len(harness.requests)
+    (projection,) = [
+        module for name, module in replica.model.named_modules() if name.endswith("layers.1.mlp.down_proj")
+    ]
+    hook = projection.register_forward_pre_hook(spoil)
     spoiled = run_step(replica, packed(rows()), harness.snapshot(), seed=0)
+    hook.remove()
     assert spoiled.gradients is None
-    assert math.isnan(spoiled.summed_loss) == (direction == "forward")
-    sealer.direction = ""
+    assert math.isnan(spoiled.summed_loss) == (spoil is _spoil_forward)
+    assert complete < len(harness.requests) < 2 * complete
     again = run_step(replica, packed(rows()), harness.snapshot(), seed=0)
     assert again.summed_loss == expected.summed_loss
     assert expected.gradients is not None

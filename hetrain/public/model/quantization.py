@@ -21,7 +21,6 @@ from hetrain.public.errors import ModelError
 
 _BALANCING_ROUNDS = 4
 _BLOCK_ROWS = 1024
-_SMALLEST = 2.0**-64
 _TILE = 1024
 _SMALLEST = 2.0**-64
 
