@@ -67,9 +67,10 @@ wheel: venv
 screenshot: venv chromium
 	HETRAIN_SCREENSHOT=docs/flower.png $(BIN)/python -m pytest tests/integration/test_flower.py
 
-# Needs a CUDA device: the worker's kernels and engine, compared exactly with plain integers on it.
+# Needs a CUDA device: the worker's kernels, epilogue and engines, compared exactly with plain integers on it. The same
+# tests run on the CPU in `make check`.
 gpu-check: venv
-	HETRAIN_DEVICE=cuda $(BIN)/python -m pytest tests/unit/test_kernels.py tests/unit/test_encryption.py
+	HETRAIN_DEVICE=cuda $(BIN)/python -m pytest tests/unit/test_kernels.py
 
 # About an hour on two idle cores: gemm 4 minutes, client 1, growth 3, engines 8, step 10, convergence 15,
 # the Llama-3.2-1B shape 6, scaling 12. Keeps a random model of that shape in the cache, 2.5 GB, and takes 4 GB more of

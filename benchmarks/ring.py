@@ -4,7 +4,7 @@ One operand of K features and one result of n = K rows, N = 2048, one thread, fo
 this machine. Nanoseconds of CPU time per coefficient, of which each has K·N: other processes count only by
 way of the caches. Medians over rounds in which all run in turn. Operands have full size, and masks and noise
 keystream are made just before the blocks that need them, as in training, but timed apart from "encrypt". The
-average is (masks + noise + encrypt + check_up + decrypt + check_down) / 2.
+average is the sum of all parts, divided by 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.compiled import INSTRUCTION_SETS
 from hetrain.public.lattice.masks import PublicSeed
 from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.lattice.result_format import packed_bytes
 from hetrain.public.lattice.ring import LANES
 from hetrain.public.lattice.uniform_masks import MaskBlocks, expand_masks
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
@@ -32,7 +33,7 @@ from hetrain.secret.randomness import SecretStream, sample_ternary
 CHECK_ROWS = 16
 TARGETS_NS = {"avx512": 3.0, "avx2": 6.0}
 """Of the average."""
-PARTS = ("masks", "noise", "encrypt", "check_up", "decrypt", "check_down")
+PARTS = ("masks", "noise", "encrypt", "check_up", "unpack", "check_down", "decrypt")
 
 Seconds = Callable[[], Mapping[str, float]]
 
@@ -49,7 +50,8 @@ def contestant(kernels: NativeRing, k: int, blocks: int) -> Seconds:
         torch.zeros(SLOTS, k),
         torch.rand(SLOTS),
     )
-    u = torch.randint(-(1 << 15), 1 << 15, (SLOTS, k)).to(torch.int16)
+    packed = torch.randint(0, 256, (SLOTS, packed_bytes(k)), dtype=torch.uint8)
+    u = torch.zeros(SLOTS, k, dtype=torch.int16)
     rows = torch.randint(-1, 2, (CHECK_ROWS, k)).to(torch.int8)
     image = torch.randint(-10000, 10000, (CHECK_ROWS, k)).to(torch.int32)
 
@@ -66,6 +68,7 @@ def contestant(kernels: NativeRing, k: int, blocks: int) -> Seconds:
             clock("noise", noise.fill, keystream)
             clock("encrypt", kernels.encrypt, planes, first, masks, keystream, message, secret)
         clock("check_up", kernels.check_up, image, planes)
+        clock("unpack", kernels.unpack, packed, u)
         clock("check_down", kernels.check_down, rows, u)
         for first in range(0, k, LANES * blocks):
             piece = hint[first // LANES : first // LANES + blocks]

@@ -1,4 +1,4 @@
-"""What follows a worker's three int8 products P_l = D_l·Wᵀ: their sum modulo q, switched to 14 bits and packed.
+"""What follows three int8 products P_l = D_l·Wᵀ: their sum modulo q, switched to 14 bits and packed.
 
     b' = 2^6·Σ_l 2^(8l)·P_l mod q        u = round(b'·2^14 / q) mod 2^14
 
@@ -18,7 +18,7 @@ import torch
 
 from hetrain.public import compiled
 from hetrain.public.compiled import INSTRUCTION_SETS, require
-from hetrain.public.lattice.result_format import DIGITS, GROUP, pack, packed_bytes
+from hetrain.public.lattice.result_format import DIGITS, pack, packed_bytes
 from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
 from worker_gpu.kernels import combined
 
@@ -26,7 +26,7 @@ _INTERFACE = 2
 _PIECE_WORDS = 1 << 16
 
 Switch = Callable[[torch.Tensor, torch.Tensor], None]
-"""Writes packed u, uint8 [N, 112·⌈n/64⌉], from three products, int32 [3, N, n]: any values. Rows may be apart."""
+"""Writes packed u, uint8 [N, 112·⌈n/64⌉], from three products, int32 [3, N, n]. Rows may be apart."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ class _Arguments(ctypes.Structure):
 
 def _reference(products: torch.Tensor, out: torch.Tensor) -> None:
     """See `Switch`. Every number stays below 2^54; a tie cannot be, since q is odd."""
-    u = combined_modulo(products)
-    u = u.mul_(1 << RESULT_BITS).add_(MODULUS // 2).floor_divide_(MODULUS)
-    out.copy_(pack(u))
+    u = combined_modulo(products).mul_(1 << RESULT_BITS).add_(MODULUS // 2).floor_divide_(MODULUS)
+    out.copy_(pack(u.to(torch.int16)))
 
 
 def combined_modulo(products: torch.Tensor, dropped_bits: int = DROPPED_BITS) -> torch.Tensor:
-    """2^dropped_bits·Σ_l 2^(8l)·P_l mod q in 0..q − 1, int64 [N, n], for up to four products int32 [P, N, n]."""
-    total = combined(products.to(torch.int64))
-    return total.mul_(1 << dropped_bits).remainder_(MODULUS)
+    """2^dropped_bits·Σ_l 2^(8l)·P_l mod q in 0..q − 1: int64 [N, n] of P ≤ 4 products int32 [P, N, n]."""
+    return combined(products, torch.int64).mul_(1 << dropped_bits).remainder_(MODULUS)
 
 
 REFERENCE = Epilogue("torch", _reference)

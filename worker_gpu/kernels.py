@@ -19,23 +19,24 @@ from hetrain.public.errors import ParameterError
 from hetrain.public.workspace import unaligned_empty, workspace
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""int32 [P, N, n] from int8 [P, N, K] and int8 [n, K], by rows or transposed. On a CPU the result lies in this
-thread's memory, until its next product."""
+"""int32 [P, N, n] from int8 [P, N, K] and int8 [n, K], by rows or transposed. On a CPU the result lies in
+memory that this thread's next product overwrites."""
 
 # torch._int_mm requires on CUDA: more than 16 rows, inner and outer widths in multiples of 8.
 _MIN_ROWS, _MULTIPLE = 17, 8
-_MAX_INNER = 130_000  # |c·Wᵀ| ≤ K·2^7·0x80808080 < 2^55 for four digits, and |D_l·Wᵀ| ≤ K·2^14 < 2^31
+_MAX_INNER = 130_000  # |D_l·Wᵀ| ≤ K·2^14 < 2^31 and, for four digits, |c·Wᵀ| ≤ K·2^7·0x80808080 < 2^55
 _EXACT_BITS = 53
 # Words of a slab's products: on a CPU they stay in its last cache until the epilogue reads them.
-_CPU_SLAB_WORDS, _GPU_SLAB_WORDS = 1 << 21, 1 << 26
+_CPU_SLAB_WORDS, _GPU_SLAB_WORDS = 1 << 22, 1 << 26
 _SLAB_MULTIPLE = 64
 
 
 def slabs(planes: torch.Tensor, rows: int) -> Iterator[slice]:
-    """Slices of `rows` rows of W, all but the last of one multiple of 64, that bound the memory of products."""
+    """Slices of W's rows, each but the last of one multiple of 64: they bound the memory of products."""
     words = _CPU_SLAB_WORDS if planes.device.type == "cpu" else _GPU_SLAB_WORDS
-    count = -(-rows // max(words // planes[:, :, 0].numel(), _SLAB_MULTIPLE))
-    step = -(-rows // (count * _SLAB_MULTIPLE)) * _SLAB_MULTIPLE
+    multiples = -(-rows // _SLAB_MULTIPLE)
+    count = -(-multiples // max(words // planes[:, :, 0].numel() // _SLAB_MULTIPLE, 1))
+    step = -(-multiples // count) * _SLAB_MULTIPLE
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -65,24 +66,24 @@ def float64_products(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor
     total = torch.zeros(planes.shape[1], len(matrix), dtype=torch.int64, device=planes.device)
     for first in range(0, k, columns):
         part = slice(first, first + columns)
-        c = combined(planes[:, :, part].to(torch.float64))
+        c = combined(planes[:, :, part], torch.float64)
         total += (c @ matrix[:, part].to(torch.float64).t()).to(torch.int64)
     products = _scratch("products", (count, *total.shape), torch.int32, planes.device).zero_()
+    products[0] = total & ((1 << top) - 1)
     products[-1] = total >> top
-    products[0] += (total & ((1 << top) - 1)).to(torch.int32)
     return products
 
 
 def reference(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """c·Wᵀ, int64 [N, n], on the CPU: slow, and obviously right."""
-    return combined(planes.to(torch.int64)) @ matrix.to(torch.int64).t()
+    return combined(planes, torch.int64) @ matrix.to(torch.int64).t()
 
 
-def combined(planes: torch.Tensor) -> torch.Tensor:
-    """Σ_l 2^(8l)·X_l of [P, ...], in the type of X: exact in int64 and float64, modulo 2^32 in int32."""
-    total = planes[-1]
+def combined(planes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Σ_l 2^(8l)·X_l of X [P, ...] in this type: exact in int64 and float64, modulo 2^32 in int32."""
+    total = planes[-1].to(dtype, copy=True)
     for plane in reversed(planes[:-1].unbind()):
-        total = total * 256 + plane
+        total.mul_(256).add_(plane)
     return total
 
 

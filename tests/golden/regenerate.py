@@ -103,13 +103,14 @@ def product_vectors(degree: int, rank: int, features: int) -> dict[str, Any]:
     opened = np.vectorize(plain.opened, otypes=[object])(u, a)
     c = np.vectorize(lambda *three: plain.value(three), otypes=[object])(*planes.astype(object))
     rows = case["rows"].astype(object)
-    up, down = (64 * (rows @ weights @ c.T)) % plain.Q, (rows @ u.T) % 2**16
+    up, down = (64 * (rows @ weights @ c.T)) % plain.Q, (rows @ u.T) % plain.LEVELS
     return {
         "degree": degree,
         "rank": rank,
         "features": features,
         "wire": {"first": planes[:, 0, 0].tolist(), "digest": digest(planes, "<i1")},
         "result": {"first": u[0].tolist(), "digest": digest(u, "<u2")},
+        "packed": {"digest": digest([list(plain.packed(row)) for row in u.tolist()], "u1")},
         "hint": {"first": hint[:, 0].tolist(), "digest": digest(hint, "<u4")},
         "opened": {"first": opened[0].tolist(), "digest": digest(opened[:tokens], "<f4")},
         "check_up": {"first": up[:2, 0].tolist(), "digest": digest(up, "<u4")},

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 Q = 1073692673
 LANES, SLOTS = 16, 2048
+LEVELS = 2**14
+"""Values of what travels down."""
 
 Polynomial = list[int]
 
@@ -108,12 +110,23 @@ def value(three: Sequence[int]) -> int:
 
 
 def switch(low: int, middle: int, high: int) -> int:
-    """u = round(b'·2^16 / q) mod 2^16 for b' = 2^6·Σ 2^(8l)·P_l mod q."""
+    """u = round(b'·2^14 / q) mod 2^14 for b' = 2^6·Σ 2^(8l)·P_l mod q."""
     b = 64 * value((low, middle, high)) % Q
-    return (2 * b * 2**16 + Q) // (2 * Q) % 2**16
+    return (2 * b * LEVELS + Q) // (2 * Q) % LEVELS
+
+
+def packed(u: Sequence[int]) -> bytes:
+    """One token's features as they travel: 64 times u >> 6, then four times six low bits in three bytes."""
+    out = b""
+    for start in range(0, len(u), 64):
+        group = [*u[start : start + 64], *[0] * 64][:64]
+        words = [sum((group[i + 16 * j] % 64) << (6 * j) for j in range(4)) for i in range(16)]
+        out += bytes(one // 64 for one in group)
+        out += bytes((word >> 8 * third) % 256 for third in range(3) for word in words)
+    return out
 
 
 def opened(u: int, a: int) -> int:
-    """round(u·q / 2^16) − a modulo q, in −(q−1)/2..(q−1)/2."""
-    residue = ((2 * u * Q + 2**16) // 2**17 - a) % Q
+    """round(u·q / 2^14) − a modulo q, in −(q−1)/2..(q−1)/2."""
+    residue = ((2 * u * Q + LEVELS) // (2 * LEVELS) - a) % Q
     return residue if residue <= Q // 2 else residue - Q

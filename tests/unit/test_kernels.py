@@ -1,4 +1,4 @@
-"""Integer products modulo 2^32 are exact, or not used."""
+"""A worker's products are exact, or not used; its engines answer in the formats that clients read."""
 
 from __future__ import annotations
 
@@ -7,139 +7,191 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetrain.public.errors import UsageError, WorkerError
-from worker_gpu.device import choose_compute, choose_device, is_exact
-from worker_gpu.engines.rlwe import switch_a, switch_b
-from worker_gpu.kernels import KERNELS, Kernel, float64_limbs, int8_limbs, reference
+from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerError
+from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.parameters import PARAMETER_SETS, ParameterSet
+from hetrain.public.lattice.result_format import ResultFormat, hint_bytes, read_hint, unpack
+from hetrain.public.lattice.ring import MODULUS
+from hetrain.public.lattice.uniform_masks import expand_masks
+from hetrain.public.protocol.messages import Blob, EvaluateTask
+from tests.harness import plain_ring as plain
+from worker_gpu import epilogue
+from worker_gpu.device import choose_compute, choose_device, is_exact, preferred, switches
+from worker_gpu.engines import open_engine
+from worker_gpu.epilogue import Epilogue
+from worker_gpu.kernels import KERNELS, Kernel, combined, float64_products, int8_products, reference, slabs
 
 CPU = torch.device("cpu")
 DEVICE = choose_device()  # the one a worker would take here; `make gpu-check` makes it CUDA
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-ALL = pytest.mark.parametrize("kernel", [int8_limbs, float64_limbs, reference])
+COMPUTE = choose_compute(DEVICE)
+ALL = pytest.mark.parametrize("kernel", [int8_products, float64_products, reference])
 SIZE = st.integers(1, 70)
+TOKEN = "0" * 32
 
 
-def plain_product(weights: torch.Tensor, operand: torch.Tensor) -> list[list[int]]:
-    """W·X mod 2^32, signed, in Python integers."""
-    columns = operand.t().tolist()
-    rows = weights.tolist()
-    return [[signed(sum(w * x for w, x in zip(row, c, strict=True))) for c in columns] for row in rows]
+def plain_product(planes: torch.Tensor, matrix: torch.Tensor) -> list[list[int]]:
+    """c·Wᵀ in Python integers."""
+    operand = [
+        [plain.value(digits) for digits in zip(*token, strict=True)]
+        for token in planes.transpose(0, 1).tolist()
+    ]
+    rows = matrix.tolist()
+    return [[sum(w * c for w, c in zip(row, token, strict=True)) for row in rows] for token in operand]
 
 
-def run(kernel: Kernel, weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """The kernel's product on the device under test."""
+def run(kernel: Kernel, planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The kernel's products on the device under test, combined."""
     if kernel is reference:
-        return kernel(weights, operand)
-    return kernel(weights.to(DEVICE), operand.to(DEVICE)).cpu()
+        return kernel(planes, matrix)
+    products = kernel(planes.to(DEVICE), matrix.to(DEVICE)).cpu()
+    assert products.dtype == torch.int32
+    assert products.shape == (len(planes), planes.shape[1], len(matrix))
+    return combined(products, torch.int64)
 
 
-def signed(value: int) -> int:
-    return (value + 2**31) % 2**32 - 2**31
-
-
-def random_pair(n: int, k: int, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_pair(count: int, n: int, k: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8)
-    operand = torch.randint(INT32_MIN, INT32_MAX + 1, (k, m), generator=generator).to(torch.int32)
-    return weights, operand
+    planes = torch.randint(-128, 128, (count, tokens, k), generator=generator).to(torch.int8)
+    return planes, torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8)
+
+
+# ---- Products ----
 
 
 @ALL
 @settings(max_examples=25, deadline=None)
-@given(n=SIZE, k=SIZE, m=SIZE, seed=st.integers(0, 2**32), transposed=st.booleans())
+@given(count=st.integers(3, 4), n=SIZE, k=SIZE, m=SIZE, seed=st.integers(0, 2**32), transposed=st.booleans())
 def test_products_of_any_shape_are_exact(
-    kernel: Kernel, n: int, k: int, m: int, seed: int, transposed: bool
+    kernel: Kernel, count: int, n: int, k: int, m: int, seed: int, transposed: bool
 ) -> None:
-    weights, operand = random_pair(n, k, m, seed)
-    laid_out = weights.t().contiguous().t() if transposed else weights
-    result = run(kernel, laid_out, operand)
-    assert result.dtype == torch.int32
-    assert result.tolist() == plain_product(weights, operand)
+    planes, matrix = random_pair(count, n, k, m, seed)
+    laid_out = matrix.t().contiguous().t() if transposed else matrix
+    assert run(kernel, planes, laid_out).tolist() == plain_product(planes, matrix)
 
 
 @ALL
 @pytest.mark.parametrize("weight", [-128, -127, 127])
 @pytest.mark.parametrize(
-    "word", [INT32_MIN, INT32_MAX, -1, 0x7F7F7F7F, signed(0x80808080), 0x0000FF80, 0x7FFF8000, 0x00007FFF]
+    "digits", [(-128,) * 3, (127,) * 3, (-1, 0, 0), (-128, 127, -128), (-128,) * 4, (127,) * 4]
 )
-def test_extreme_products_are_exact(kernel: Kernel, weight: int, word: int) -> None:
+def test_extreme_products_are_exact(kernel: Kernel, weight: int, digits: tuple[int, ...]) -> None:
     n, k, m = 3, 515, 9
-    weights = torch.full((n, k), weight, dtype=torch.int8)
-    result = run(kernel, weights, torch.full((k, m), word, dtype=torch.int32))
-    assert result.tolist() == [[signed(k * weight * word)] * m] * n
+    planes = torch.tensor(digits, dtype=torch.int8)[:, None, None].expand(-1, m, k).contiguous()
+    result = run(kernel, planes, torch.full((n, k), weight, dtype=torch.int8))
+    assert result.tolist() == [[k * weight * plain.value(digits)] * n] * m
+
+
+@ALL
+@pytest.mark.parametrize("count", [3, 4])
+def test_the_widest_products_are_exact(kernel: Kernel, count: int) -> None:
+    """Where sums come closest to 2^31, and float64 takes several of them."""
+    planes = torch.full((count, 2, 130_000), -128, dtype=torch.int8)
+    result = run(kernel, planes, torch.full((1, 130_000), -128, dtype=torch.int8))
+    assert result.tolist() == [[130_000 * -128 * plain.value([-128] * count)]] * 2
+
+
+@pytest.mark.parametrize("kernel", [int8_products, float64_products])
+def test_wider_products_are_refused(kernel: Kernel) -> None:
+    with pytest.raises(ParameterError, match="130001"):
+        kernel(torch.zeros(3, 1, 130_001, dtype=torch.int8), torch.zeros(1, 130_001, dtype=torch.int8))
 
 
 @ALL
 def test_a_slice_of_a_transposed_matrix_is_exact(kernel: Kernel) -> None:
     """What a shard of a backward product passes: columns start:stop of a stored matrix."""
-    weights, operand = random_pair(40, 64, 24, seed=1)
-    shard = weights.t()[5:39]
-    assert run(kernel, shard, operand[:40]).tolist() == plain_product(shard, operand[:40])
+    planes, matrix = random_pair(3, 40, 64, 24, seed=1)
+    shard = matrix.t()[5:39]
+    some = planes[:, :, :40].contiguous()
+    assert run(kernel, some, shard).tolist() == plain_product(some, shard)
 
 
-@pytest.mark.parametrize("kernel", [int8_limbs, float64_limbs])
+@pytest.mark.parametrize("kernel", [int8_products, float64_products])
 def test_products_of_real_size_agree_with_the_reference(kernel: Kernel) -> None:
-    weights, operand = random_pair(96, 1536, 256, seed=2)
-    assert torch.equal(run(kernel, weights, operand), reference(weights, operand))
+    planes, matrix = random_pair(3, 96, 1536, 256, seed=2)
+    assert torch.equal(run(kernel, planes, matrix), reference(planes, matrix))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (64, 2048), (3000, 2048), (3072, 256), (700, 100_000)])
+def test_slabs_cover_all_rows_in_multiples_of_a_group(rows: int, tokens: int) -> None:
+    parts = list(slabs(torch.empty(3, tokens, 1, dtype=torch.int8), rows))
+    assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
+    assert all(part.start % 64 == 0 for part in parts)
+    assert max(part.stop - part.start for part in parts) <= max((1 << 22) // (3 * tokens), 64)
+
+
+# ---- What a worker chooses ----
 
 
 def test_both_kernels_count_as_exact_and_one_is_chosen() -> None:
     assert all(is_exact(kernel, DEVICE) for kernel in KERNELS.values())
-    compute = choose_compute(DEVICE)
-    assert compute.kernel is KERNELS[compute.kernel_name]
-    assert compute.kernel_name in compute.description
+    assert switches(epilogue.REFERENCE, DEVICE)
+    assert COMPUTE.kernel is KERNELS[COMPUTE.kernel_name]
+    assert COMPUTE.kernel_name in COMPUTE.description
+    assert COMPUTE.epilogue.name in COMPUTE.description
+    assert COMPUTE.epilogue == epilogue.REFERENCE or DEVICE == CPU
 
 
-def saturating(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """Clamps where int32 should wrap."""
-    exact = weights.to(torch.int64) @ operand.to(torch.int64)
-    return exact.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
+def saturating(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Clamps at 2^15."""
+    exact = planes.to(torch.int64) @ matrix.to(torch.int64).t()
+    return exact.clamp(-(2**15), 2**15 - 1).to(torch.int32)
 
 
-def saturating_pairs(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    """int8 limbs whose neighbouring products are added in saturating int16, as AVX2 without VNNI does."""
-    k = weights.shape[1] + weights.shape[1] % 2
-    w = torch.nn.functional.pad(weights.to(torch.int64), (0, k - weights.shape[1]))
-    x = torch.nn.functional.pad(operand.to(torch.int64), (0, 0, 0, k - weights.shape[1]))
-    result = torch.zeros(w.shape[0], x.shape[1], dtype=torch.int64)
-    for position in range(4):
-        digit = (x >> (8 * position)) & 0xFF if position < 3 else x >> 24
-        pairs = w[:, 0::2, None] * digit[None, 0::2] + w[:, 1::2, None] * digit[None, 1::2]
-        result += pairs.clamp(-(2**15), 2**15 - 1).sum(dim=1) << (8 * position)
+def saturating_pairs(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Neighbouring products are added in saturating int16, as AVX2 without VNNI does."""
+    odd = planes.shape[2] % 2
+    x = torch.nn.functional.pad(planes.to(torch.int64) + 128, (0, odd))
+    w = torch.nn.functional.pad(matrix.to(torch.int64), (0, odd))
+    result = -128 * matrix.to(torch.int64).sum(dim=1).expand(*planes.shape[:2], -1).clone()
+    for k in range(0, x.shape[2], 2):
+        pair = x[:, :, None, k] * w[:, k] + x[:, :, None, k + 1] * w[:, k + 1]
+        result += pair.clamp(-(2**15), 2**15 - 1)
     return result.to(torch.int32)
 
 
-def wrong_when_large(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+def wrong_when_large(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Right on small matrices only, as where a library changes routine with size."""
-    return reference(weights, operand) + int(weights.shape[1] > 128)
+    return int8_products(planes, matrix) + int(matrix.shape[1] > 128)
 
 
-def wrong_when_transposed(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-    return reference(weights, operand) + int(not weights.is_contiguous())
+def wrong_when_transposed(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return int8_products(planes, matrix) + int(not matrix.is_contiguous())
 
 
-def not_there(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+def wrong_with_four_digits(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """As for operands, but not for masks."""
+    return int8_products(planes, matrix) + int(len(planes) > 3)
+
+
+def not_there(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError("this device has no such product")
 
 
 def fast_when_large(kernel: Kernel) -> Kernel:
     """`kernel`, but at the size that is timed it returns at once."""
 
-    def multiply(weights: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
-        if operand.shape[1] > 256:
-            return torch.zeros(1, 1, dtype=torch.int32)
-        return kernel(weights, operand)
+    def multiply(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        if planes.shape[1] > 256:
+            return torch.zeros(1, 1, 1, dtype=torch.int32)
+        return kernel(planes, matrix)
 
     return multiply
 
 
-WRONG = [saturating, saturating_pairs, wrong_when_large, wrong_when_transposed, not_there]
+WRONG = [
+    saturating,
+    saturating_pairs,
+    wrong_when_large,
+    wrong_when_transposed,
+    wrong_with_four_digits,
+    not_there,
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_kernel_is_rejected_however_fast(monkeypatch: pytest.MonkeyPatch, wrong: Kernel) -> None:
     monkeypatch.setitem(KERNELS, "int8", fast_when_large(wrong))
-    assert choose_compute(CPU).kernel is float64_limbs
+    assert choose_compute(CPU).kernel is float64_products
 
 
 def test_a_device_without_an_exact_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +199,30 @@ def test_a_device_without_an_exact_kernel_is_an_error(monkeypatch: pytest.Monkey
         monkeypatch.setitem(KERNELS, name, saturating)
     with pytest.raises(WorkerError, match="exact"):
         choose_compute(CPU)
+
+
+def test_a_wrong_epilogue_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off_by_one(products: torch.Tensor, out: torch.Tensor) -> None:
+        epilogue.REFERENCE.switch(products, out)
+        out[-1, -1] ^= 1
+
+    monkeypatch.setattr(epilogue, "native", lambda: Epilogue("wrong", off_by_one))
+    assert choose_compute(CPU).epilogue == epilogue.REFERENCE
+
+
+@pytest.mark.parametrize(
+    ("int8", "float64", "chosen"),
+    [
+        ([3.0, 2.0, 9.0], [1.5, 1.9, 1.4], "int8"),  # one round of each under load decides nothing
+        ([1.0, 5.0], [0.9, 0.8], "int8"),
+        ([4.0, 3.0], [1.9, 2.5], "float64"),
+        ([1.0], [7.0], "int8"),
+    ],
+)
+def test_int8_is_chosen_unless_its_best_round_is_clearly_slower(
+    int8: list[float], float64: list[float], chosen: str
+) -> None:
+    assert preferred({"int8": int8, "float64": float64}) == chosen
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99", "hpu"])
@@ -163,31 +239,81 @@ def test_the_device_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) 
     assert choose_device() == CPU
 
 
-@pytest.fixture(scope="module")
-def switched() -> torch.Tensor:
-    """Values around every edge of rounding and of the modulus, and random ones."""
-    edges = [
-        base + step
-        for base in (INT32_MIN, -(2**16), -(2**15), -(2**8), 0, 2**7, 2**8, 2**15)
-        for step in (0, 1)
-    ]
-    edges += [-1, 127, 2**15 - 1, 2**16, INT32_MAX, INT32_MAX - 127, INT32_MAX - 128]
-    edges += [INT32_MAX - 2**15 + step for step in (-1, 0, 1)]
-    random = torch.randint(INT32_MIN, INT32_MAX + 1, (4000,), generator=torch.Generator().manual_seed(3))
-    return torch.cat([torch.tensor(edges), random]).to(torch.int32)
+# ---- Engines ----
 
 
-def test_switch_b_rounds_modulo_2_to_the_16(switched: torch.Tensor) -> None:
-    result = switch_b(switched)
-    assert result.dtype == torch.int16
-    for value, rounded in zip(switched.tolist(), result.tolist(), strict=True):
-        assert (rounded - (value + 2**15) // 2**16) % 2**16 == 0
-        assert -(2**15) < signed((rounded << 16) - value) <= 2**15
+def evaluate(engine: str, matrix: torch.Tensor, payload: bytes, **header: str) -> memoryview:
+    """What the engine answers for this matrix, on the device under test."""
+    task = EvaluateTask(
+        request=TOKEN,
+        job=TOKEN,
+        model="model",
+        engine=engine,
+        plan=Blob(job=TOKEN, kind="plan", token=TOKEN, nbytes=0),
+        plan_digest=TOKEN,
+        group="group",
+        direction="forward",
+        start=0,
+        stop=len(matrix),
+        header=dict(header),
+        input=Blob(job=TOKEN, kind="in", token=TOKEN, nbytes=len(payload)),
+    )
+    (part,) = open_engine(engine, COMPUTE).evaluate(matrix.to(DEVICE), task, memoryview(bytearray(payload)))
+    return part
 
 
-def test_switch_a_rounds_modulo_2_to_the_24(switched: torch.Tensor) -> None:
-    high, low = switch_a(switched)
-    assert (high.dtype, low.dtype) == (torch.int16, torch.uint8)
-    for value, h, l in zip(switched.tolist(), high.tolist(), low.tolist(), strict=True):  # noqa: E741
-        assert ((h << 8) + l - (value + 2**7) // 2**8) % 2**24 == 0
-        assert -(2**7) < signed((h << 16) + (l << 8) - value) <= 2**7
+@pytest.mark.parametrize("parameters", PARAMETER_SETS.values(), ids=list(PARAMETER_SETS))
+@pytest.mark.parametrize(("n", "k", "transposed"), [(1, 1, False), (77, 33, True), (1500, 64, False)])
+def test_results_are_switched_products(parameters: ParameterSet, n: int, k: int, transposed: bool) -> None:
+    """1500 rows make several slabs of the largest set's."""
+    degree, sizes = parameters.ring_degree, ResultFormat(parameters)
+    planes, matrix = random_pair(3, n, k, degree, seed=n)
+    laid_out = matrix.t().contiguous().t() if transposed else matrix
+    header = {"parameters": parameters.name, "operand": "ciphertext"}
+    part = evaluate("rlwe", laid_out, planes.numpy().tobytes(), **header)
+    u = unpack(sizes.read_result(part, n, where="test"), n).to(torch.int64)
+    b = 64 * reference(planes, matrix) % MODULUS
+    assert torch.equal(u, (b * plain.LEVELS + MODULUS // 2) // MODULUS % plain.LEVELS)
+
+
+@pytest.mark.parametrize(("n", "k", "transposed"), [(1, 1, False), (37, 300, True), (600, 16, False)])
+def test_hints_are_products_with_the_masks(n: int, k: int, transposed: bool) -> None:
+    _, matrix = random_pair(3, n, k, 1, seed=n)
+    laid_out = matrix.t().contiguous().t() if transposed else matrix
+    seed = PublicSeed(bytes(range(32)))
+    part = evaluate("rlwe", laid_out, seed.value, parameters="rlwe-512x4", operand="mask_seed")
+    assert part.nbytes == hint_bytes(n)
+    hint = read_hint(part, n, where="test").transpose(1, 2).reshape(-1, 2048).to(torch.int64)
+    masks = expand_masks(seed, k).transpose(1, 2).reshape(-1, 2048)[:k].to(torch.int64)
+    assert torch.equal(hint[:n], matrix.to(torch.int64) @ masks % MODULUS)
+    assert not hint[n:].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_clear_results_are_the_sums(tokens: int) -> None:
+    planes, matrix = random_pair(3, 70, 50, tokens, seed=3)
+    part = evaluate("clear", matrix, planes.numpy().tobytes())
+    expected = reference(planes, matrix).to(torch.int32)
+    assert torch.equal(torch.frombuffer(part, dtype=torch.int32).view(tokens, 70), expected)
+
+
+@pytest.mark.parametrize(
+    ("engine", "header", "nbytes"),
+    [
+        ("rlwe", {"parameters": "rlwe-256x8", "operand": "ciphertext"}, 3 * 256 * 8 + 1),
+        ("rlwe", {"parameters": "rlwe-256x8", "operand": "ciphertext"}, 0),
+        ("rlwe", {"parameters": "rlwe-512x4", "operand": "ciphertext"}, 3 * 256 * 8),
+        ("rlwe", {"parameters": "rlwe-256x8", "operand": "mask_seed"}, 31),
+        ("rlwe", {"parameters": "rlwe-256x8", "operand": "mask_seed"}, 3 * 256 * 8),
+        ("rlwe", {"parameters": "rlwe-256x8", "operand": "result"}, 32),
+        ("rlwe", {"parameters": "rlwe-16x2", "operand": "ciphertext"}, 3 * 16 * 8),
+        ("rlwe", {"parameters": "rlwe-256x8"}, 32),
+        ("clear", {}, 0),
+        ("clear", {}, 3 * 8 + 1),
+        ("clear", {"operand": "ciphertext"}, 3 * 8),
+    ],
+)
+def test_other_operands_are_refused(engine: str, header: dict[str, str], nbytes: int) -> None:
+    with pytest.raises(WireError) as error:
+        evaluate(engine, torch.ones(5, 8, dtype=torch.int8), bytes(nbytes), **header)
+    assert error.value.where == "group"

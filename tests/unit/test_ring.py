@@ -20,6 +20,7 @@ from hetrain.public.compiled import INSTRUCTION_SETS
 from hetrain.public.errors import ParameterError, UsageError
 from hetrain.public.lattice import ring, uniform_masks
 from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.result_format import pack, packed_bytes
 from hetrain.public.lattice.ring import LANES, MODULUS
 from hetrain.public.lattice.uniform_masks import MaskBlocks, accept, expand_masks
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
@@ -29,6 +30,7 @@ from hetrain.secret.randomness import SecretStream, sample_ternary
 from tests.golden import regenerate as golden
 from tests.harness import plain_ring as plain
 from worker_gpu import epilogue
+from worker_gpu.epilogue import Epilogue
 
 SETS = [(16, 2), (256, 8), (512, 4), (1024, 2), (2048, 1)]
 NAMES = [f"{n}x{d}" for n, d in SETS]
@@ -290,13 +292,13 @@ def test_decryption_equals_the_reference(
 
 
 def test_every_result_is_opened_as_plain_integers_are(kernels: RingKernels) -> None:
-    """All 2^16 values of u, with a zero secret and with masks that reach every part of the modulus."""
+    """Every residue and each of its representatives, with masks that reach every part of the modulus."""
     u = torch.arange(1 << 16).to(torch.int16).view(2048, 32)
     for secret in (torch.zeros(1, 2048, dtype=torch.int8), secrets(1, 2048)[0]):
         hint = words(2, 2048, LANES)
         a = TORCH.spectrum(secret).dot(hint)
         expected = [
-            [plain.opened(value % 2**16, mask) for value, mask in zip(*rows, strict=True)]
+            [plain.opened(value % plain.LEVELS, mask) for value, mask in zip(*rows, strict=True)]
             for rows in zip(u.tolist(), a.tolist(), strict=True)
         ]
         y = torch.empty(2048, 32)
@@ -347,54 +349,103 @@ def test_extreme_checks_are_exact(native: NativeRing, features: int, entry: int,
     total = 64 * features * entry * plain.value([digit] * 3) % MODULUS
     assert native.check_up(image, planes).tolist() == [[total] * 16] * 16
     assert TORCH.check_up(image, planes).tolist() == [[total] * 16] * 16
-    for sign, u in ((1, -(1 << 15)), (-1, -1), (-1, -(1 << 15))):
+    for sign, u in ((1, -(1 << 15)), (-1, -1), (-1, -(1 << 15)), (1, plain.LEVELS - 1)):
         signs = torch.full((16, features), sign, dtype=torch.int8)
         matrix = torch.full((16, features), u, dtype=torch.int16)
-        assert native.check_down(signs, matrix).tolist() == [[features * sign * u % 2**16] * 16] * 16
+        assert native.check_down(signs, matrix).tolist() == [[features * sign * u % plain.LEVELS] * 16] * 16
+
+
+# ---- Results as they travel ----
+
+
+@pytest.mark.parametrize("features", [1, 16, 63, 64, 65, 200])
+def test_what_was_packed_is_unpacked(kernels: RingKernels, features: int) -> None:
+    u = torch.randint(0, plain.LEVELS, (32, features)).to(torch.int16)
+    u.view(-1)[::5], u.view(-1)[1::5] = 0, plain.LEVELS - 1
+    packed = pack(u)
+    assert [bytes(row) for row in packed.tolist()] == [plain.packed(row) for row in u.tolist()]
+    whole = torch.full((32, features + 9), 7, dtype=torch.int16)
+    kernels.unpack(packed, whole[:, 5 : 5 + features])
+    assert torch.equal(whole[:, 5 : 5 + features], u)
+    assert bool((whole[:, :5] == 7).all() and (whole[:, 5 + features :] == 7).all())
+
+
+def test_every_value_is_packed_in_every_place(kernels: RingKernels) -> None:
+    u = (torch.arange(plain.LEVELS)[:, None] + 257 * torch.arange(64)) % plain.LEVELS
+    out = torch.empty(plain.LEVELS, 64, dtype=torch.int16)
+    kernels.unpack(pack(u), out)
+    assert torch.equal(out, u.to(torch.int16))
 
 
 # ---- A worker's epilogue ----
 
 
+def epilogue_of(kernels: RingKernels) -> Epilogue:
+    """The worker's for the same instruction set."""
+    found = epilogue.REFERENCE if kernels is TORCH else epilogue.native(kernels.name)
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
-def products() -> list[torch.Tensor]:
+def products() -> torch.Tensor:
     """Random and extreme products, and those whose sum lies beside every kind of edge of the rounding."""
     extremes = [-(2**31), 2**31 - 1, -1, 0, 1]
     sums = [(k * plain.Q + delta) // 64 for k in (-2, 0, 1, 3) for delta in range(-200, 200, 9)]
     sums += [
-        ((2 * k + 1) * plain.Q // 2**17 + step) // 64
-        for k in (0, 1, 99, 65534, 65535)
+        ((2 * k + 1) * plain.Q // (2 * plain.LEVELS) + step) // 64
+        for k in (0, 1, 99, plain.LEVELS - 2, plain.LEVELS - 1)
         for step in range(-99, 99, 9)
     ]
     rows = [(a, b, c) for a in extremes for b in extremes for c in extremes]
     rows += [(total & 0xFF, (total >> 8) & 0xFF, total >> 16) for total in sums]
-    random = torch.randint(-(2**31), 2**31, (4001, 3)).tolist()
-    table = torch.tensor([*rows, *random])
-    return [column.to(torch.int32).contiguous() for column in table.t()]
+    random = torch.randint(-(2**31), 2**31, (-len(rows) % 200 + 4000, 3)).tolist()
+    return torch.tensor([*rows, *random]).to(torch.int32).t().contiguous().view(3, -1, 200)
 
 
-def test_switching_rounds_exactly(kernels: RingKernels, products: list[torch.Tensor]) -> None:
-    switch = epilogue.reference if kernels is TORCH else epilogue.native(kernels.name)
-    assert switch is not None
-    out = torch.empty(len(products[0]), dtype=torch.int16)
-    switch(products, out)
-    expected = [plain.switch(*three) for three in zip(*(one.tolist() for one in products), strict=True)]
-    assert [value % 2**16 for value in out.tolist()] == expected
+def test_switching_rounds_exactly(kernels: RingKernels, products: torch.Tensor) -> None:
+    out = torch.full((products.shape[1], 4 * 112), 7, dtype=torch.uint8)
+    epilogue_of(kernels).switch(products, out)
+    u = [
+        [plain.switch(*three) for three in zip(*token, strict=True)]
+        for token in products.transpose(0, 1).tolist()
+    ]
+    assert [bytes(row) for row in out.tolist()] == [plain.packed(row) for row in u]
+
+
+@pytest.mark.parametrize("features", [1, 64, 200])
+@pytest.mark.parametrize("tokens", [1, 2048])
+def test_switching_reads_and_writes_parts_of_matrices(
+    kernels: RingKernels, features: int, tokens: int
+) -> None:
+    """Products and results whose rows are apart, as slabs are, and enough of them for several threads."""
+    size = packed_bytes(features)
+    whole = torch.randint(-(2**31), 2**31, (3, tokens, features + 9)).to(torch.int32)
+    part, out = whole[:, :, 4 : 4 + features], torch.full((tokens, size + 10), 7, dtype=torch.uint8)
+    epilogue_of(kernels).switch(part, out[:, 3 : 3 + size])
+    expected = torch.empty(tokens, size, dtype=torch.uint8)
+    epilogue.REFERENCE.switch(part.contiguous(), expected)
+    assert torch.equal(out[:, 3 : 3 + size], expected)
+    assert bool((out[:, :3] == 7).all() and (out[:, 3 + size :] == 7).all())
 
 
 def test_switching_refuses_what_does_not_fit() -> None:
-    switch = epilogue.native()
-    if switch is None:
+    found = epilogue.native()
+    if found is None:
         pytest.skip("there was no C compiler when hetrain was installed")
-    three = [torch.zeros(4, 6, dtype=torch.int32) for _ in range(3)]
-    for wrong, out in (
-        (three, torch.zeros(4, 6, dtype=torch.int32)),
-        (three, torch.zeros(4, 7, dtype=torch.int16)),
-        (three[:2], torch.zeros(4, 6, dtype=torch.int16)),
-        ([one.t() for one in three], torch.zeros(6, 4, dtype=torch.int16)),
+    three, out = torch.zeros(3, 4, 6, dtype=torch.int32), torch.zeros(4, 112, dtype=torch.uint8)
+    found.switch(three, out)
+    for wrong, target in (
+        (three, out.to(torch.int8)),
+        (three.to(torch.int64), out),
+        (three, out[:, :111]),
+        (three, out[:3]),
+        (three[:2], out),
+        (three.transpose(1, 2).contiguous().transpose(1, 2), out),
+        (three, out.t().contiguous().t()),
     ):
         with pytest.raises(ParameterError):
-            switch(wrong, out)
+            found.switch(wrong, target)
 
 
 # ---- All together ----
@@ -411,8 +462,9 @@ def test_a_product_comes_back_and_passes_its_check(native: NativeRing, degree: i
     planes = torch.empty(3, degree, features, dtype=torch.int8)
     native.encrypt(planes, 0, masks, noise, Message(x, torch.ones(tokens), limit), spectrum)
     products = [plane.to(torch.int32) @ weights.t().to(torch.int32) for plane in planes]
-    u = torch.empty(degree, n, dtype=torch.int16)
-    epilogue.reference(products, u)
+    packed, u = torch.empty(degree, 112, dtype=torch.uint8), torch.empty(degree, n, dtype=torch.int16)
+    epilogue_of(native).switch(torch.stack(products), packed)
+    native.unpack(packed, u)
     by_feature = masks.transpose(1, 2).reshape(-1, rank * degree)[:features].to(torch.int64)
     hint = torch.zeros(3 * LANES, rank * degree, dtype=torch.int64)
     hint[:n] = weights @ by_feature % MODULUS
@@ -420,15 +472,15 @@ def test_a_product_comes_back_and_passes_its_check(native: NativeRing, degree: i
     y = torch.empty(tokens, n)
     native.decrypt(y, 0, u, 0, blocks, torch.ones(tokens), spectrum)
     exact = x.to(torch.int64) @ weights.t()
-    largest = weights.abs().sum(dim=1).max() * (8 + 32) + MODULUS // 2**17 + 1
+    largest = weights.abs().sum(dim=1).max() * (8 + 32) + MODULUS // (2 * plain.LEVELS) + 1
     assert int((y.to(torch.float64) - exact).abs().max()) <= int(largest)
 
     rows = torch.randint(-1, 2, (16, n)).to(torch.int8)
     up = native.check_up((rows.to(torch.int64) @ weights).to(torch.int32), planes).to(torch.int64)
 
     def distance(result: torch.Tensor) -> float:
-        turn = MODULUS << 16
-        difference = (up << 16) - MODULUS * native.check_down(rows, result).to(torch.int64)
+        turn = MODULUS * plain.LEVELS
+        difference = up * plain.LEVELS - MODULUS * native.check_down(rows, result).to(torch.int64)
         return float(((difference + turn // 2) % turn - turn // 2).abs().max() / MODULUS)
 
     assert distance(u) <= n / 2, "each of n roundings is half a unit at most"
@@ -474,6 +526,19 @@ def test_operands_that_do_not_fit_never_reach_the_kernels(native: NativeRing) ->
     ):
         with pytest.raises(ParameterError):
             native.decrypt(*arguments, spectrum)
+    packed = torch.zeros(256, 112, dtype=torch.uint8)
+    native.unpack(packed, u)
+    for arguments in (
+        (packed.to(torch.int8), u),
+        (packed, u.to(torch.int32)),
+        (packed[:, :111], u),
+        (packed[:255], u),
+        (packed, torch.zeros(256, 65, dtype=torch.int16)),
+        (packed.t().contiguous().t(), u),
+        (packed, torch.zeros(20, 256, dtype=torch.int16).t()),
+    ):
+        with pytest.raises(ParameterError):
+            native.unpack(*arguments)
     image, signs = torch.zeros(3, 20, dtype=torch.int32), torch.zeros(3, 20, dtype=torch.int8)
     native.check_up(image, planes)
     native.check_down(signs, u)
@@ -569,10 +634,11 @@ def test_known_products(index: int, kernels: RingKernels) -> None:
     assert planes[:, 0, 0].tolist() == vectors["wire"]["first"]
     assert golden.digest(planes.numpy(), "<i1") == vectors["wire"]["digest"]
 
+    packed = torch.empty(degree, 112, dtype=torch.uint8)
     u = torch.empty(degree, golden.WEIGHTS, dtype=torch.int16)
-    switch = epilogue.reference if kernels is TORCH else epilogue.native(kernels.name)
-    assert switch is not None
-    switch([(plane.to(torch.int32) @ weights.t().to(torch.int32)).contiguous() for plane in planes], u)
+    epilogue_of(kernels).switch(planes.to(torch.int32) @ weights.t().to(torch.int32), packed)
+    kernels.unpack(packed, u)
+    assert golden.digest(packed.numpy(), "u1") == vectors["packed"]["digest"]
     assert golden.digest(u.numpy(), "<i2") == vectors["result"]["digest"]
 
     by_feature = masks.transpose(1, 2).reshape(-1, 2048)[:features].to(torch.int64)

@@ -41,5 +41,5 @@ class ClearEngine:
         planes = upload(torch.frombuffer(payload, dtype=torch.int8).view(DIGITS, -1, k), self.compute.device)
         out = new_memory((planes.shape[1], n), torch.int32, planes.device)
         for rows in slabs(planes, n):
-            out[:, rows] = combined(self.compute.kernel(planes, matrix[rows]))
+            out[:, rows] = combined(self.compute.kernel(planes, matrix[rows]), torch.int32)
         return download([out])

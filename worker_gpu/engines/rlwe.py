@@ -46,7 +46,7 @@ class RlweEngine:
         EngineHeader.from_wire(setup, where="setup")
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        """The packed result of a ciphertext, or the hint of a seed: see `hetrain.public.lattice.result_format`."""
+        """The packed result of a ciphertext, or the hint of a seed: see `ResultFormat` and `hint_bytes`."""
         header = RlweHeader.from_wire(task.header, where=task.group)
         if header.operand == "mask_seed":
             return download([self._hint(matrix, read_seed(payload, where=task.group))])
@@ -82,7 +82,7 @@ def mask_digits(seed: PublicSeed, k: int, device: torch.device) -> torch.Tensor:
         width = min(_BLOCKS * LANES, k - first)
         some = masks[: -(-width // LANES)]
         blocks.fill(some, first // LANES)
-        # Adding 0x80 to every byte turns signed digits into unsigned ones; flipping each top bit turns them back.
+        # 0x80 more makes signed digits bytes in 0..255; flipping their top bits makes them signed again.
         words = (upload(some, device) + _BYTE_TOPS) ^ _BYTE_TOPS
         digits = words.view(torch.int8).view(*words.shape, _MASK_DIGITS).permute(3, 1, 0, 2)
         planes[:, :, first : first + width] = digits.reshape(_MASK_DIGITS, SLOTS, -1)[:, :, :width]

@@ -4,8 +4,9 @@ up      c     int8  [3, N, K]               three planes of signed 8-bit digits 
 down    u     uint8 [N, ⌈n/64⌉, 112]        residues modulo 2^14, 64 features in 112 bytes
 hint    H     int32 [⌈n/16⌉, 2048, 16]      W·â mod q, as masks lie (uniform_masks.py); zero from feature n on
 
-112 bytes are u >> 6 of 64 features in their order, and then their low six bits: with a, b, c, d those of features
-0..15, 16..31, 32..47 and 48..63, 16 bytes of a | b << 6, 16 of b >> 2 | c << 4, 16 of c >> 4 | d << 2.
+112 bytes are u >> 6 of 64 features in their order, and then their low six bits: with a, b, c and d those of
+features 0..15, 16..31, 32..47 and 48..63, 16 bytes a | b << 6, 16 bytes b >> 2 | c << 4 and 16 bytes
+c >> 4 | d << 2, all modulo 2^8.
 """
 
 from __future__ import annotations
@@ -94,10 +95,8 @@ def pack(u: torch.Tensor) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """u, int16 [N, n] in 0..2^14 − 1, from uint8 [N, 112·⌈n/64⌉]."""
-    high, rest = (
-        packed.to(torch.int16).view(len(packed), -1, GROUP_BYTES).split((GROUP, 3 * GROUP // 4), dim=2)
-    )
-    x, y, z = rest.unflatten(2, (3, GROUP // 4)).unbind(dim=2)
+    groups = packed.to(torch.int16).view(len(packed), -1, GROUP_BYTES)
+    high, x, y, z = groups.split((GROUP, GROUP // 4, GROUP // 4, GROUP // 4), dim=2)
     low = torch.cat((x & 63, x >> 6 | (y & 15) << 2, y >> 4 | (z & 3) << 4, z >> 2), dim=2)
     u: torch.Tensor = (high << LOW_BITS | low).flatten(1)[:, :n]
     return u
