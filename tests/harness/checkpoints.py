@@ -39,10 +39,11 @@ def plan_of(matrices: list[torch.Tensor]) -> Plan:
 
 
 def operand(seed: int = 0, tokens: int = 5) -> np.ndarray:
-    """Random int32 [IN, T]."""
-    return np.random.default_rng(seed).integers(-(2**31), 2**31, (IN, tokens), dtype=np.int32)
+    """Random digit planes, int8 [3, T, IN]."""
+    return np.random.default_rng(seed).integers(-128, 128, (3, tokens, IN), dtype=np.int8)
 
 
 def product(matrix: torch.Tensor, x: np.ndarray) -> np.ndarray:
-    """W·x modulo 2^32; int64 wraps modulo 2^64."""
-    return (matrix.numpy().astype(np.int64) @ x.astype(np.int64)).astype(np.int32)
+    """What `clear` answers: Σ_l 2^(8l)·x_l·Wᵀ, int32 [T, OUT]; no sum passes 2^36, and results wrap."""
+    values = sum(digits.astype(np.int64) << (8 * position) for position, digits in enumerate(x))
+    return (values @ matrix.numpy().astype(np.int64).T).astype(np.int32)

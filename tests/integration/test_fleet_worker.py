@@ -122,10 +122,10 @@ class RawClient:
             self._ended[completion.request] = completion
 
     def result(self, request: str) -> np.ndarray:
-        """The product of a request that succeeds, [OUT, T]."""
+        """The product of a request that succeeds, [T, OUT]."""
         completion = self.answer(request)
         assert completion.output is not None, completion
-        return np.frombuffer(self._store.get(completion.output), np.int32).reshape(OUT, -1)
+        return np.frombuffer(self._store.get(completion.output), np.int32).reshape(-1, OUT)
 
     def about(self) -> list[dict[str, object]]:
         """The reports of the workers."""

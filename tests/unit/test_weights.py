@@ -51,7 +51,7 @@ def evaluate(service: Service, plan: Plan, group: int, x: np.ndarray) -> np.ndar
         }
     )  # fmt: skip
     (part,) = service.evaluate(task, plan.to_bytes, memoryview(bytearray(x.tobytes())))
-    return np.frombuffer(part, np.int32).reshape(OUT, -1)
+    return np.frombuffer(part, np.int32).reshape(-1, OUT)
 
 
 def test_weights_stay_within_their_budget_and_products_exact(
