@@ -26,6 +26,8 @@ from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import QuantizedMatrix, quantize
 from hetrain.public.protocol.messages import EvaluateTask
 from hetrain.secret.engines.clear import ClearSealer
+from hetrain.secret.verification.job import Verification, kept_rows
+from hetrain.secret.verification.rows import CheckRows
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
 from hetrain.transport.in_process import InProcessChannel
@@ -133,7 +135,11 @@ class SplitHarness:
     ) -> None:
         self.directory = directory
         checkpoint = resolve(str(directory))
-        self.split: SplitModel = split_model(checkpoint, outsource)
+        kept: dict[ProductKey, CheckRows] = {}
+        self.split: SplitModel = split_model(
+            checkpoint, outsource, lambda group, matrix: kept.update(kept_rows(group, matrix))
+        )
+        self.sealer = ClearSealer(Verification(kept, self._weights))
         self.model = add_adapter(self.split, settings or LoraConfig(r=4, alpha=8), seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -153,7 +159,10 @@ class SplitHarness:
         return self._service.evaluate(task, lambda: self._plan, memoryview(bytearray(payload)))
 
     def replica(self) -> Replica:
-        return Replica(self.split, self.model, self.channel, ClearSealer())
+        return Replica(self.split, self.model, self.channel, self.sealer)
+
+    def _weights(self, product: Product) -> torch.Tensor:
+        raise AssertionError(f"one worker computes everything, so the weights of {product} are not needed")
 
     def snapshot(self) -> Snapshot:
         return Snapshot(0, {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()})

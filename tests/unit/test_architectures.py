@@ -20,7 +20,6 @@ from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
 from hetrain.public.model.files import resolve
-from hetrain.secret.engines.clear import ClearSealer
 from hetrain.train.step import run_evaluation, run_step
 from tests.harness.split_model import (
     FAMILIES,
@@ -245,7 +244,7 @@ def test_saved_adapter_loads_in_stock_peft_and_here(name: str, outsource: str, t
     assert loss == pytest.approx(expected, rel=1e-4)
     assert abs(untrained - loss) > 2e-3 * loss
     fresh = split_model(resolve(str(base)), (outsource,))
-    replica = Replica(fresh, load_adapter(fresh, adapter), harness.channel, ClearSealer())
+    replica = Replica(fresh, load_adapter(fresh, adapter), harness.channel, harness.sealer)
     assert run_evaluation(replica, packed(rows())) == expected
 
 
