@@ -16,8 +16,6 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 _ZEROS = memoryview(bytes(1 << 20))
-# CBD with eta = 21 takes 42 of 48 bits: bytes of 8, 8 and 5 bits for each side.
-_CBD_BYTES_PER_SIDE = 3
 
 
 class SecretStream:
@@ -58,41 +56,3 @@ def ternary(keystream: torch.Tensor) -> torch.Tensor:
     kept = keystream[keystream < 255].to(torch.int32)
     # ⌊171·x / 2^9⌋ = ⌊x / 3⌋ for bytes; the time of a division may depend on its operands.
     return (kept - 3 * ((171 * kept) >> 9) - 1).to(torch.int8)
-
-
-def centred_binomial(keystream: torch.Tensor, eta: int) -> torch.Tensor:
-    """Uniform bytes to independent values (sum of eta bits) - (sum of eta bits): |e| ≤ eta, variance eta/2.
-
-    Constant time: bits are counted eight values at a time in 64-bit words.
-
-    Args:
-        keystream: uint8 [6·n], n a multiple of 8, overwritten. Seen as [2, 3, n], column i holds the bytes of
-            value i; the first eta bits of each side's three bytes, lowest bits first, are counted.
-        eta: 1..21.
-
-    Returns:
-        int8 [n]: ones of side 0 minus ones of side 1.
-    """
-    words = keystream.view(torch.int64).view(2, _CBD_BYTES_PER_SIDE, -1)
-    for position in range(_CBD_BYTES_PER_SIDE):
-        width = min(max(eta - 8 * position, 0), 8)
-        if width < 8:
-            words[:, position] &= _lanes((1 << width) - 1)
-    # In place with one scratch array: ones per pair of bits, per nibble, per byte lane.
-    scratch = torch.bitwise_right_shift(words, 1)
-    scratch &= _lanes(0x55)
-    words -= scratch
-    torch.bitwise_right_shift(words, 2, out=scratch)
-    scratch &= _lanes(0x33)
-    words &= _lanes(0x33)
-    words += scratch
-    nibbles = words[:, 0] + words[:, 1] + words[:, 2]  # at most 12 each
-    counts = (nibbles & _lanes(0x0F)) + ((nibbles >> 4) & _lanes(0x0F))
-    ones = counts.view(torch.int8)
-    return ones[0] - ones[1]
-
-
-def _lanes(byte: int) -> int:
-    """`byte` in each of eight lanes, as a signed 64-bit integer."""
-    value = byte * 0x0101010101010101
-    return value - (1 << 64) if value >= 1 << 63 else value

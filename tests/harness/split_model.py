@@ -25,6 +25,7 @@ from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import QuantizedMatrix, quantize
 from hetrain.public.protocol.messages import EvaluateTask
+from hetrain.public.protocol.product import Product, ProductKey
 from hetrain.secret.engines.clear import ClearSealer
 from hetrain.secret.verification.job import Verification, kept_rows
 from hetrain.secret.verification.rows import CheckRows

@@ -52,9 +52,10 @@ def called_with(
 
 def test_without_options_a_command_has_the_defaults_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
     given = called_with(monkeypatch, "finetune", submit, "rows.jsonl")
-    del given["on_step"], given["on_stop"]
+    del given["on_step"], given["on_stop"], given["on_prepare"]
     assert given == vars(JobSpec(dataset=Path("rows.jsonl")))
     given = called_with(monkeypatch, "evaluate", evaluate, "rows.jsonl")
+    del given["on_prepare"]
     assert given == vars(EvaluationSpec(dataset=Path("rows.jsonl")))
 
 
@@ -88,7 +89,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             save_total_limit=11,
         ),
         outsourcing=OutsourcingConfig(
-            engine="clear", activation_bits=12, hints=False, outsource=["*.a", "*.b"]
+            engine="clear", activation_bits=12, verify_rows=9, outsource=["*.a", "*.b"]
         ),
     )
     line = """rows.jsonl -m some/model -o elsewhere --broker-url redis://broker --device meta
@@ -98,9 +99,9 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         --max-steps 9 --num-train-epochs 2 --learning-rate 0.5 --lr-scheduler-type cosine
         --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2 --max-skipped-updates 4
         --seed 8 --sync --max-staleness 1 --save-steps 6 --save-total-limit 11 --engine clear
-        --activation-bits 12 --no-hints --outsource *.a --outsource *.b"""
+        --activation-bits 12 --verify-rows 9 --outsource *.a --outsource *.b"""
     given = called_with(monkeypatch, "finetune", submit, *line.split())
-    del given["on_step"], given["on_stop"]
+    del given["on_step"], given["on_stop"], given["on_prepare"]
     assert given == vars(job)
     defaults = JobSpec(dataset=Path("other"))
     for mine, default in (
@@ -138,6 +139,8 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         (BatchingConfig, "max_length", 4096),
         (BatchingConfig, "in_flight", 0),
         (BatchingConfig, "max_bytes_in_flight", 0),
+        (OutsourcingConfig, "verify_rows", 7),
+        (OutsourcingConfig, "verify_rows", 65),
         (TrainingConfig, "num_train_epochs", 0),
         (TrainingConfig, "learning_rate", 0.0),
         (TrainingConfig, "learning_rate", float("nan")),

@@ -42,24 +42,28 @@ count = 0
 for top in sys.argv[1:]:
     package = importlib.import_module(top)
     for module in pkgutil.walk_packages(package.__path__, f"{top}."):
-        if not module.name.endswith(("__main__", "._kernels")):
+        if not module.name.endswith(("__main__", "._masks", "._ring", "._epilogue")):
             importlib.import_module(module.name)
             count += 1
 assert count > 80, count
 
 from hetrain.public.errors import UsageError, WorkerRefused
+from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.secret.engine import JobOptions, client_engine
+from hetrain.secret.verification.job import Verification
 from worker_gpu.device import Compute
 from worker_gpu.engines import open_engine
+from worker_gpu.epilogue import REFERENCE
 from worker_gpu.kernels import KERNELS
 
-compute = Compute(torch.device("cpu"), "float64", KERNELS["float64"])
+compute = Compute(torch.device("cpu"), "float64", KERNELS["float64"], REFERENCE)
 
 member = Member(module="m", tensor="m.weight", out_features=2)
-group = Group(name="m", members=(member,), in_features=2, forward_l1=9, backward_l1=9, digest="0" * 64)
+norms = Norms(l1=9, squares=9)
+group = Group(name="m", members=(member,), in_features=2, forward=norms, backward=norms, digest="0" * 64)
 try:
-    client_engine("concrete").open(Plan(model="m", groups=(group,)), JobOptions())
+    client_engine("concrete").open(Plan(model="m", groups=(group,)), JobOptions(Verification({}, repr)))
 except UsageError as error:
     print("client:", error)
 try:

@@ -13,23 +13,28 @@ import torch
 from safetensors.torch import save_file
 
 from hetrain.public.errors import ModelError, ParameterError, WireError, WorkerRefused
-from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice import parameters as parameters_module
+from hetrain.public.lattice.bounds import LARGEST_ENTRY, OPERAND_ERROR, RESULT_ERROR, operand_bound
 from hetrain.public.lattice.parameters import (
+    ETA,
     MODULUS_BITS,
     PARAMETER_SETS,
     SECURITY_ESTIMATES,
+    Estimate,
     ParameterSet,
     parameters_for,
 )
-from hetrain.public.lattice.result_format import largest_operand, switching_error_bound
+from hetrain.public.lattice.ring import MODULUS
 from hetrain.public.model.files import resolve
-from hetrain.public.model.quantization import input_scales, matrix_digest, max_l1, quantize
+from hetrain.public.model.quantization import Norms, input_scales, matrix_digest, norms_of, quantize
 from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, PrepareTask
 from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, stack_group
 from hetrain.public.protocol.product import Product
 from hetrain.public.system import flush_denormals
+from hetrain.secret.activation_quantization import quantize_operand, token_scales
 from worker_gpu.device import Compute
-from worker_gpu.kernels import float64_limbs
+from worker_gpu.epilogue import REFERENCE
+from worker_gpu.kernels import float64_products
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
 
@@ -37,42 +42,41 @@ TOKEN = "0" * 32
 
 
 @pytest.mark.parametrize(
-    ("ring_degree", "rank", "eta"),
-    [(1024, 1, 21), (2048, 1, 1), (2048, 1, 20), (512, 2, 21), (4, 1, 21), (256, 7, 21), (4096, 1, 21)],
+    ("ring_degree", "rank"),
+    [(1024, 1), (512, 2), (4096, 1), (256, 7), (2, 1024), (0, 1), (24, 1), (16, 0)],
 )
-def test_sets_without_an_estimate_cannot_be_built(ring_degree: int, rank: int, eta: int) -> None:
-    with pytest.raises(ParameterError, match="no estimate") as error:
-        ParameterSet("rlwe-custom", ring_degree, rank, eta)
-    assert "insecure-" in error.value.hint
-    assert ParameterSet("insecure-custom", ring_degree, rank, eta).dimension == ring_degree * rank
+def test_other_sets_cannot_be_built(ring_degree: int, rank: int) -> None:
+    with pytest.raises(ParameterError):
+        ParameterSet("rlwe-custom", ring_degree, rank)
+
+
+def test_a_set_without_an_estimate_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    weak = {(2048, 30, 8): Estimate(matzov=229.2, core_svp=127.9)}
+    for table in ({}, weak):
+        monkeypatch.setattr(parameters_module, "SECURITY_ESTIMATES", table)
+        with pytest.raises(ParameterError, match="no estimate of at least 128 bits"):
+            ParameterSet("rlwe-2048x1", 2048, 1)
 
 
 def test_a_strong_set_cannot_be_weakened() -> None:
     strong = PARAMETER_SETS["rlwe-2048x1"]
     with pytest.raises(ParameterError):
-        dataclasses.replace(strong, eta=2)
+        dataclasses.replace(strong, ring_degree=1024)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        strong.eta = 2  # type: ignore[misc]
+        strong.rank = 2  # type: ignore[misc]
     with pytest.raises(TypeError):
         PARAMETER_SETS["rlwe-weak"] = strong  # type: ignore[index]
     with pytest.raises(TypeError):
-        SECURITY_ESTIMATES[(1024, 32, 21)] = SECURITY_ESTIMATES[(2048, 32, 21)]  # type: ignore[index]
-
-
-@pytest.mark.parametrize(
-    ("ring_degree", "rank", "eta"), [(2, 1, 21), (0, 1, 1), (24, 1, 1), (16, 0, 1), (16, 1, 0), (16, 1, 22)]
-)
-def test_inconsistent_sets_cannot_be_built_under_any_name(ring_degree: int, rank: int, eta: int) -> None:
-    with pytest.raises(ParameterError):
-        ParameterSet("insecure-nonsense", ring_degree, rank, eta)
+        SECURITY_ESTIMATES[(1024, 30, 8)] = SECURITY_ESTIMATES[(2048, 30, 8)]  # type: ignore[index]
 
 
 def test_every_set_on_offer_is_strong() -> None:
     for name, parameters in PARAMETER_SETS.items():
-        estimate = SECURITY_ESTIMATES[(parameters.dimension, MODULUS_BITS, parameters.eta)]
+        estimate = SECURITY_ESTIMATES[(parameters.dimension, MODULUS_BITS, ETA)]
         assert min(estimate.matzov, estimate.core_svp) >= 128
         assert name == parameters.name == f"rlwe-{parameters.ring_degree}x{parameters.rank}"
         assert parameters.dimension == 2048
+    assert MODULUS.bit_length() == MODULUS_BITS
 
 
 @pytest.mark.parametrize(
@@ -89,36 +93,68 @@ def test_tokens_that_fit_no_ring(tokens: int) -> None:
         parameters_for(tokens)
 
 
-def test_the_largest_operand_never_wraps_and_is_the_largest() -> None:
-    """All small matrices and all signs of messages and errors at their bounds, by plain integers."""
-    parameters = ParameterSet("insecure-4x1", 4, 1, eta=3)
-    assert switching_error_bound(parameters) == 2**15 + 2**7 * 4
-    scale = 2**20  # stands for many equal columns, so that ‖W_j‖₁ matters beside 2^31
-    for row in itertools.product((-2, -1, 0, 1, 3), repeat=3):
-        l1 = scale * sum(map(abs, row))
-        x_max = largest_operand(parameters, l1)
-        reach = [
-            scale * sum(w * (sx * x_max + se * parameters.eta) for w, sx, se in zip(row, xs, es, strict=True))
-            for xs in itertools.product((-1, 1), repeat=3)
-            for es in itertools.product((-1, 0, 1), repeat=3)
-        ]
-        worst = max(abs(value) for value in reach) + switching_error_bound(parameters)
-        assert worst < 2**31
-        if x_max < 2**24:
-            assert worst + l1 >= 2**31, "one more would have fitted"
+def random_matrix(n: int, k: int, seed: int) -> torch.Tensor:
+    return torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("parameters", PARAMETER_SETS.values(), ids=lambda p: p.name)
-def test_the_largest_operand_at_real_sizes(parameters: ParameterSet) -> None:
-    for l1 in (1, 97, 12_345, 127 * 2048, 5_000_000, 13_000_000):
-        x_max = largest_operand(parameters, l1)
-        reach = (x_max + parameters.eta) * l1 + switching_error_bound(parameters)
-        assert 127 <= x_max <= 2**24
-        assert reach < 2**31
-        assert x_max == 2**24 or reach + l1 >= 2**31
-    assert largest_operand(parameters, 0) == 2**24
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 3), (40, 576), (9, 8192), (5, 28672)])
+def test_no_operand_within_its_bound_wraps(n: int, k: int) -> None:
+    """The worst tokens that either norm allows, with all errors at their bounds, in plain integers."""
+    matrix = random_matrix(n, k, seed=k)
+    bound = operand_bound(norms_of(matrix)[0])
+    wide = matrix.to(torch.int64)
+    row = wide[wide.abs().sum(1).argmax()]
+    error = OPERAND_ERROR * int(row.abs().sum()) + RESULT_ERROR
+    assert bound.largest * int(row.abs().sum()) + error <= MODULUS / 2
+    assert (bound.largest + 1) * int(row.abs().sum()) + error > MODULUS / 2
+    longest = wide[wide.square().sum(1).argmax()]
+    assert bound.norm * float(longest.double().norm()) + error <= MODULUS / 2 * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 8, 576, 8192])
+@pytest.mark.parametrize("kind", ["normal", "spike", "constant", "tiny", "huge", "aligned"])
+def test_quantized_tokens_keep_one_of_both_bounds(k: int, kind: str) -> None:
+    matrix = random_matrix(16, k, seed=3)
+    x = torch.randn(20, k, generator=torch.Generator().manual_seed(k))
+    if kind == "spike":
+        x[:, 0] = 1e6
+    elif kind == "constant":
+        x = torch.full((20, k), 0.37)
+    elif kind == "aligned":
+        x = matrix[:1].sign().to(torch.float32).repeat(20, 1)
+    x = x * {"tiny": 1e-30, "huge": 1e30}.get(kind, 1.0)
+    bound = operand_bound(norms_of(matrix)[0])
+    operand = quantize_operand(x, bound)
+    values = operand.values.to(torch.float64)
+    largest, norm = values.abs().amax(dim=1), values.norm(dim=1)
+    assert bool(((largest <= bound.largest) | (norm <= bound.norm)).all())
+    assert bool((largest <= LARGEST_ENTRY).all())
+    reach = (values @ matrix.to(torch.float64).t()).abs().max() + OPERAND_ERROR * norms_of(matrix)[0].l1
+    assert reach + RESULT_ERROR <= MODULUS / 2
+    # The better bound is used to within the margin, unless entries have all their digits.
+    used = torch.maximum(largest / bound.largest, norm / bound.norm)
+    assert bool(((used > 0.98) | (largest > 0.98 * LARGEST_ENTRY)).all())
+
+
+def test_the_second_bound_gains_bits_on_tokens_like_those_of_a_model() -> None:
+    matrix = random_matrix(64, 2048, seed=9)
+    x = torch.randn(50, 2048, generator=torch.Generator().manual_seed(1))
+    bound = operand_bound(norms_of(matrix)[0])
+    first_alone = x.abs().amax(dim=1) / bound.largest
+    assert float((first_alone / token_scales(x, bound)).log2().min()) > 2
+
+
+def test_fewer_bits_bound_every_entry() -> None:
+    x = torch.randn(9, 30)
+    operand = quantize_operand(x, operand_bound(Norms(l1=30, squares=900)), bits=5)
+    assert operand.values.abs().amax(dim=1).tolist() == [15] * 9
+    assert operand.scales.tolist() == (x.abs().amax(dim=1) / 15).tolist()
+
+
+def test_a_matrix_that_leaves_too_few_levels_is_refused() -> None:
+    assert operand_bound(Norms(l1=0, squares=0)).largest > LARGEST_ENTRY
     with pytest.raises(ParameterError, match="levels"):
-        largest_operand(parameters, 2**31 // 140)
+        operand_bound(Norms(l1=2**30 // 330, squares=1))
 
 
 def test_quantise_rounds_each_output_channel_to_127_levels() -> None:
@@ -176,10 +212,15 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
         quantize(w)
 
 
-def test_max_l1_of_rows_and_columns() -> None:
-    values = torch.tensor([[127, -127, 127], [-128, 0, 1]], dtype=torch.int8)
-    assert max_l1(values) == (381, 255)
-    assert max_l1(torch.full((3, 5000), -128, dtype=torch.int8)) == (640_000, 384)
+def test_norms_of_rows_and_columns() -> None:
+    for n, k in ((1, 1), (3, 5000), (2500, 1030)):
+        values = random_matrix(n, k, seed=n)
+        values[0] = -128
+        wide = values.to(torch.int64)
+        expected = [
+            Norms(l1=int(w.abs().sum(1).max()), squares=int(w.square().sum(1).max())) for w in (wide, wide.t())
+        ]
+        assert list(norms_of(values)) == expected
 
 
 def test_matrix_digest_covers_shape_and_bytes() -> None:
@@ -232,7 +273,7 @@ def store(checkpoint: Path) -> WeightStore:
 
 @pytest.fixture
 def worker(store: WeightStore) -> Service:
-    return Service(Compute(torch.device("cpu"), "float64", float64_limbs), store)
+    return Service(Compute(torch.device("cpu"), "float64", float64_products, REFERENCE), store)
 
 
 def prepare(worker: Service, plan: Plan, **changes: object) -> None:
@@ -249,10 +290,10 @@ def prepare(worker: Service, plan: Plan, **changes: object) -> None:
 
 
 def evaluate(
-    worker: Service, plan: Plan, payload: bytes = bytes(4 * 8 * 256), **changes: object
+    worker: Service, plan: Plan, payload: bytes = bytes(3 * 8 * 256), **changes: object
 ) -> list[memoryview]:
     blob = Blob(job=TOKEN, kind="plan", token=TOKEN, nbytes=len(plan.to_bytes()))
-    header = {"parameters": "rlwe-256x8", "mask_seed": PublicSeed(bytes(32)).hex()}
+    header = {"parameters": "rlwe-256x8", "operand": "ciphertext"}
     fields = {
         "request": TOKEN, "job": TOKEN, "model": plan.model, "engine": "rlwe", "plan": blob,
         "plan_digest": plan.digest, "group": "h.q", "direction": "forward", "start": 0, "stop": 16,
@@ -269,7 +310,7 @@ def test_a_plan_survives_the_wire(plan: Plan) -> None:
     forward, backward = Product(group, "forward"), Product(group, "backward")
     assert (group.out_features, forward.k, backward.k) == (16, 8, 16)
     assert (forward.n, backward.n) == (16, 8)
-    assert forward.max_l1 == group.forward_l1 != group.backward_l1 == backward.max_l1
+    assert forward.norms == group.forward != group.backward == backward.norms
 
 
 def digest(data: bytes) -> str:
