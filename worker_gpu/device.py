@@ -18,7 +18,7 @@ from worker_gpu.kernels import KERNELS, Kernel, combined, reference
 
 _SEED = 20260101
 # n, K, N: one value, ragged, and large enough that libraries choose the routines of real products.
-_PROBES = ((1, 1, 1), (5, 67, 9), (33, 40, 24), (80, 512, 256))
+_PROBES = ((1, 1, 1), (5, 67, 9), (33, 40, 24), (48, 512, 256))
 _PLANES = (3, 4)  # of operands and of masks
 # n, K, N that are timed, as of real products.
 _TIMED = (1024, 1024, 512)
