@@ -11,7 +11,13 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save_file
 
-from hetrain.public.lattice.bounds import OPERAND_ERROR, RESULT_ERROR, OperandBound, operand_bound
+from hetrain.public.lattice.bounds import (
+    LARGEST_ENTRY,
+    OPERAND_ERROR,
+    RESULT_ERROR,
+    OperandBound,
+    operand_bound,
+)
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import norms_of
 from hetrain.public.protocol.messages import (
@@ -65,7 +71,7 @@ def _exact(matrix: torch.Tensor) -> torch.Tensor:
 GUARANTEES: Mapping[str, Guarantee] = MappingProxyType(
     {
         "rlwe": Guarantee(_bound, None, _rlwe_error),
-        "concrete": Guarantee(lambda matrix: OperandBound(127, 0.0), 8, _exact),
+        "concrete": Guarantee(lambda matrix: OperandBound(LARGEST_ENTRY, 0.0), 8, _exact),
         "clear": Guarantee(_bound, None, _exact),
     }
 )

@@ -1,9 +1,11 @@
-"""Hints: the same products, one mask for a whole job, and never one (mask, secret) pair for two messages."""
+"""Hints: made once for each client and matrix, verified exactly, and never a secret for two messages."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,64 +14,199 @@ import torch
 from hetrain.nn.remote import ProductStats, RemoteMatmul
 from hetrain.public.errors import ResultRejected, UsageError
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.secret.engine import ENGINES
+from hetrain.public.lattice.result_format import hint_bytes
+from hetrain.public.lattice.ring import LANES, MODULUS
+from hetrain.public.lattice.uniform_masks import expand_masks
+from hetrain.public.protocol.product import Part, products_of
 from hetrain.secret.engines.rlwe import seal as rlwe
-from hetrain.secret.engines.rlwe.hints import ROW_BYTES, hint_bytes
-from hetrain.secret.engines.rlwe.kernels import TorchKernels
-from hetrain.secret.verification import Sketch
-from hetrain.train.session import open_hints, wants_hints
+from hetrain.secret.engines.rlwe.hints import HintClaim, HintStore, hint_bytes_of, hint_operand
+from hetrain.secret.engines.rlwe.torch_ring import TorchRing
+from hetrain.secret.verification.parts import PartsCheck
+from hetrain.train.hints import ignore_progress, make_hints
 from tests.harness.engine import EngineHarness, open_checked
-from worker_gpu.kernels import reference
 
-SHAPE = (37, 29)
+SHAPE = (70, 29)
 
 
 @pytest.fixture
 def harness(tmp_path: Path) -> EngineHarness:
     generator = torch.Generator().manual_seed(4)
     weights = {name: torch.randn(SHAPE, generator=generator) for name in ("one", "other")}
-    return EngineHarness("rlwe", weights, tmp_path / "model", hints=True)
+    return EngineHarness("rlwe", weights, tmp_path / "model")
 
 
-def test_from_the_second_product_on_only_b_travels(harness: EngineHarness) -> None:
-    x = torch.randn(300, 29)
-    first = harness.seal("one", "forward", x)
-    full = harness.answer("one", "forward", first)
-    assert "mask_seed" in first.operand.header
-    assert full[0].data.nbytes == 37 * (2 * 512 + 3 * SLOTS)
-    expected = open_checked(first, full)
-    second = harness.seal("one", "forward", x)
-    assert second.operand.header == {"parameters": "rlwe-512x4", "result": "b"}
-    short = harness.answer("one", "forward", second)
-    assert short[0].data.nbytes == 37 * 2 * 512
-    y = open_checked(second, short)
-    assert not harness.excess("one", "forward", x, expected).any()
-    assert not harness.excess("one", "forward", x, y).any()
-    # What is sealed for another direction or matrix knows nothing of it yet.
-    for name, direction, k in (("one", "backward", 37), ("other", "forward", 29)):
-        assert "mask_seed" in harness.seal(name, direction, torch.randn(3, k)).operand.header  # type: ignore[arg-type]
+def made_again(harness: EngineHarness, store: HintStore) -> int:
+    """How many hints a job that uses `store` has made."""
+    counted: list[int] = []
+    make_hints(
+        store, harness.plan, harness.channel, harness.weights, lambda done, total: counted.append(total)
+    )
+    return counted[-1] if counted else 0
 
 
-def test_rings_of_every_degree_share_a_hint(harness: EngineHarness) -> None:
-    harness.multiply("one", "backward", torch.randn(9, 37))
-    for tokens in (1, 256, 257, 1000, 2048):
-        x = torch.randn(tokens, 37)
-        assert harness.seal("one", "backward", x).operand.header["result"] == "b"
-        assert not harness.excess("one", "backward", x, harness.multiply("one", "backward", x)).any()
+def files(store: HintStore) -> list[Path]:
+    return sorted(store.directory.glob("*.hint"))
 
 
-def test_ranges_of_rows_complete_a_hint_in_any_order(harness: EngineHarness) -> None:
-    x = torch.randn(20, 29)
-    for rows in ([(0, 13)], [(20, 37)], [(0, 13), (13, 20)]):
-        sealed = harness.seal("one", "forward", x)
-        assert "mask_seed" in sealed.operand.header
-        open_checked(sealed, harness.answer("one", "forward", sealed, rows))
-    rows = [(30, 37), (0, 30)]
-    sealed = harness.seal("one", "forward", x)
-    assert sealed.operand.header["result"] == "b"
-    y = open_checked(sealed, harness.answer("one", "forward", sealed, rows))
-    back = torch.cat([y[:, 7:], y[:, :7]], dim=1)
-    assert not harness.excess("one", "forward", x, back).any()
+def test_a_hint_is_the_product_with_the_mask(harness: EngineHarness) -> None:
+    for product in products_of(harness.plan):
+        hint = harness.hints.hint(product)
+        blocks = -(-product.n // LANES)
+        got = torch.empty(blocks, SLOTS, LANES, dtype=torch.int32)
+        with hint.opened() as read:
+            read(0, got)
+        masks = expand_masks(hint.seed, product.k).to(torch.int64).transpose(0, 1).reshape(SLOTS, -1)
+        expected = masks[:, : product.k] @ harness.weights(product).to(torch.int64).t() % MODULUS
+        assert torch.equal(got.transpose(0, 1).reshape(SLOTS, -1)[:, : product.n].to(torch.int64), expected)
+
+
+def test_a_second_job_makes_none(harness: EngineHarness) -> None:
+    assert made_again(harness, HintStore(harness.hints.directory)) == 0
+    assert len(files(harness.hints)) == 4
+    assert sum(path.stat().st_size for path in files(harness.hints)) == hint_bytes_of(harness.plan)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "head", "empty", "text", "renamed"])
+def test_a_hint_that_is_not_whole_or_not_its_own_is_made_again(harness: EngineHarness, damage: str) -> None:
+    first, second = files(harness.hints)[:2]
+    data = first.read_bytes()
+    match damage:
+        case "cut":
+            first.write_bytes(data[:-1])
+        case "flipped":
+            first.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+        case "head":
+            first.write_bytes(data.replace(b'"rows": ', b'"rows":1', 1))
+        case "empty":
+            first.write_bytes(b"")
+        case "text":
+            first.write_bytes(b"not JSON\xff" * 1000)
+        case "renamed":
+            first.write_bytes(second.read_bytes())
+    assert made_again(harness, HintStore(harness.hints.directory)) == 1
+    assert first.read_bytes() == data
+    assert len(files(harness.hints)) == 4
+
+
+def test_another_clients_hint_is_made_again(harness: EngineHarness, tmp_path: Path) -> None:
+    other = HintStore(tmp_path / "other")
+    for path in files(harness.hints):
+        (other.directory / path.name).write_bytes(path.read_bytes())
+    assert made_again(harness, other) == 4
+    assert all(
+        (other.directory / path.name).read_bytes() != path.read_bytes() for path in files(harness.hints)
+    )
+
+
+def test_seeds_differ_between_products_and_clients_and_last(harness: EngineHarness, tmp_path: Path) -> None:
+    stores = [HintStore(tmp_path / name) for name in ("a", "b")]
+    seeds = {store.hint(product).seed.value for store in stores for product in products_of(harness.plan)}
+    assert len(seeds) == 8
+    again = HintStore(tmp_path / "a")
+    assert all(again.hint(p).seed == stores[0].hint(p).seed for p in products_of(harness.plan))
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(UsageError, match="cannot be used") as error:
+        HintStore(tmp_path / "file")
+    assert "HETRAIN_CACHE" in error.value.hint
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "seed").write_text("00" * 31)
+    with pytest.raises(UsageError, match="31 bytes"):
+        HintStore(broken)
+
+
+def test_a_full_disk_is_said_with_both_figures(
+    harness: EngineHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.statvfs(tmp_path)
+    store = HintStore(tmp_path / "empty")
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: os.statvfs_result((*found[:4], (1 << 30) // found.f_frsize, *found[5:]))
+    )
+    with pytest.raises(UsageError, match=r"take \d+\.\d GB of disk, and 1\.1 GB are free") as error:
+        made_again(harness, store)
+    assert error.value.where == str(store.directory)
+    assert not files(store)
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    harness: EngineHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HintStore(tmp_path / "empty")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UsageError, match="No space left"):
+        made_again(harness, store)
+    assert [path.name for path in store.directory.iterdir() if path.suffix != ".lock"] == ["seed"]
+
+
+def test_a_hint_that_vanishes_is_said(harness: EngineHarness) -> None:
+    sealed = harness.seal("one", "forward", torch.randn(5, 29))
+    parts = harness.answer("one", "forward", sealed)
+    for path in files(harness.hints):
+        path.unlink()
+    with pytest.raises(UsageError, match="cannot be read") as error:
+        open_checked(sealed, parts)
+    assert "start the job again" in error.value.hint
+
+
+def hint_parts(harness: EngineHarness, cuts: list[tuple[int, int]], workers: str) -> Iterator[Part]:
+    product = harness.product("one", "forward")
+    operand = hint_operand(product, harness.hints.hint(product).seed)
+    payload, header = b"".join(operand.payload), operand.header
+    sealed = harness.seal("one", "forward", torch.randn(1, 29))
+    for part, worker in zip(
+        harness.answer("one", "forward", sealed, cuts, payload, header), workers, strict=True
+    ):
+        yield Part(part.rows, memoryview(bytearray(part.data)), worker)
+
+
+@pytest.mark.parametrize("place", [0, 12345, -1])
+def test_a_wrong_word_is_found_and_its_worker_named(harness: EngineHarness, place: int) -> None:
+    product = harness.product("one", "forward")
+    claim = HintClaim(product, harness.hints.hint(product).seed, harness.weights)
+    check = PartsCheck(product, claim, harness.weights)
+    first, second = hint_parts(harness, [(0, 64), (64, 70)], "ab")
+    words = torch.frombuffer(first.data, dtype=torch.int32)
+    right = int(words[place])
+    words[place] = (right + 1) % MODULUS
+    check.add(first)
+    with pytest.raises(ResultRejected) as error:
+        check.add(second)
+    assert error.value.workers == ("a",)
+    words[place] = right
+    check.add(first)
+    assert [each.rows for each in check.results()] == [(0, 64), (64, 70)]
+    assert sum(each.values.nbytes for each in check.results()) == hint_bytes(70)
+
+
+def _make(directory: Path, model: Path, made: list[int]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weights = {name: torch.randn(SHAPE, generator=generator) for name in ("one", "other")}
+    made.append(made_again(EngineHarness("rlwe", weights, model), HintStore(directory)))
+
+
+def test_processes_share_a_directory(harness: EngineHarness, tmp_path: Path) -> None:
+    """Two jobs that start at once: each hint is made once, by one of them, or twice, but is always whole."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        made = manager.list()
+        jobs = [
+            context.Process(target=_make, args=(tmp_path / "shared", tmp_path / name, made)) for name in "ab"
+        ]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        assert sorted(made) == [0, 4]
+    store = HintStore(tmp_path / "shared")
+    assert store.missing(harness.plan) == []
 
 
 def test_two_messages_never_meet_one_mask_and_one_secret(
@@ -79,19 +216,17 @@ def test_two_messages_never_meet_one_mask_and_one_secret(
     seen: list[tuple[bytes, bytes]] = []
     encrypt = rlwe.encrypt
 
-    def watch(x, scales, x_max, seed, secret, parameters):  # type: ignore[no-untyped-def]
-        one = torch.zeros(1, parameters.dimension, dtype=torch.int32)
-        one[0, 0] = 1
-        seen.append((seed.value, secret.dot(one).numpy().tobytes()))  # the secret's first polynomial
-        return encrypt(x, scales, x_max, seed, secret, parameters)
+    def watch(message, hint, secret, parameters):  # type: ignore[no-untyped-def]
+        seen.append((hint.seed.value, secret.points.numpy().tobytes()))
+        return encrypt(message, hint, secret, parameters)
 
-    monkeypatch.setattr(rlwe, "kernels", TorchKernels)  # whose secrets can be asked
+    monkeypatch.setattr(rlwe, "ring_kernels", TorchRing)  # whose secrets can be asked
     monkeypatch.setattr(rlwe, "encrypt", watch)
     x = torch.randn(5, 29)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: harness.multiply("one", "forward", x), range(12)))
         list(pool.map(lambda _: harness.seal("other", "forward", x), range(12)))
-    assert len({mask for mask, _ in seen}) == 2, "hints share a mask within a job and a product"
+    assert len({mask for mask, _ in seen}) == 2, "operands of one product share their mask"
     assert len({secret for _, secret in seen}) == len(seen) == 24
 
 
@@ -105,67 +240,6 @@ def test_no_way_leads_to_a_second_message_under_a_secret(harness: EngineHarness)
         sealed.opening.secret = None  # type: ignore[misc]
 
 
-def test_masks_of_different_products_and_jobs_differ(harness: EngineHarness) -> None:
-    stores = [harness.new_hints(), harness.new_hints()]
-    seeds = {
-        store.hint(harness.product(name, direction)).seed.value  # type: ignore[union-attr]
-        for store in stores
-        for name in ("one", "other")
-        for direction in ("forward", "backward")
-    }
-    assert len(seeds) == 8
-
-
-@pytest.mark.parametrize(("place", "flip"), [("first", 0x01), ("last", 0x80)])
-def test_a_wrong_hint_is_found_before_it_is_used(harness: EngineHarness, place: str, flip: int) -> None:
-    sealed = harness.seal("one", "forward", torch.randn(5, 29))
-    (part,) = harness.answer("one", "forward", sealed)
-    data = bytearray(part.data)
-    b_bytes, high_bytes = 37 * 2 * 256, 37 * 2 * SLOTS
-    data[b_bytes + 1 if place == "first" else b_bytes + high_bytes - 1] ^= flip
-    with pytest.raises(ResultRejected, match=r"public mask .* is wrong") as error:
-        sealed.opening.check(replace(part, data=memoryview(data)))
-    assert "do not trust" in error.value.hint
-    assert error.value.where == part.worker == "worker"
-    assert "mask_seed" in harness.seal("one", "forward", torch.randn(5, 29)).operand.header
-
-
-def test_a_full_disk_costs_speed_only(harness: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.pwrite", full)
-    for _ in range(2):
-        x = torch.randn(5, 29)
-        assert "mask_seed" in harness.seal("one", "forward", x).operand.header
-        assert not harness.excess("one", "forward", x, harness.multiply("one", "forward", x)).any()
-
-
-@pytest.mark.parametrize("k", [3, 300])
-@pytest.mark.parametrize("n", [1, 40, 1500])
-def test_sketches_accept_products_and_nothing_else(n: int, k: int) -> None:
-    w = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    x = torch.randint(-(2**31), 2**31, (k, 300), dtype=torch.int64).to(torch.int32)
-    product = reference(w, x)
-    sketch = Sketch.of(w)
-    assert int(sketch.largest_error(product, x).max()) == 0
-    rounded = (product + (1 << 7)) >> 8 << 8
-    assert sketch.accepts(rounded, x, rounding=1 << 7)
-    assert not sketch.accepts(rounded, x, rounding=0)
-    for error in (1, -(2**31), 2**30):
-        wrong = product.clone()
-        wrong[n // 2, 299] += error
-        assert not sketch.accepts(wrong, x, rounding=0)
-
-
-def test_sketches_are_secret_and_fresh() -> None:
-    w = torch.randint(-127, 128, (50, 8), dtype=torch.int8)
-    one, other = Sketch.of(w), Sketch.of(w)
-    assert not torch.equal(one.rows, other.rows)
-    assert set(one.rows.flatten().tolist()) == {-1, 0, 1}
-    assert "tensor" not in repr(one)
-
-
 def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(harness: EngineHarness) -> None:
     """5000 tokens are three ciphertexts."""
     matmul = RemoteMatmul(harness.channel, harness.sealer, ProductStats())
@@ -176,18 +250,11 @@ def test_blocks_of_a_large_micro_batch_share_the_mask_but_no_secret(harness: Eng
         assert not harness.excess("one", "forward", x[part], y[part]).any()
 
 
-def test_hints_are_used_where_they_pay(
-    harness: EngineHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rlwe_engine, clear = ENGINES["rlwe"], ENGINES["clear"]
-    assert [wants_hints(rlwe_engine, None, count) for count in (1, 3, 4, 100)] == [False, False, True, True]
-    assert [wants_hints(rlwe_engine, asked, 1) for asked in (True, False)] == [True, False]
-    assert not wants_hints(clear, None, 100)
-    with pytest.raises(UsageError, match="no hints"):
-        wants_hints(clear, True, 100)
-    assert hint_bytes(harness.plan) == 2 * (37 + 29) * ROW_BYTES
-    monkeypatch.setenv("HETRAIN_CACHE", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("not a directory")
-    assert open_hints(harness.plan, {}, required=False) is None
-    with pytest.raises(UsageError, match="hints take"):
-        open_hints(harness.plan, {}, required=True)
+def test_progress_is_told(harness: EngineHarness, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    store = HintStore(tmp_path / "empty")
+    make_hints(
+        store, harness.plan, harness.channel, harness.weights, lambda *progress: calls.append(progress)
+    )
+    assert calls == [(done, 4) for done in range(5)]
+    make_hints(store, harness.plan, harness.channel, harness.weights, ignore_progress)

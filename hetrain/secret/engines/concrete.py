@@ -24,7 +24,7 @@ from hetrain.public.concrete.circuits import Circuit, compile_circuit, tile
 from hetrain.public.concrete.header import ConcreteHeader, ConcreteSetup
 from hetrain.public.concrete.package import package_version, unswitch
 from hetrain.public.errors import WireError
-from hetrain.public.lattice.bounds import OperandBound
+from hetrain.public.lattice.bounds import LARGEST_ENTRY, OperandBound
 from hetrain.public.lattice.parameters import require_tokens
 from hetrain.public.protocol.messages import Header
 from hetrain.public.protocol.plan import Plan
@@ -161,7 +161,7 @@ class ConcreteSealer:
     def seal(self, x: torch.Tensor, product: Product) -> ConcreteSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(x.shape[0])
-        operand = quantize_operand(x, OperandBound(self._x_max, norm=0.0), self._bits)
+        operand = quantize_operand(x, OperandBound(LARGEST_ENTRY, norm=0.0), self._bits)
         circuit = self._compile(product)
         keys, spec = self._keys[circuit.spec], circuit.spec
         values = operand.values.to(torch.int64)
