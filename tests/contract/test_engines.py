@@ -146,8 +146,10 @@ def test_corrupted_blobs_are_refused(harness: EngineHarness) -> None:
             assert not harness.excess("square", "forward", x, y).any()
     for position in {0, 1, 8, 9, *(generator.randrange(16) for _ in range(8))}:
         changed = memoryview(flipped(bytes(part.data), position))
-        with pytest.raises(ResultRejected):
-            open_checked(sealed, [replace(part, data=changed)])
+        with suppress(ResultRejected):
+            y = open_checked(sealed, [replace(part, data=changed)])
+            assert harness.name == "concrete", "only there bits below the noise change nothing"
+            assert not harness.excess("square", "forward", x, y).any()
     assert open_checked(sealed, [part]).shape == (3, 16)
 
 
