@@ -73,6 +73,7 @@ class PartsCheck(Generic[C, R]):
             ResultRejected: the part has another length than its rows take, or the product is wrong; `workers`
                 are those whose parts are. Their parts are dropped.
         """
+        self._is_verified = False
         try:
             self._parts[part.rows] = part, self._claim.read(part)
         except WireError as error:
