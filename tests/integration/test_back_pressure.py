@@ -44,7 +44,7 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
         def one(_: int) -> None:
             channel.multiply(product, operand)
 
-        operand = Operand({}, [memoryview(bytes(100_000))], 64 * 10_000 // product.n)
+        operand = Operand({}, [memoryview(bytes(100_000))], 64 * 10_000)
         pool = stack.enter_context(ThreadPoolExecutor(6))
         jobs = [pool.submit(one, number) for number in range(6)]
         broker = client(connection_pool(served.url, max_connections=1))

@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from hetrain.nn.remote import ProductStats, RemoteMatmul
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import NoWorker, ResultRejected
-from hetrain.public.protocol.product import Part
 from hetrain.public.protocol.registration import REGISTRATION_TTL_S, REGISTRY_KEY, WorkerRegistration
 from hetrain.secret.engines.concrete import ConcreteSealer
+from hetrain.secret.engines.rlwe.hints import HintStore
+from hetrain.train.hints import ignore_progress, make_hints
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.requests.job_connection import JobConnection
 from hetrain.transport.requests.request import Timeouts
@@ -38,7 +39,7 @@ from hetrain.transport.scheduling.partition import MAX_PIECES, MIN_ROWS, count_p
 from hetrain.transport.scheduling.registry import WorkerRegistry
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
-from tests.harness.engine import EngineHarness
+from tests.harness.engine import EngineHarness, open_checked
 from tests.harness.in_flight import GUARD_S, InFlight, broker_client, within_guard
 from tests.harness.processes import BrokerServer, broker_server
 from tests.harness.waiting import eventually
@@ -114,7 +115,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 def harness_of(stage: Stage, engine: str) -> EngineHarness:
     generator = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(ROWS, K, generator=generator) for name in NAMES}
-    return EngineHarness(engine, weights, stage.model, hints=engine == "rlwe")
+    return EngineHarness(engine, weights, stage.model)
 
 
 @pytest.fixture
@@ -141,7 +142,8 @@ class Asked:
 
     def answer(self) -> torch.Tensor:
         """Waits for it."""
-        return self._sealed.opening.open(self._reply.result(GUARD_S).parts)
+        self._reply.result(GUARD_S)
+        return self._sealed.opening.open()
 
 
 def test_two_workers_share_every_product_and_nothing_changes(
@@ -172,9 +174,15 @@ def test_two_workers_share_every_product_and_nothing_changes(
     with broker_client(stage.served.url) as client:
         assert not client.keys(name)
 
-    # With hints, from several threads: cuts differ with the load, and still every hint is completed.
+    # Hints from several workers are those of one; products from several threads, whose cuts differ.
     rlwe = harness_of(stage, "rlwe")
     with closing(stage.open(rlwe)) as channel, ThreadPoolExecutor(4) as pool:
+        shared = HintStore(rlwe.hints.directory.parent / "shared")
+        (shared.directory / "seed").write_bytes((rlwe.hints.directory / "seed").read_bytes())
+        shared = HintStore(shared.directory)
+        within_guard(lambda: make_hints(shared, rlwe.plan, channel, rlwe.weights, ignore_progress))
+        for path in rlwe.hints.directory.glob("*.hint"):
+            assert (shared.directory / path.name).read_bytes() == path.read_bytes()
         remote = RemoteMatmul(channel, rlwe.sealer, ProductStats())
 
         def work(index: int) -> bool:
@@ -183,8 +191,6 @@ def test_two_workers_share_every_product_and_nothing_changes(
             return bool(rlwe.excess(*product.key, x, y).any())
 
         assert not any(within_guard(lambda: list(pool.map(work, range(16)))))
-        for name in NAMES:
-            assert rlwe.seal(name, "forward", torch.randn(3, K)).operand.header["result"] == "b"
 
 
 def test_requests_follow_the_shards_and_leave_dead_workers(stage: Stage, in_flight: InFlight) -> None:
@@ -273,23 +279,14 @@ def test_a_wrong_result_names_its_worker_and_is_computed_by_another(
     product, x = harness.product("w0", "forward"), torch.randn(5, K)
     expected = harness.multiply("w0", "forward", x)
 
-    def check(part: Part) -> None:
-        """What a verifier does: compares the part with what it must be."""
-        start, stop = part.rows
-        wanted = harness.matrices["w0"][start:stop].to(torch.int64) @ operand.to(torch.int64)
-        got = torch.frombuffer(bytearray(part.data), dtype=torch.int32).view(part.n, len(x))
-        if not torch.equal(got, wanted.to(torch.int32)):
-            raise ResultRejected("the result is wrong", where=part.worker)
-
     with closing(stage.open(harness)) as channel:
         sealed = harness.sealer.seal(x, product)
-        payload = bytearray().join(sealed.operand.payload)
-        operand = torch.frombuffer(payload, dtype=torch.int32).view(K, len(x))
+        check = sealed.opening.check
         # No other worker serves it.
         alone = in_flight.start(channel, product, sealed.operand, accept=check)
-        with pytest.raises(ResultRejected, match="wrong") as caught:
+        with pytest.raises(ResultRejected, match="is wrong; it was not decrypted") as caught:
             alone.result(GUARD_S)
-        assert caught.value.where == "liar@host"
+        assert caught.value.workers == ("liar@host",)
         stage.start("honest")
         stage.await_cards(2)
         assert eventually(lambda: len(channel.workers) == 2)
@@ -297,31 +294,20 @@ def test_a_wrong_result_names_its_worker_and_is_computed_by_another(
         for _ in range(8):
             reply = in_flight.start(channel, product, sealed.operand, pieces=2, accept=check).result(GUARD_S)
             assert {part.worker for part in reply.parts} == {honest}
-            assert torch.equal(sealed.opening.open(reply.parts), expected)
-        warning = "no result of worker liar@host is accepted any more: the result is wrong"
-        assert caplog.messages.count(warning) == 1
+            assert torch.equal(sealed.opening.open(), expected)
+        warning = "no result of worker liar@host is accepted any more: the result of w0 forward is wrong"
+        assert sum(line.startswith(warning) for line in caplog.messages) == 1
         assert any(in_flight.sends(request) > 1 for request, _ in in_flight.sent)
         assert not [line for line in caplog.messages if honest in line]
-    # A check that rejects only what is complete, as that of hints: parts accepted before are computed anew.
+    # Both parts are the liar's: the one that was taken before the verdict is computed anew as well.
     with closing(stage.open(harness)) as another:
-        wrong: list[Part] = []
-
-        def check_late(part: Part) -> None:
-            try:
-                check(part)
-            except ResultRejected:
-                wrong.append(part)
-                if len(wrong) == 2:
-                    raise
-
         stage.send(signal.SIGSTOP, "honest")
-        pending = in_flight.start(another, product, sealed.operand, pieces=2, accept=check_late)
-        assert eventually(lambda: len(wrong) == 2)
+        pending = in_flight.start(another, product, sealed.operand, pieces=2, accept=check)
+        assert eventually(lambda: sum(line.startswith(warning) for line in caplog.messages) == 2)
         stage.send(signal.SIGCONT, "honest")
         reply = pending.result(GUARD_S)
         assert {part.worker for part in reply.parts} == {honest}
-        assert torch.equal(sealed.opening.open(reply.parts), expected)
-        assert caplog.messages.count(warning) == 2
+        assert torch.equal(sealed.opening.open(), expected)
     with broker_client(stage.served.url) as client:
         assert not client.keys(f"hetrain:{channel.job}:*")
         assert not client.keys(f"hetrain:{another.job}:*")
@@ -422,24 +408,6 @@ def test_pieces_follow_slots_load_and_speed() -> None:
     assert count_pieces(even, 1, 1e9 * 0.001) == 1
 
 
-def test_hints_are_completed_by_overlapping_ranges(stage: Stage) -> None:
-    harness = harness_of(stage, "rlwe")
-    x = torch.randn(5, K)
-
-    def has_hint() -> bool:
-        return harness.seal("w0", "forward", x).operand.header.get("result") == "b"
-
-    for rows in ([(100, 300)], [(50, 150), (290, 400)], [(0, 60)], [(0, 320), (320, 640)]):
-        assert not has_hint()
-        sealed = harness.seal("w0", "forward", x)
-        parts = harness.answer("w0", "forward", sealed, rows)
-        for part in parts:
-            sealed.opening.check(part)
-        sealed.opening.open(parts)
-    assert has_hint()
-    assert not harness.excess("w0", "forward", x, harness.multiply("w0", "forward", x)).any()
-
-
 def test_concrete_is_cut_between_tiles(stage: Stage) -> None:
     weights = {"w": torch.randn(1100, 8, generator=torch.Generator().manual_seed(1))}
     harness = EngineHarness("concrete", weights, stage.model)
@@ -448,5 +416,5 @@ def test_concrete_is_cut_between_tiles(stage: Stage) -> None:
     sealed = harness.seal("w", "forward", x)
     rows = partition(1100, 2, sealed.operand.row_step)
     assert rows == [(0, 550), (550, 1100)]
-    y = sealed.opening.open(harness.answer("w", "forward", sealed, rows))
+    y = open_checked(sealed, harness.answer("w", "forward", sealed, rows))
     assert not harness.excess("w", "forward", x, y).any()

@@ -118,14 +118,14 @@ def channel(embedded: Embedded, plan: Plan) -> Iterator[CeleryChannel]:
 
 
 def operand(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-(2**31), 2**31, (rows, tokens), dtype=np.int32)
+    """Digits of tokens of `rows` features, as the engine clear sends them."""
+    return np.random.default_rng(seed).integers(-128, 128, (3, tokens, rows), dtype=np.int8)
 
 
 def exact(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """W·x modulo 2^32; float64 products are exact for 16-bit halves."""
-    wide, low = matrix.astype(np.float64), (x & 0xFFFF).astype(np.float64)
-    high = (x >> 16).astype(np.float64)
-    total = (wide @ low).astype(np.int64) + ((wide @ high).astype(np.int64) << 16)
+    """x·Wᵀ modulo 2^32; float64 products are exact here."""
+    low, middle, high = x.astype(np.float64)
+    total = ((low + 2.0**8 * middle + 2.0**16 * high) @ matrix.T.astype(np.float64)).astype(np.int64)
     return total.astype(np.uint32).view(np.int32)
 
 
@@ -142,13 +142,12 @@ def client(embedded: Embedded) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def send(in_flight: InFlight, plan: Plan) -> Send:
-    """Starts W·x, or Wᵀ·x, in so many pieces."""
+    """Starts x·Wᵀ, or x·W, in so many pieces."""
 
     def start(
         channel: CeleryChannel, x: np.ndarray, direction: Direction = "forward", pieces: int = 1
     ) -> Future[Reply]:
-        half = x.shape[0] // 2
-        parts = [memoryview(x[:half]).cast("B"), memoryview(x[half:]).cast("B")]
+        parts = [memoryview(x[:1]).cast("B"), memoryview(x[1:]).cast("B")]
         return in_flight.start(channel, Product(plan.groups[0], direction), Operand({}, parts), pieces=pieces)
 
     return start
@@ -163,8 +162,8 @@ def fill_queue(send: Send, channel: CeleryChannel, x: np.ndarray, client: redis.
 
 
 def values(reply: Reply, tokens: int) -> np.ndarray:
-    parts = [np.frombuffer(part.data, np.int32).reshape(-1, tokens) for part in reply.parts]
-    return np.concatenate(parts)
+    parts = [np.frombuffer(part.data, np.int32).reshape(tokens, -1) for part in reply.parts]
+    return np.concatenate(parts, axis=1)
 
 
 def supervisor() -> int:
@@ -191,7 +190,7 @@ def test_products_come_back_exactly_and_nothing_is_left(
     reply = forward.result()
     assert (values(reply, 7) == exact(matrix, x)).all()
     assert len(reply.parts) == 3
-    assert (reply.bytes_up, reply.bytes_down) == (4 * IN * 7, 4 * OUT * 7)
+    assert (reply.bytes_up, reply.bytes_down) == (3 * IN * 7, 4 * OUT * 7)
     assert reply.server_s > 0
     assert all("kernel" in device for device in reply.devices)
     assert all(part.worker for part in reply.parts)

@@ -21,12 +21,16 @@ from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
-from hetrain.public.lattice.parameters import parameters_for
-from hetrain.public.lattice.result_format import largest_operand
+from hetrain.public.lattice.bounds import operand_bound
 from hetrain.public.model.files import resolve
-from hetrain.public.protocol.product import Product
+from hetrain.public.protocol.plan import Group
+from hetrain.public.protocol.product import Product, ProductKey
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
+from hetrain.secret.engines.rlwe.hints import HintStore
+from hetrain.secret.verification.job import Verification, kept_rows
+from hetrain.secret.verification.rows import CheckRows
+from hetrain.train.hints import ignore_progress, make_hints
 from hetrain.train.session import open_base
 from hetrain.train.step import run_step
 from hetrain.train.updater import Updater
@@ -91,20 +95,22 @@ class RecordingSealer:
         self.setup = sealer.setup
         self.secrets: list[torch.Tensor] = []
 
+    def for_micro_batch(self) -> RecordingSealer:
+        return self
+
     def seal(self, x: torch.Tensor, product: Product):  # type: ignore[no-untyped-def]
         sealed = self._sealer.seal(x, product)
-        x_max = largest_operand(parameters_for(x.shape[0]), product.max_l1)
-        operand = quantize_operand(x, x_max)
+        operand = quantize_operand(x, operand_bound(product.norms))
         self.secrets += [x.detach().float(), operand.values, operand.scales]
         opening, secrets = sealed.opening, self.secrets
 
         class Recording:
             check = staticmethod(opening.check)
 
-            def open(self, parts):  # type: ignore[no-untyped-def]
-                y = opening.open(parts)
+            def open(self):  # type: ignore[no-untyped-def]
+                y = opening.open()
                 secrets.append(y)
-                secrets.append((y / operand.scales[:, None]).round().to(torch.int32).t())
+                secrets.append((y / operand.scales[:, None]).round().to(torch.int32))
                 return y
 
         return type("Sealed", (), {"operand": sealed.operand, "opening": Recording()})()
@@ -159,10 +165,25 @@ def run_canary_step(model: Path, engine: str, scratch: Path) -> tuple[bytes, Rec
     with tapped_broker(model, log) as (url, tap):
         channel = CeleryChannel(url)
         try:
-            split = split_model(resolve(str(model)))
-            plan = split.plan
-            recorder = RecordingSealer(client_engine(engine).open(plan, JobOptions()))
+            matrices: dict[str, torch.Tensor] = {}
+            kept: dict[ProductKey, CheckRows] = {}
+
+            def take(group: Group, matrix: torch.Tensor) -> None:
+                matrices[group.name] = matrix
+                kept.update(kept_rows(group, matrix))
+
+            def weights(product: Product) -> torch.Tensor:
+                matrix = matrices[product.group.name]
+                return matrix if product.direction == "forward" else matrix.t()
+
+            split = split_model(resolve(str(model)), on_matrix=take)
+            plan, hints = split.plan, HintStore(scratch / "hints")
+            options = JobOptions(Verification(kept, weights), hints=hints)
+            recorder = RecordingSealer(client_engine(engine).open(plan, options))
+            recorder.secrets += [form for rows in kept.values() for form in (rows.values, rows.image)]
             channel.prepare(plan.model, engine, plan.to_bytes(), plan.digest)
+            if engine == "rlwe":
+                make_hints(hints, plan, channel, weights, ignore_progress)
             adapted = add_adapter(split, LoraConfig(r=2, alpha=4), 0)
             replica = Replica(split, adapted, channel, recorder)
             updater = Updater(adapter_parameters(adapted), TrainingConfig(), 1)

@@ -19,7 +19,7 @@ from tests.harness.processes import HANDBOOK, broker_server, hetrain
 from tests.harness.waiting import eventually
 
 COMMON = ("--quiet", "--sync", "--max-length", 48, "--micro-batch-tokens", 48, "--lora-dropout", 0.1)
-COMMON += ("--learning-rate", 1e-2, "--lora-r", 4, "--no-hints")
+COMMON += ("--learning-rate", 1e-2, "--lora-r", 4)
 
 
 logger = logging.getLogger(__name__)
