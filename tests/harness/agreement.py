@@ -17,10 +17,7 @@ STEPS = 2
 
 
 def train_all_ways(model: str, tokens: int) -> dict[str, Curve]:
-    """Two steps over the same tokens, with stock peft in fp32 and with both engines.
-
-    `rlwe` makes the first step without hints and the second one with.
-    """
+    """Two steps over the same tokens, with stock peft in fp32 and with both engines."""
     base = open_base(model)
     batches = draw(base, "text", tokens, 1) * STEPS
     assert all(batch.n_tokens == tokens for batch in batches)
@@ -28,7 +25,7 @@ def train_all_ways(model: str, tokens: int) -> dict[str, Curve]:
     return {
         "plain": plain_curve(base, values, batches),
         "clear": engine_curve(base, "clear", values, batches),
-        "rlwe": engine_curve(base, "rlwe", values, batches, hints=True),
+        "rlwe": engine_curve(base, "rlwe", values, batches),
     }
 
 
