@@ -25,6 +25,7 @@ from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
+from hetrain.public.lattice.ring import RESULT_BITS
 from hetrain.public.system import available_cores
 from hetrain.train.session import BaseModelFiles, open_base, open_session
 from hetrain.train.step import run_step, share_cores
@@ -78,13 +79,11 @@ def plain_curve(base: BaseModelFiles, values: Tensors, batches: list[MicroBatch]
     return Curve(losses, first)
 
 
-def engine_curve(
-    base: BaseModelFiles, engine: str, values: Tensors, batches: list[MicroBatch], *, hints: bool = False
-) -> Curve:
-    """With one engine, over an embedded broker and worker. Hints serve from the second step on."""
+def engine_curve(base: BaseModelFiles, engine: str, values: Tensors, batches: list[MicroBatch]) -> Curve:
+    """With one engine, over an embedded broker and worker."""
     # One thread: client and worker take turns on this machine, and small operations gain nothing from two.
     share_cores(available_cores())
-    with open_session(base, OutsourcingConfig(engine=engine, hints=hints), None, "cpu") as session:
+    with open_session(base, OutsourcingConfig(engine=engine), None, "cpu") as session:
         model = add_adapter(session.split, LoraConfig(), SEED)
         parameters = adapter_parameters(model)
         with torch.no_grad():
@@ -127,10 +126,10 @@ def main() -> None:
     before = environment()
     plain = plain_curve(base, values, batches)
     curves = {engine: engine_curve(base, engine, values, batches) for engine in ("clear", "rlwe")}
-    curves["rlwe_with_hints"] = engine_curve(base, "rlwe", values, batches, hints=True)
     figures = {
         "data": arguments.data,
         "tokens": arguments.tokens,
+        "result_bits": RESULT_BITS,
         "losses": {"plain": plain.losses} | {engine: curve.losses for engine, curve in curves.items()},
         "first_step_difference": {
             engine: abs(curve.losses[0] - plain.losses[0]) / plain.losses[0]

@@ -116,7 +116,7 @@ def product_of(task: EvaluateTask, plan: Plan) -> ProductModel:
     header = RlweHeader.from_wire(task.header, where=task.group)
     tokens = header.result_format.parameters.ring_degree
     k = Product(group, task.direction).k
-    return ProductModel(task.group, task.direction, k, task.stop - task.start, tokens, header.seed is None)
+    return ProductModel(task.group, task.direction, k, task.stop - task.start, tokens)
 
 
 class PacedStore(BlobStore):

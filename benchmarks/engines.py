@@ -4,7 +4,8 @@ Both halves of an engine run in this process, in turn, each with all cores. Meas
 
 - the worker's part, from the payload's bytes to the result's, in weight·tokens/s = K·N·T / s, and how that
   compares with torch's fp32 product of the same K, N and T in the same run;
-- encryption and decryption, per input and output value (K·T and N·T of them), serialised form included;
+- encryption per input value, and verification and decryption per output value (K·T and N·T of them),
+  serialised form included;
 - bytes on the wire per input and output value;
 - the error of a token's result, ‖y − ŷ‖ / ‖y‖ against the float64 product with the int8 matrix, median over
   all tokens that were multiplied: what rounding the activations and what the scheme add together;
@@ -12,9 +13,9 @@ Both halves of an engine run in this process, in turn, each with all cores. Meas
   its largest entry: the scheme's part alone, and the rounding of a result to float32;
 - sizes of serialised keys.
 
-rlwe-hints is rlwe in a job under way: the products with its public masks are there, workers compute the rest.
-concrete-ml-extensions, Zama's library for the same product (``pip install concrete-ml-extensions==0.2.0``),
-is measured beside them where it is installed. Seconds are medians.
+`rlwe` has its hints from the start. concrete-ml-extensions, Zama's library for the same product
+(``pip install concrete-ml-extensions==0.2.0``), is measured beside them where it is installed. Seconds are
+medians.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from benchmarks.engines_under_test import (
     TRAITS,
     EngineUnderTest,
     Measurement,
+    Rounding,
     missing,
     open_engine_under_test,
 )
@@ -48,10 +50,9 @@ from benchmarks.workloads import WORKLOADS, Workload
 from hetrain.public.concrete.package import PACKAGE
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.system import available_cores
-from hetrain.secret.activation_quantization import quantize_operand
 from worker_gpu.device import Compute, choose_compute, choose_device
 
-_FULL = dict.fromkeys(("rlwe", "rlwe-hints", "clear"), (2048, 512))
+_FULL = dict.fromkeys(("rlwe", "clear"), (2048, 512))
 # Tokens of one operand, by shape and engine: as many as take some seconds at most.
 TOKENS: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType(
     {
@@ -98,12 +99,12 @@ def gemm_s(matrix: torch.Tensor, x: torch.Tensor, device: torch.device) -> list[
     return seconds
 
 
-def errors(workload: Workload, x: torch.Tensor, y: torch.Tensor, x_max: int) -> dict[str, float]:
+def errors(workload: Workload, x: torch.Tensor, y: torch.Tensor, rounding: Rounding) -> dict[str, float]:
     """Distance of ŷ from x·Qᵀ, and from the exact product of the rounded x; see the module."""
     q = workload.matrix.t().to(torch.float64)
     truth, got = x.to(torch.float64) @ q, y.to(torch.float64)
-    operand = quantize_operand(x, x_max)
-    exact = operand.values.t().to(torch.float64) @ q  # below 2^53
+    operand = rounding.quantize(x)
+    exact = operand.values.to(torch.float64) @ q  # below 2^53
     units = (got / operand.scales.to(torch.float64)[:, None]).round()
     largest = float((units - exact).abs().max())
     return {
@@ -145,9 +146,8 @@ def measure(
         "decrypt_ns_per_value": 1e9 * seconds["decrypt_s"] / (n * tokens),
         "bytes_per_input": last.bytes_up / (k * tokens),
         "bytes_per_output": last.bytes_down / (n * tokens),
-        "x_max": engine.x_max(tokens),
         "error_tokens": len(x),
-        **errors(workload, x, y, engine.x_max(tokens)),
+        **errors(workload, x, y, engine.rounding),
         "keys": asdict(engine.keys),
     }
 
@@ -162,8 +162,8 @@ def table(figures: Iterable[Mapping[str, Any]]) -> str:
     """The figures in Markdown."""
     header = (
         "engine", "K × N", "tokens", "worker", "weight·tokens/s", "of fp32 GEMM", "cores", "encrypt a value",
-        "decrypt a value", "bytes per input", "per output", "error of a token", "largest error", "secret key",
-        "evaluation keys",
+        "verify and decrypt a value", "bytes per input", "per output", "error of a token", "largest error",
+        "secret key", "evaluation keys",
     )  # fmt: skip
     rows = [header, ("---",) * len(header), *map(_row, figures)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import json
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from benchmarks.local_job import Clock, LocalJob
 from benchmarks.workloads import Workload
 from hetrain.public.concrete.circuits import compile_circuit, tile
 from hetrain.public.concrete.package import load_fhe
 from hetrain.public.errors import UsageError
+from hetrain.public.lattice.bounds import LARGEST_ENTRY, OperandBound, operand_bound
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
-from hetrain.public.lattice.result_format import largest_operand
-from hetrain.public.protocol.messages import EvaluateTask
-from hetrain.public.protocol.product import Product
-from hetrain.secret.activation_quantization import dequantize_result, quantize_operand
-from hetrain.secret.engine import JobOptions, client_engine
+from hetrain.public.protocol.product import Part, Product
+from hetrain.secret.activation_quantization import (
+    QuantizedOperand,
+    dequantize_result,
+    largest_entry,
+    quantize_operand,
+)
 from hetrain.secret.engines.concrete import DEFAULT_BITS
-from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
-from hetrain.transport.in_process import InProcessChannel
 from worker_gpu.device import Compute
-from worker_gpu.service import Service
-from worker_gpu.weights.store import WeightStore
 
 PEER, PEER_VERSION = "concrete-ml-extensions", "0.2.0"
-EIGHT_BITS = (1 << (DEFAULT_BITS - 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One product on its whole way: seconds, bytes, and y float32 [T, N]."""
+    """One product on its whole way: seconds, bytes, y float32 [T, N]. `decrypt_s` includes verification."""
 
     encrypt_s: float
     worker_s: float
@@ -61,76 +57,55 @@ class EngineUnderTest(Protocol):
     """An engine with its keys drawn, its circuits compiled and its matrix loaded."""
 
     keys: Keys
-
-    def x_max(self, tokens: int) -> int:
-        """The largest entry of a quantised operand."""
-        ...
+    rounding: Rounding
 
     def multiply(self, x: torch.Tensor) -> Measurement:
         """X·Qᵀ for float32 [T, K]: encrypted, evaluated, decrypted."""
         ...
 
 
-class Clock:
-    """Seconds and processor seconds since it was made or last read."""
+@dataclass(frozen=True)
+class Rounding:
+    """How an engine quantises operands: `hetrain.secret.activation_quantization.quantize_operand`."""
 
-    def __init__(self) -> None:
-        self._begun = time.perf_counter(), time.process_time()
+    bound: OperandBound
+    bits: int | None = None
 
-    def read(self) -> tuple[float, float]:
-        """Reads it and starts it again."""
-        now, begun = (time.perf_counter(), time.process_time()), self._begun
-        self._begun = now
-        return now[0] - begun[0], now[1] - begun[1]
+    def quantize(self, x: torch.Tensor) -> QuantizedOperand:
+        """float32 [T, K] as integers."""
+        return quantize_operand(x, self.bound, self.bits)
 
 
-def _no_options(workload: Workload) -> JobOptions:
-    return JobOptions()
+EIGHT_BITS = Rounding(OperandBound(LARGEST_ENTRY, norm=0.0), DEFAULT_BITS)
 
 
 @dataclass(frozen=True)
 class Traits:
-    """An engine's properties that a measurement needs.
+    """An engine's properties that a measurement needs: the sizes of its keys, and how it rounds operands."""
 
-    Attributes:
-        engine: its name in hetrain's table.
-        keys: the sizes of its keys.
-        x_max: its largest operand, from the number of tokens and max_j ‖Q_j‖₁.
-        options: of the job.
-    """
-
-    engine: str
     keys: Callable[[Workload], Keys]
-    x_max: Callable[[int, int], int]
-    options: Callable[[Workload], JobOptions] = _no_options
+    rounding: Callable[[Workload], Rounding]
+
+
+def _no_wrap(workload: Workload) -> Rounding:
+    return Rounding(operand_bound(workload.group.forward))
 
 
 def _rlwe_keys(workload: Workload) -> Keys:
     return Keys(parameters_for(SLOTS).dimension, 0, "one ciphertext matrix")  # ternary, a byte each
 
 
-def _rlwe_x_max(tokens: int, max_l1: int) -> int:
-    return largest_operand(parameters_for(tokens), max_l1)
-
-
 def _concrete_keys(workload: Workload) -> Keys:
     n, k = workload.matrix.shape
-    holder = compile_circuit(tile(k, n, EIGHT_BITS)).new_keys()
-    return Keys(len(holder.keys.serialize()), len(holder.evaluation_keys.serialize()), "one job")
-
-
-def _hints(workload: Workload) -> JobOptions:
-    """A store that the first product fills."""
-    sketches = sketches_of(workload.group, workload.matrix)
-    return JobOptions(hints=HintStore(workload.plan, sketches, Path(tempfile.gettempdir())))
+    holder = compile_circuit(tile(k, n, largest_entry(DEFAULT_BITS))).new_keys()
+    return Keys(len(holder.keys.serialize()), len(holder.evaluation_keys.serialize()), "one micro-batch")
 
 
 TRAITS: Mapping[str, Traits] = MappingProxyType(
     {
-        "rlwe": Traits("rlwe", _rlwe_keys, _rlwe_x_max),
-        "rlwe-hints": Traits("rlwe", _rlwe_keys, _rlwe_x_max, _hints),
-        "clear": Traits("clear", lambda workload: Keys(0, 0, ""), _rlwe_x_max),
-        "concrete": Traits("concrete", _concrete_keys, lambda tokens, max_l1: EIGHT_BITS),
+        "rlwe": Traits(_rlwe_keys, _no_wrap),
+        "clear": Traits(lambda workload: Keys(0, 0, ""), _no_wrap),
+        "concrete": Traits(_concrete_keys, lambda workload: EIGHT_BITS),
     }
 )
 
@@ -139,44 +114,35 @@ class HetrainEngine:
     """An engine of hetrain: its client half, and a worker's service, through the queue's messages."""
 
     def __init__(self, name: str, workload: Workload, compute: Compute) -> None:
-        traits = TRAITS[name]
-        self._traits, self._product = traits, Product(workload.group, "forward")
-        plan = workload.plan
-        self._load_plan = plan.to_bytes
-        self._service = Service(compute, WeightStore(compute.device, {plan.model: str(workload.directory)}))
-        self._sealer = client_engine(traits.engine).open(plan, traits.options(workload))
-        self._channel = InProcessChannel(
-            self._evaluate, lambda task, data: self._service.prepare(task, lambda: data)
-        )
-        self._channel.prepare(plan.model, traits.engine, plan.to_bytes(), plan.digest, self._sealer.setup)
-        self._worker = (0.0, 0.0)
-        self.keys = traits.keys(workload)
-        self.multiply(workload.x[:1])  # warm; and the hints, if any, are there
-
-    def x_max(self, tokens: int) -> int:
-        """See `EngineUnderTest.x_max`."""
-        return self._traits.x_max(tokens, self._product.max_l1)
+        self._product = Product(workload.group, "forward")
+        self._job = LocalJob(name, workload.plan, workload.directory, workload.verification, compute)
+        self.keys = TRAITS[name].keys(workload)
+        self.rounding = TRAITS[name].rounding(workload)
+        self.multiply(workload.x[:1])  # warm
 
     def multiply(self, x: torch.Tensor) -> Measurement:
         """See `EngineUnderTest.multiply`."""
-        clock = Clock()
-        sealed = self._sealer.seal(x, self._product)
+        clock, verified = Clock(), 0.0
+        sealed = self._job.sealer.seal(x, self._product)
         encrypt_s, _ = clock.read()
-        reply = self._channel.multiply(self._product, sealed.operand, sealed.opening.check)
-        clock.read()
-        y = sealed.opening.open(reply.parts)
-        decrypt_s, _ = clock.read()
-        return Measurement(encrypt_s, *self._worker, decrypt_s, reply.bytes_up, reply.bytes_down, y)
 
-    def _evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
-        clock = Clock()
-        parts = self._service.evaluate(task, self._load_plan, payload)
-        self._worker = clock.read()
-        return parts
+        def check(part: Part) -> None:
+            nonlocal verified
+            clock.read()
+            sealed.opening.check(part)
+            verified += clock.read()[0]
+
+        reply = self._job.channel.multiply(self._product, sealed.operand, check)
+        clock.read()
+        y = sealed.opening.open()
+        decrypt_s = verified + clock.read()[0]
+        return Measurement(encrypt_s, *self._job.worker, decrypt_s, reply.bytes_up, reply.bytes_down, y)
 
 
 class Peer:
     """concrete-ml-extensions: activations of 8 bits, one GLWE ciphertext for up to 2048 inputs of a token."""
+
+    rounding = EIGHT_BITS
 
     def __init__(self, workload: Workload) -> None:
         self._library = _load_peer()
@@ -189,15 +155,11 @@ class Peer:
         self._weights = np.ascontiguousarray(workload.matrix.t().to(torch.int64).numpy()).view(np.uint64)
         self.keys = Keys(len(self._secret.serialize()), len(self._compression.serialize()), "one job")
 
-    def x_max(self, tokens: int) -> int:
-        """See `EngineUnderTest.x_max`."""
-        return EIGHT_BITS
-
     def multiply(self, x: torch.Tensor) -> Measurement:
         """See `EngineUnderTest.multiply`."""
         library, clock = self._library, Clock()
-        operand = quantize_operand(x, EIGHT_BITS)
-        values = np.ascontiguousarray(operand.values.t().to(torch.int64).numpy()).view(np.uint64)
+        operand = self.rounding.quantize(x)
+        values = np.ascontiguousarray(operand.values.to(torch.int64).numpy()).view(np.uint64)
         up = library.encrypt_matrix(self._secret, self._parameters, values).serialize()
         encrypt_s, _ = clock.read()
         encrypted = library.EncryptedMatrix.deserialize(up)
@@ -208,7 +170,7 @@ class Peer:
         clear = library.decrypt_matrix(
             result, self._secret, self._parameters, num_valid_glwe_values_in_last_ciphertext=last
         )
-        products = torch.from_numpy(np.ascontiguousarray(clear.view(np.int64)[: len(x), : self._columns].T))
+        products = torch.from_numpy(np.ascontiguousarray(clear.view(np.int64)[: len(x), : self._columns]))
         y = dequantize_result(products, operand.scales)
         decrypt_s, _ = clock.read()
         return Measurement(encrypt_s, *worker, decrypt_s, len(up), len(down), y)

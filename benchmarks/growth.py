@@ -2,7 +2,8 @@
 
 Client and worker take turns in this process, each with all cores, through the queue's messages but without a
 queue. Tokens and matrix size: one product. Layers: forward and backward pass of a random Llama with LoRA.
-rlwe-hints is rlwe in a job that has its hints. Cases run in turn, round after round; figures are medians.
+Hints are made before; verification counts as decryption. Cases run in turn, round after round; figures are
+medians.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import LlamaConfig
 
 from benchmarks.engines_under_test import EngineUnderTest, open_engine_under_test
 from benchmarks.environment import environment
+from benchmarks.local_job import LocalJob
 from benchmarks.output import add_json_option, markdown, rounds, write
 from benchmarks.shapes import write_random_llama
 from benchmarks.workloads import Workload, random_workload
@@ -33,18 +35,13 @@ from hetrain.nn.split import split_model
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.files import resolve
-from hetrain.public.protocol.product import ProductKey
-from hetrain.secret.engine import JobOptions, client_engine
-from hetrain.secret.engines.rlwe.hints import HintStore, sketches_of
-from hetrain.secret.verification import Sketch
+from hetrain.public.protocol.product import Product
+from hetrain.secret.verification.job import Verification, kept_rows
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
-from hetrain.transport.in_process import InProcessChannel
 from worker_gpu.device import Compute, choose_compute, choose_device
-from worker_gpu.service import Service
-from worker_gpu.weights.store import WeightStore
 
-ENGINE, MODES = "rlwe", {"rlwe": False, "rlwe-hints": True}
+ENGINE = "rlwe"
 _SEED = 7
 _LLAMA_TOKENS, _LLAMA_WIDTH, _VOCABULARY = 512, 256, 1024
 Figures = dict[str, float]
@@ -55,11 +52,8 @@ def by_tokens(
 ) -> dict[Any, Callable[[], Figures]]:
     """Products of one size × size matrix with growing operands."""
     workload = random_workload(f"tokens-{size}", size, size, folder)
-    return {
-        ("tokens", mode, count): partial(_product, engine, workload, count)
-        for mode, engine in _engines(workload, compute).items()
-        for count in tokens
-    }
+    engine = open_engine_under_test(ENGINE, workload, compute)
+    return {("tokens", count): partial(_product, engine, workload, count) for count in tokens}
 
 
 def by_size(
@@ -68,14 +62,9 @@ def by_size(
     """Products of growing square matrices with operands of `tokens` tokens."""
     workloads = {size: random_workload(f"size-{size}", size, size, folder) for size in sizes}
     return {
-        ("size", mode, size): partial(_product, engine, workload, tokens)
+        ("size", size): partial(_product, open_engine_under_test(ENGINE, workload, compute), workload, tokens)
         for size, workload in workloads.items()
-        for mode, engine in _engines(workload, compute).items()
     }
-
-
-def _engines(workload: Workload, compute: Compute) -> dict[str, EngineUnderTest]:
-    return {mode: open_engine_under_test(mode, workload, compute) for mode in MODES}
 
 
 def _product(engine: EngineUnderTest, workload: Workload, tokens: int) -> Figures:
@@ -104,8 +93,7 @@ def by_layers(folder: Path, compute: Compute, layers: list[int]) -> dict[Any, Ca
         directory = folder / f"llama-{count}"
         directory.mkdir()
         write_random_llama(directory, _config(count))
-        for mode, hints in MODES.items():
-            found["layers", mode, count] = partial(_step, *_replica(directory, folder, compute, hints), batch)
+        found["layers", count] = partial(_step, *_replica(directory, compute), batch)
     return found
 
 
@@ -121,41 +109,43 @@ def _config(layers: int) -> LlamaConfig:
     )
 
 
-def _replica(directory: Path, folder: Path, compute: Compute, hints: bool) -> tuple[Replica, Snapshot]:
-    """A client with an adapter, and a worker's service behind its channel."""
-    sketches: dict[ProductKey, Sketch] = {}
+def _replica(directory: Path, compute: Compute) -> tuple[Replica, Snapshot]:
+    """A client with an adapter, and a worker behind its channel."""
+    matrices: dict[str, torch.Tensor] = {}
     split = split_model(
-        resolve(str(directory)), on_matrix=lambda group, q: sketches.update(sketches_of(group, q))
+        resolve(str(directory)), on_matrix=lambda group, matrix: matrices.update({group.name: matrix})
     )
-    plan = split.plan
-    service = Service(compute, WeightStore(compute.device, {plan.model: str(directory)}))
-    channel = InProcessChannel(
-        lambda task, payload: service.evaluate(task, plan.to_bytes, payload),
-        lambda task, data: service.prepare(task, lambda: data),
-    )
-    store = HintStore(plan, sketches, folder) if hints else None
-    sealer = client_engine(ENGINE).open(plan, JobOptions(hints=store))
-    channel.prepare(plan.model, ENGINE, plan.to_bytes(), plan.digest, sealer.setup)
+    kept = {
+        key: rows
+        for group in split.plan.groups
+        for key, rows in kept_rows(group, matrices[group.name]).items()
+    }
+
+    def weights(product: Product) -> torch.Tensor:
+        matrix = matrices[product.group.name]
+        return matrix if product.direction == "forward" else matrix.t()
+
+    job = LocalJob(ENGINE, split.plan, directory, Verification(kept, weights), compute)
     model = add_adapter(split, LoraConfig(), _SEED)
     values = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
-    return Replica(split, model, channel, sealer), Snapshot(0, values)
+    return Replica(split, model, job.channel, job.sealer), Snapshot(0, values)
 
 
 def _step(replica: Replica, snapshot: Snapshot, batch: MicroBatch) -> Figures:
     result = run_step(replica, batch, snapshot, _SEED)
     stats = result.stats
-    parts = (stats.encrypt_s, stats.server_s, stats.decrypt_s)
+    parts = (stats.encrypt_s, stats.server_s, stats.verify_s + stats.decrypt_s)
     return _figures(result.seconds, parts, stats.bytes_up, stats.bytes_down)
 
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures in Markdown."""
-    header = ("grows with", "mode", "", "seconds", "encrypt", "worker", "decrypt", "MB up", "MB down")
+    header = ("grows with", "", "seconds", "encrypt", "worker", "decrypt", "MB up", "MB down")
     rows = []
     for one in figures["cases"]:
         seconds = [f"{one[part]:.3f}" for part in ("seconds", "encrypt_s", "worker_s", "decrypt_s")]
         megabytes = [f"{one[part] / 1e6:.2f}" for part in ("bytes_up", "bytes_down")]
-        rows.append((one["axis"], one["mode"], str(one["value"]), *seconds, *megabytes))
+        rows.append((one["axis"], str(one["value"]), *seconds, *megabytes))
     return markdown(header, rows)
 
 
@@ -184,9 +174,8 @@ def main() -> None:
         work |= by_layers(folder, compute, arguments.layers)
         measured = rounds(work, arguments.repeats)
     cases = [
-        {"axis": axis, "mode": mode, "value": value}
-        | {name: median(one[name] for one in given) for name in given[0]}
-        for (axis, mode, value), given in measured.items()
+        {"axis": axis, "value": value} | {name: median(one[name] for one in given) for name in given[0]}
+        for (axis, value), given in measured.items()
     ]
     figures = {
         "matrix_size": size,

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
-from hetrain.public.lattice.result_format import ResultFormat
+from hetrain.public.lattice.result_format import DIGITS, ResultFormat
 from hetrain.public.protocol.messages import DIRECTIONS, Direction
-
-LIMBS = 4
-"""int8 products for one product of an int8 matrix with 32-bit words."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class ClientModel:
     """The data owner's host, with the broker on it.
 
     Attributes:
-        cores: that encrypt and decrypt.
-        core_s_per_coefficient: of encryption and decryption on average, one thread on one core
-            (``python -m benchmarks.client``).
+        cores: that encrypt, verify and decrypt.
+        core_s_per_coefficient: of encryption, verification and decryption, half for each direction, one
+            thread on one core (``python -m benchmarks.client``).
         network_bits_per_s: each way.
     """
 
@@ -81,7 +78,7 @@ class ClientModel:
         return {
             "network, up": network / work.bytes_up,
             "network, down": network / work.bytes_down,
-            "encryption and decryption": self.cores / (work.coefficients * self.core_s_per_coefficient),
+            "cryptography": self.cores / (work.coefficients * self.core_s_per_coefficient),
         }
 
 
@@ -114,14 +111,13 @@ class Work:
 
 @dataclass(frozen=True)
 class ProductModel:
-    """One encrypted product: K operand rows, n result rows, and tokens in the smallest ring that fits."""
+    """One encrypted product: K features in, n out, and tokens in the smallest ring that fits."""
 
     group: str
     direction: Direction
     k: int
     n: int
     tokens: int = SLOTS
-    hints: bool = True
 
     @property
     def degree(self) -> int:
@@ -131,7 +127,7 @@ class ProductModel:
     @property
     def result_format(self) -> ResultFormat:
         """Gives the bytes of operand and result."""
-        return ResultFormat(parameters_for(self.tokens), has_mask_product=not self.hints)
+        return ResultFormat(parameters_for(self.tokens))
 
     @property
     def bytes_up(self) -> int:
@@ -141,7 +137,7 @@ class ProductModel:
     @property
     def bytes_down(self) -> int:
         """Of the result."""
-        return self.n * self.result_format.row_bytes
+        return self.result_format.result_bytes(self.n)
 
     @property
     def coefficients(self) -> int:
@@ -150,8 +146,8 @@ class ProductModel:
 
     @property
     def int8_ops(self) -> int:
-        """2·4·K·n·N, and 2·4·K·n·2048 without hints."""
-        return 2 * LIMBS * self.k * self.n * (self.degree + (0 if self.hints else SLOTS))
+        """2·3·K·n·N."""
+        return 2 * DIGITS * self.k * self.n * self.degree
 
 
 @dataclass(frozen=True)
@@ -182,14 +178,11 @@ class Decoder:
         """Of all outsourced matrices; bytes, as they are int8."""
         return self.layers * sum(k * n for k, n in self.groups.values())
 
-    def block(self, tokens: int = SLOTS, *, hints: bool = True) -> tuple[ProductModel, ...]:
+    def block(self, tokens: int = SLOTS) -> tuple[ProductModel, ...]:
         """The products of one block: forward, then backward in the opposite order."""
         forward, backward = DIRECTIONS
-        there = [ProductModel(name, forward, k, n, tokens, hints) for name, (k, n) in self.groups.items()]
-        return (
-            *there,
-            *(ProductModel(one.group, backward, one.n, one.k, tokens, hints) for one in there[::-1]),
-        )
+        there = [ProductModel(name, forward, k, n, tokens) for name, (k, n) in self.groups.items()]
+        return (*there, *(ProductModel(one.group, backward, one.n, one.k, tokens) for one in there[::-1]))
 
 
 LLAMA_8B, LLAMA_70B = "Llama-3.1-8B", "Llama-3.1-70B"

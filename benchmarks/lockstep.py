@@ -63,7 +63,7 @@ def _train(run: Run, sync: bool) -> dict[str, float]:
         command = [sys.executable, "-m", "cli", "submit", str(data), "--output-dir", str(output)]
         command += ["--model-name-or-path", run.model, "--max-steps", str(run.steps(sync)), "--quiet"]
         command += ["--max-length", str(run.tokens), "--micro-batch-tokens", str(run.tokens)]
-        command += ["--in-flight", str(run.in_flight), "--hints", *(["--sync"] if sync else [])]
+        command += ["--in-flight", str(run.in_flight), *(["--sync"] if sync else [])]
         run_watched(command)
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]

@@ -8,46 +8,40 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MODES: Mapping[str, str] = {"without_hints": "without hints", "with_hints": "with hints"}
 _GREY = "0.5"
 
 
-def step_parts(mode: Mapping[str, Any]) -> dict[str, float]:
+def step_parts(encrypted: Mapping[str, Any]) -> dict[str, float]:
     """The parts of one micro-batch's seconds, from its means; they add up to its wall time."""
-    means = mode["per_micro_batch"]
+    means = encrypted["per_micro_batch"]
     own = means["seconds"] - means["encrypt_s"] - means["wait_s"] - means["decrypt_s"]
     return {
         "plain part of the client": own,
         "encrypt": means["encrypt_s"],
         "worker computes": means["server_s"],
-        "queue and transfer": means["wait_s"] - means["server_s"],
+        "queue and transfer": means["wait_s"] - means["server_s"] - means["verify_s"],
+        "verify": means["verify_s"],
         "decrypt": means["decrypt_s"],
     }
 
 
 def step(figures: Mapping[str, Any]) -> Figure:
-    """Seconds, their parts, bytes and memory of a whole update."""
-    modes = {name: figures[name] for name in MODES if name in figures}
-    labels = [MODES[name] for name in modes]
-    drawing, axes = _panels(2, 2, f"One update of {figures['tokens']} tokens, {figures['shape']}")
-    seconds = dict(zip(labels, (mode["seconds_per_update"] for mode in modes.values()), strict=True))
+    """Seconds, their parts and memory of a whole update."""
+    encrypted, name = figures["encrypted"], figures["engine"]
+    drawing, axes = _panels(1, 3, f"One update of {figures['tokens']} tokens, {figures['shape']}")
+    seconds = {name: encrypted["seconds_per_update"]}
+    memory = {f"{name},\n{side}": encrypted["peak_rss_bytes"][side] / 1e9 for side in ("client", "worker")}
     if "plain_s" in figures:
         seconds = {"plain PEFT": figures["plain_s"], **seconds}
+        memory = {"plain PEFT": figures["plain_peak_rss_bytes"] / 1e9, **memory}
     _bars(axes[0], seconds, "seconds per update")
-    below = [0.0] * len(modes)
-    parts = [step_parts(mode) for mode in modes.values()]
-    for part in parts[0]:
-        heights = [one[part] for one in parts]
-        axes[1].bar(labels, heights, bottom=below, label=part)
-        below = [bottom + height for bottom, height in zip(below, heights, strict=True)]
+    below = 0.0
+    for part, height in step_parts(encrypted).items():
+        axes[1].bar([name], [height], bottom=below, label=part)
+        below += height
     axes[1].set_ylabel("seconds of one micro-batch")
     axes[1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    _bars(axes[2], {MODES[name]: mode["mb_per_token"] for name, mode in modes.items()}, "MB per token")
-    memory = {f"{side},\n{MODES[name]}": mode["peak_rss_bytes"][side] / 1e9
-              for name, mode in modes.items() for side in ("client", "worker")}  # fmt: skip
-    if "plain_peak_rss_bytes" in figures:
-        memory = {"plain PEFT": figures["plain_peak_rss_bytes"] / 1e9, **memory}
-    _bars(axes[3], memory, "peak resident set, GB")
+    _bars(axes[2], memory, "peak resident set, GB")
     return drawing
 
 
@@ -67,21 +61,17 @@ def gemm(figures: Mapping[str, Any]) -> Figure:
 
 
 def client(figures: Mapping[str, Any]) -> Figure:
-    """Nanoseconds per coefficient on the most threads that were measured."""
-    threads = max(one["threads"] for one in figures["cases"])
-    cases = [one for one in figures["cases"] if one["threads"] == threads]
-    bars: dict[str, dict[str, float]] = {}
-    for one in cases:
-        operation = one["operation"] + (", hints" if one["hints"] else "")
-        shape = f"{one['tokens']} tokens, K = {one['k']}"
-        bars.setdefault(shape, {})[operation] = one["ns_per_coefficient"]
-    drawing, (axis,) = _panels(1, 1, f"The client's part, {threads} threads", width=10)
-    _grouped(
-        axis, list(next(iter(bars.values()))), {shape: list(one.values()) for shape, one in bars.items()}
-    )
-    axis.axhline(figures["target_ns_two_threads"], color=_GREY, linestyle="--", linewidth=1)
-    axis.set_ylabel("ns per coefficient")
-    axis.tick_params(axis="x", labelsize="x-small")
+    """Nanoseconds per coefficient of each part, by instruction set; their sum is twice the average."""
+    cases = figures["ns_per_coefficient"]
+    drawing, (axis,) = _panels(1, 1, f"The client's cryptography, {figures['width']} features")
+    below = dict.fromkeys(cases, 0.0)
+    for part in next(iter(cases.values())):
+        if part == "average":
+            continue
+        axis.bar(list(cases), [one[part] for one in cases.values()], bottom=list(below.values()), label=part)
+        below = {name: bottom + cases[name][part] for name, bottom in below.items()}
+    axis.set_ylabel("ns for a coefficient up and one down")
+    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     return drawing
 
 
@@ -91,17 +81,13 @@ def growth(figures: Mapping[str, Any]) -> Figure:
     drawing, axes = _panels(2, 3, "Growth")
     for column, (axis_name, label) in enumerate(names.items()):
         cases = [one for one in figures["cases"] if one["axis"] == axis_name]
-        for mode in dict.fromkeys(one["mode"] for one in cases):
-            line = [one for one in cases if one["mode"] == mode]
-            values = [one["value"] for one in line]
-            seconds, megabytes = axes[column], axes[column + len(names)]
-            seconds.plot(values, [one["seconds"] for one in line], marker="o", label=mode)
-            total = [(one["bytes_up"] + one["bytes_down"]) / 1e6 for one in line]
-            megabytes.plot(values, total, marker="o", label=mode)
+        values = [one["value"] for one in cases]
+        seconds, megabytes = axes[column], axes[column + len(names)]
+        seconds.plot(values, [one["seconds"] for one in cases], marker="o")
+        megabytes.plot(values, [(one["bytes_up"] + one["bytes_down"]) / 1e6 for one in cases], marker="o")
         for axis, unit in ((axes[column], "seconds"), (axes[column + len(names)], "MB up and down")):
             axis.set(xlabel=label, ylabel=unit, xticks=sorted({one["value"] for one in cases}))
             axis.set_ylim(bottom=0)
-            axis.legend(fontsize="x-small")
     return drawing
 
 

@@ -14,7 +14,7 @@ from math import ceil
 from benchmarks.hardware import DECODERS, ClientModel, Decoder, Work, WorkerModel
 from benchmarks.output import markdown
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.secret.engines.rlwe.hints import ROW_BYTES
+from hetrain.public.lattice.result_format import hint_bytes
 
 TARGET_TOKENS_PER_S = 1000
 _GPU_BYTES = 80e9
@@ -22,18 +22,21 @@ _GPU_BYTES = 80e9
 
 @dataclass(frozen=True)
 class Projection:
-    """One model, with hints or without, in full micro-batches of 2048 tokens."""
+    """One model, in full micro-batches of 2048 tokens."""
 
     decoder: Decoder
-    hints: bool
     worker: WorkerModel
     client: ClientModel
 
     @property
     def token(self) -> Work:
         """The work of one token in all blocks, forward and backward."""
-        block = self.decoder.block(SLOTS, hints=self.hints)
-        return Work.of(block, SLOTS / self.decoder.layers)
+        return Work.of(self.decoder.block(), SLOTS / self.decoder.layers)
+
+    @property
+    def hint_bytes(self) -> int:
+        """Of all hints, on the client's disk."""
+        return self.decoder.layers * sum(hint_bytes(product.n) for product in self.decoder.block())
 
     def cells(self) -> dict[str, str]:
         """The rows of the table."""
@@ -43,11 +46,11 @@ class Projection:
         most = min(limits, key=lambda name: limits[name])
         # The output layer's product and its gradient, two operations a weight each.
         head_ops = 2 * 2 * self.decoder.hidden * self.decoder.vocabulary
-        rows = self.decoder.layers * sum(k + n for k, n in self.decoder.groups.values())
         return {
             "outsourced weights, GB of int8": f"{self.decoder.weights / 1e9:.1f}",
             "GPUs of 80 GB that hold them": str(ceil(self.decoder.weights / _GPU_BYTES)),
-            "hints on the client's disk, GB": f"{rows * ROW_BYTES / 1e9:.0f}" if self.hints else "0",
+            "hints on the client's disk, GB": f"{self.hint_bytes / 1e9:.0f}",
+            "hints read from there, MB per token": f"{self.hint_bytes / SLOTS / 1e6:.1f}",
             "MB up per token": f"{token.bytes_up / 1e6:.1f}",
             "MB down per token": f"{token.bytes_down / 1e6:.1f}",
             "worker, µs per token: tensor cores": f"{1e6 * worker.compute_s(token):.0f}",
@@ -58,13 +61,13 @@ class Projection:
             "tensor cores alone": f"{1 / worker.compute_s(token):.0f}",
             f"one client, tokens/s: {_gbit(client)} Gbit/s up": f"{limits['network, up']:.0f}",
             f"{_gbit(client)} Gbit/s down": f"{limits['network, down']:.0f}",
-            f"{client.cores} cores encrypt and decrypt": f"{limits['encryption and decryption']:.0f}",
+            f"{client.cores} cores encrypt, verify, decrypt": f"{limits['cryptography']:.0f}",
             "workers that one client keeps busy": f"{limits[most] * worker.seconds(token):.1f} ({most})",
             f"for {rate} tokens/s: GB/s up": f"{rate * token.bytes_up / 1e9:.1f}",
             "GB/s down": f"{rate * token.bytes_down / 1e9:.1f}",
             f"workers with {_gbit(worker)} Gbit/s": str(ceil(rate * worker.seconds(token))),
             f"workers with {_gbit(fast)} Gbit/s": str(ceil(rate * fast.seconds(token))),
-            "client's cores, encrypt and decrypt": str(
+            "client's cores for its cryptography": str(
                 ceil(rate * token.coefficients * client.core_s_per_coefficient)
             ),
             "client's output layer, 10^12 operations/s": f"{rate * head_ops / 1e12:.1f}",
@@ -76,12 +79,8 @@ def _gbit(host: WorkerModel | ClientModel) -> str:
 
 
 def table(worker: WorkerModel, client: ClientModel) -> str:
-    """A column for each model, with hints and without."""
-    columns = {
-        f"{name}, {'with' if hints else 'without'} hints": Projection(decoder, hints, worker, client).cells()
-        for name, decoder in DECODERS.items()
-        for hints in (True, False)
-    }
+    """A column for each model."""
+    columns = {name: Projection(decoder, worker, client).cells() for name, decoder in DECODERS.items()}
     names = next(iter(columns.values()))
     rows = [(name, *(cells[name] for cells in columns.values())) for name in names]
     return markdown(("", *columns), rows)

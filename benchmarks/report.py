@@ -48,22 +48,17 @@ class Section:
 
 def step(figures: Figures) -> str:
     """The cost of an update, and the parts of a micro-batch's time."""
-    modes = {label: figures[name] for name, label in plots.MODES.items() if name in figures}
-    if not modes:
-        raise KeyError("without_hints")
-    ratios = figures.get("ratios", {})
-    ratio_of = {label: ratios.get(name) for name, label in plots.MODES.items()}
+    one, ratio = figures["encrypted"], figures.get("ratio_to_plain_peft")
     rows = [
         (
-            label,
-            f"{mode['seconds_per_update']:.2f}",
-            f"{mode['seconds_per_token']:.4f}",
-            "" if ratio_of[label] is None else f"{ratio_of[label]:.2f}",
-            f"{mode['mb_per_token']:.2f}",
-            _gigabytes(mode["peak_rss_bytes"]["client"]),
-            _gigabytes(mode["peak_rss_bytes"]["worker"]),
+            figures["engine"],
+            f"{one['seconds_per_update']:.2f}",
+            f"{one['seconds_per_token']:.4f}",
+            "" if ratio is None else f"{ratio:.2f}",
+            f"{one['mb_per_token']:.2f}",
+            _gigabytes(one["peak_rss_bytes"]["client"]),
+            _gigabytes(one["peak_rss_bytes"]["worker"]),
         )
-        for label, mode in modes.items()
     ]
     if "plain_s" in figures:
         plain_s, memory = figures["plain_s"], _gigabytes(figures["plain_peak_rss_bytes"])
@@ -71,17 +66,14 @@ def step(figures: Figures) -> str:
             ("plain PEFT, fp32", f"{plain_s:.2f}", f"{plain_s / figures['tokens']:.4f}", "1", "", memory, "")
         )
     header = ("", "s per update", "s per token", "× plain", "MB per token", "client, GB", "worker, GB")
-    parts = {label: plots.step_parts(mode) for label, mode in modes.items()}
-    names = next(iter(parts.values()))
-    where = [(label, *(f"{part[name]:.2f}" for name in names)) for label, part in parts.items()]
-    one = next(iter(modes.values()))
+    parts = plots.step_parts(one)
     return "\n\n".join(
         (
             f"{figures['shape']}, {figures['tokens']} tokens per update; measured updates: {one['updates']}, "
             f"micro-batches in flight: {one['in_flight']}.",
             markdown(header, rows),
             "Seconds of one micro-batch, which runs beside the others in flight:",
-            markdown(("", *names), where),
+            markdown(tuple(parts), [tuple(f"{seconds:.2f}" for seconds in parts.values())]),
         )
     )
 

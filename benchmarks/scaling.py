@@ -12,7 +12,8 @@ matrix one row in ``share`` travels, and all modelled times are multiplied by th
 
 the latter measured first, with workers that do not wait at all. So the ratio of a worker's speed to the
 client's is that of the model. Efficiency is the modelled time of all products done, over the time that the
-workers were there. Two parts: `transport` sends what is ready, and `client` also encrypts and decrypts.
+workers were there. Two parts: `transport` sends what is ready, and `client` also encrypts, verifies
+and decrypts.
 
 ``--asynchronous`` adds real training on this machine, asynchronous and in lock step (`benchmarks.lockstep`).
 """
@@ -37,7 +38,6 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.client import ready_hint
 from benchmarks.delayed import Fleet, Pace, fleet
 from benchmarks.environment import environment
 from benchmarks.hardware import DECODERS, LLAMA_8B, ClientModel, ProductModel, Work, WorkerModel
@@ -45,18 +45,24 @@ from benchmarks.output import add_json_option, markdown, write
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.lattice.header import RlweHeader
-from hetrain.public.lattice.masks import PublicSeed
-from hetrain.public.lattice.parameters import SLOTS
-from hetrain.public.protocol.plan import Group, Member, Plan
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import ResultFormat
+from hetrain.public.lattice.ring import LANES, MODULUS
+from hetrain.public.model.quantization import Norms
+from hetrain.public.protocol.messages import Header
+from hetrain.public.protocol.plan import Group, Member, Plan, group_of
 from hetrain.public.protocol.product import Operand, Product
-from hetrain.secret.engines.rlwe.hints import Hint
-from hetrain.secret.engines.rlwe.seal import seal
+from hetrain.secret.engines.rlwe.hints import HintStore
+from hetrain.secret.engines.rlwe.seal import RlweClaim, RlweSealer
+from hetrain.secret.verification.job import Verification, kept_rows
+from hetrain.secret.verification.parts import PartsCheck
+from hetrain.secret.verification.rows import CheckRows
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Channel, Reply
 from tasks.supervisor.server import private_directory, start_server
 from tasks.supervisor.worker_process import stop
 
-SHARES: Mapping[str, int] = {"transport": 16, "client": 64}
+SHARES: Mapping[str, int] = {"transport": 16, "client": 32}
 """One row in so many travels: with these a dilation of about one fits two cores."""
 COUNTS = (1, 2, 4, 8, 16)
 MODEL = LLAMA_8B.lower()
@@ -64,7 +70,8 @@ _TINY_SHARE = 2048
 _CAPACITY_WORKERS, _CAPACITY_IN_FLIGHT = 4, 8
 _WARM_UP_S = 1.0
 _LOG_TAIL = 4000
-_MAX_L1 = 1 << 19  # leaves 12 bits to operands
+_SEED = 7
+_NORMS = Norms(l1=1 << 16, squares=1 << 24)
 
 Step = Callable[[], Reply]
 
@@ -106,12 +113,16 @@ class Bench:
     broker: psutil.Process
     products: tuple[ProductModel, ...]
     seconds: float
+    folder: Path
 
     def run(self, pace: Pace, encrypts: bool, workers: int, in_flight: int) -> dict[str, Any]:
         """Rates over a window in which `in_flight` micro-batches keep `workers` workers busy."""
         crew = [psutil.Process(pid) for pid in self.fleet.resize(workers, pace)]
-        make = encrypted if encrypts else ready_made
-        steps = make(self.channel, self.products, pace)
+        steps = (
+            encrypted(self.channel, self.products, pace, self.folder)
+            if encrypts
+            else ready_made(self.channel, self.products, pace)
+        )
         done: list[Done] = []  # its append is atomic
         ended = threading.Event()
         with ThreadPoolExecutor(in_flight, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -171,38 +182,73 @@ def ready_made(channel: Channel, models: Sequence[ProductModel], pace: Pace) -> 
     scaled = [pace.scaled(model) for model in models]
     zeros = memoryview(bytes(max(small.bytes_up for small in scaled)))
     operands = [
-        Operand(RlweHeader.of(small.result_format, PublicSeed.fresh()).to_wire(), [zeros[: small.bytes_up]])
-        for small in scaled
+        Operand(_header(small), [zeros[: small.bytes_up]], result_bytes=small.bytes_down, row_step=model.n)
+        for model, small in zip(models, scaled, strict=True)
     ]
     return [
-        partial(_multiply, channel, product, small, operand)
-        for product, small, operand in zip(products_of_models(models), scaled, operands, strict=True)
+        partial(channel.multiply, product, operand)
+        for product, operand in zip(products_of_models(models), operands, strict=True)
     ]
 
 
-def encrypted(channel: Channel, models: Sequence[ProductModel], pace: Pace) -> list[Step]:
-    """Steps that encrypt a real operand under a fresh secret, and decrypt the result."""
-    scaled = [pace.scaled(model) for model in models]
-    hint = ready_hint(max(small.n for small in scaled)) if models[0].hints else None
+def _header(model: ProductModel) -> Header:
+    return RlweHeader(parameters=model.result_format.parameters.name, operand="ciphertext").to_wire()
+
+
+def encrypted(channel: Channel, models: Sequence[ProductModel], pace: Pace, folder: Path) -> list[Step]:
+    """Steps that encrypt a real operand under a fresh secret, and verify and decrypt the result."""
+    hints = HintStore(folder)
     return [
-        partial(_multiply_encrypted, channel, product, small, torch.randn(small.tokens, small.k), hint)
-        for product, small in zip(products_of_models(models), scaled, strict=True)
+        partial(SmallProduct.of(pace.scaled(model), hints).multiply, channel, whole)
+        for model, whole in zip(models, products_of_models(models), strict=True)
     ]
 
 
-def _multiply_encrypted(
-    channel: Channel, product: Product, small: ProductModel, x: torch.Tensor, hint: Hint | None
-) -> Reply:
-    sealed = seal(x, _MAX_L1, None, hint)
-    reply = _multiply(channel, product, small, sealed.operand)
-    sealed.opening.open([replace(part, rows=(0, small.n)) for part in reply.parts])
-    return reply
+@dataclass(frozen=True)
+class SmallProduct:
+    """What travels of a product: an operand, and a client that has rows and a hint for it."""
+
+    product: Product
+    sealer: RlweSealer
+    x: torch.Tensor
+
+    @staticmethod
+    def of(model: ProductModel, hints: HintStore) -> SmallProduct:
+        """With a random matrix, and a hint of random words."""
+        generator = torch.Generator().manual_seed(_SEED)
+        matrix = torch.randint(-127, 128, (model.n, model.k), dtype=torch.int8, generator=generator)
+        member = Member(module=model.group, tensor=model.group, out_features=model.n)
+        product = Product(group_of((member,), matrix), "forward")
+        shape = (-(-model.n // LANES), SLOTS, LANES)
+        hints.keep(product, [torch.randint(MODULUS, shape, dtype=torch.int32, generator=generator)])
+        verification = Verification(kept_rows(product.group, matrix), lambda _: matrix)
+        x = torch.randn(model.tokens, model.k, generator=generator)
+        return SmallProduct(product, RlweSealer(verification, hints), x)
+
+    def multiply(self, channel: Channel, whole: Product) -> Reply:
+        """`whole` in one task; of its operand and result only those of the small product travel."""
+        product, verification = self.product, self.sealer.verification
+        sealed = self.sealer.seal(self.x, product)
+        result_format = ResultFormat(parameters_for(len(self.x)))
+        planes = result_format.read_operand(sealed.operand.payload[0], product.k, where=str(product))
+        claim = _Accepted(planes, result_format, *verification.rows_of(product))
+        opening = replace(sealed.opening, parts=PartsCheck(product, claim, verification.weights))
+        reply = channel.multiply(
+            whole,
+            replace(sealed.operand, row_step=whole.n),
+            lambda part: opening.check(replace(part, rows=(0, product.n))),
+        )
+        opening.open()
+        return reply
 
 
-def _multiply(channel: Channel, product: Product, small: ProductModel, operand: Operand) -> Reply:
-    """The whole product in one task; of its rows only those of `small` travel."""
-    travelling = small.bytes_down // product.n
-    return channel.multiply(product, replace(operand, result_row_bytes=travelling, row_step=product.n))
+class _Accepted(RlweClaim):
+    """Its verdict is reached and ignored: delayed workers return zeros."""
+
+    def holds(self, rows: CheckRows, results: Sequence[torch.Tensor]) -> bool:
+        """True."""
+        super().holds(rows, results)
+        return True
 
 
 def products_of_models(models: Sequence[ProductModel]) -> list[Product]:
@@ -218,8 +264,8 @@ def plan_of(products: Sequence[ProductModel]) -> Plan:
             name=one.group,
             members=(Member(module=one.group, tensor=one.group, out_features=one.n),),
             in_features=one.k,
-            forward_l1=_MAX_L1,
-            backward_l1=_MAX_L1,
+            forward=_NORMS,
+            backward=_NORMS,
             digest="0" * 64,
         )
         for one in products
@@ -244,7 +290,7 @@ def bench(products: tuple[ProductModel, ...], seconds: float) -> Iterator[Bench]
         try:
             workers.resize(1, Pace(dilation=0))
             channel.prepare(plan.model, "rlwe", plan.to_bytes(), plan.digest)
-            yield Bench(channel, workers, psutil.Process(server.pid), products, seconds)
+            yield Bench(channel, workers, psutil.Process(server.pid), products, seconds, directory / "hints")
         except HetrainError:
             _say(Path(log.name).read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:])
             raise
@@ -257,7 +303,7 @@ def part(
     encrypts, share = name == "client", SHARES[name]
     limits = models.client.limits(Work.of(bench.products, len(bench.products)))
     if not encrypts:
-        del limits["encryption and decryption"]
+        del limits["cryptography"]
     reference = min(limits.values())
     capacity = bench.run(Pace(models.worker, 0.0, share), encrypts, _CAPACITY_WORKERS, _CAPACITY_IN_FLIGHT)
     dilation = models.dilation or reference / capacity["products_per_s"]
@@ -291,7 +337,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     before = environment()
     worker = WorkerModel(network_bits_per_s=1e9 * arguments.worker_gbit)
     models = Models(worker, ClientModel(), arguments.dilation)
-    products = DECODERS[LLAMA_8B].block(arguments.tokens, hints=arguments.hints)
+    products = DECODERS[LLAMA_8B].block(arguments.tokens)
     one = Work.of(products, len(products))
     with bench(products, arguments.seconds) as running:
         tiny = Pace(worker, 0.0, _TINY_SHARE)
@@ -303,7 +349,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": LLAMA_8B,
         "tokens": arguments.tokens,
-        "hints": arguments.hints,
         "seconds_per_cell": arguments.seconds,
         "worker": asdict(worker),
         "client": asdict(models.client),
@@ -329,8 +374,7 @@ def table(figures: Mapping[str, Any]) -> str:
     """The model's mean product, and for each part efficiencies and what limits them."""
     product = figures["mean_product"]
     head = (
-        f"{figures['shape']}, micro-batches of {figures['tokens']} tokens, "
-        f"{'with' if figures['hints'] else 'without'} hints. A worker's mean product: "
+        f"{figures['shape']}, micro-batches of {figures['tokens']} tokens. A worker's mean product: "
         f"{1e3 * product['worker_s']:.1f} ms (network {1e3 * product['network_s']:.1f}, "
         f"PCIe {1e3 * product['pcie_s']:.1f}, tensor cores {1e3 * product['compute_s']:.1f}), "
         f"{product['bytes_up'] / 1e6:.0f} MB up and {product['bytes_down'] / 1e6:.0f} MB down."
@@ -427,7 +471,6 @@ def main() -> None:
     parser.add_argument("--in-flight", nargs="+", type=int, default=COUNTS, help="micro-batches")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measured window")
     parser.add_argument("--tokens", type=int, default=SLOTS, help="per micro-batch")
-    parser.add_argument("--hints", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--worker-gbit", type=float, default=WorkerModel().network_bits_per_s / 1e9, help="of each worker"
     )

@@ -4,8 +4,8 @@
 
 Plain: stock peft in fp32, the median of repeated steps over the same tokens. Encrypted: ``hetrain submit``
 with default settings, embedded broker and worker included; seconds per update in the steady state, that is
-between updates at which the pipeline is full. Bytes are those of ciphertexts and results, both passes. Memory
-is the largest resident set of a whole run.
+between updates at which the pipeline is full; ``hetrain prepare`` makes the model's hints before. Bytes are
+those of ciphertexts and results, both passes. Memory is the largest resident set of a whole run.
 
 ``--shape llama-3.2-1b`` takes a model of exactly that shape with random weights, made in the cache directory
 on first use. The plain step in fp32 may be too large for the machine: ``--no-plain`` leaves it out.
@@ -34,6 +34,7 @@ from benchmarks.output import add_json_option, write
 from benchmarks.shapes import MODELS, SMOLLM2
 from hetrain.config import BatchingConfig, LoraConfig
 from hetrain.public.errors import HetrainError
+from hetrain.secret.engine import client_engine
 
 ROW_TOKENS = 512
 
@@ -51,9 +52,6 @@ def main() -> None:
         "--in-flight", type=int, default=BatchingConfig.in_flight, help="as of hetrain submit"
     )
     parser.add_argument("--engine", default="rlwe")
-    parser.add_argument(
-        "--hints", action=argparse.BooleanOptionalAction, help="as of hetrain submit; default: measure both"
-    )
     arguments = parser.parse_args()
     if arguments.tokens < 1 or arguments.tokens % ROW_TOKENS:
         parser.error(f"--tokens is a multiple of {ROW_TOKENS}, the length of a row")
@@ -68,20 +66,18 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Plain steps, encrypted ones without and with hints, and plain ones again."""
+    """Plain steps, encrypted ones, and plain ones again."""
     before = environment()
+    if client_engine(arguments.engine).needs_hints:
+        run_watched([sys.executable, "-m", "cli", "prepare", model, "--quiet"])
     plain_steps = [_plain_steps(model, arguments)] if arguments.plain else []
-    modes = [False, True] if arguments.hints is None else [arguments.hints]
-    encrypted = {
-        "with_hints" if hints else "without_hints": measure_encrypted(model, arguments, hints=hints)
-        for hints in modes
-    }
+    encrypted = measure_encrypted(model, arguments)
     plain_steps += [_plain_steps(model, arguments)] if arguments.plain else []
     figures = {
         "shape": arguments.shape,
         "engine": arguments.engine,
         "tokens": arguments.tokens,
-        **encrypted,
+        "encrypted": encrypted,
         "environment": before,
         "load_after": os.getloadavg(),
     }
@@ -89,18 +85,15 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         return figures
     seconds = [second for run in plain_steps for second in run["seconds"]]
     plain_s = statistics.median(seconds)
-    ratios = {name: mode["seconds_per_update"] / plain_s for name, mode in encrypted.items()}
     return figures | {
         "plain_s": plain_s,
         "plain_steps_s": seconds,
         "plain_peak_rss_bytes": max(run["peak_rss_bytes"] for run in plain_steps),
-        # With default settings: a job of this length uses hints.
-        "ratio_to_plain_peft": ratios.get("with_hints", ratios.get("without_hints")),
-        "ratios": ratios,
+        "ratio_to_plain_peft": encrypted["seconds_per_update"] / plain_s,
     }
 
 
-def measure_encrypted(model: str, arguments: argparse.Namespace, *, hints: bool) -> dict[str, Any]:
+def measure_encrypted(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds per update of ``hetrain submit`` over a window of updates with the pipeline full."""
     tokens, updates, in_flight = arguments.tokens, arguments.updates, arguments.in_flight
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,7 +104,7 @@ def measure_encrypted(model: str, arguments: argparse.Namespace, *, hints: bool)
         command = [sys.executable, "-m", "cli", "submit", str(data), "--output-dir", str(output)]
         command += ["--model-name-or-path", model, "--engine", arguments.engine, "--max-steps", str(steps)]
         command += ["--max-length", str(ROW_TOKENS), "--micro-batch-tokens", str(tokens), "--quiet"]
-        command += ["--in-flight", str(in_flight), "--hints" if hints else "--no-hints"]
+        command += ["--in-flight", str(in_flight)]
         peaks = run_watched(command)
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -119,10 +112,10 @@ def measure_encrypted(model: str, arguments: argparse.Namespace, *, hints: bool)
     if any(record["tokens"] != tokens for record in records):
         raise SystemExit("a micro-batch was not full: the figures would not compare")
     seconds = (window[-1]["elapsed_s"] - records[in_flight - 1]["elapsed_s"]) / updates
-    parts = ("seconds", "encrypt_s", "wait_s", "decrypt_s", "server_s", "bytes_up", "bytes_down")
+    parts = ("seconds", "encrypt_s", "wait_s", "verify_s", "decrypt_s", "server_s", "bytes_up", "bytes_down")
     means = {part: statistics.mean(record[part] for record in window) for part in parts}
     # A run takes long: what is known already goes to standard error.
-    print(f"{'with' if hints else 'without'} hints: {seconds:.1f} s per update", file=sys.stderr, flush=True)
+    print(f"{seconds:.1f} s per update", file=sys.stderr, flush=True)
     return {
         "updates": updates,
         "in_flight": in_flight,

@@ -18,6 +18,7 @@ from hetrain.nn.split import split_model
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
+from hetrain.secret.verification.job import Verification, kept_rows
 from hetrain.train.session import open_base
 
 _SEED = 7
@@ -48,6 +49,14 @@ class Workload:
     def group(self) -> Group:
         """The plan's only group."""
         return self.plan.groups[0]
+
+    @property
+    def verification(self) -> Verification:
+        """New rows for both products."""
+        return Verification(
+            kept_rows(self.group, self.matrix),
+            lambda product: self.matrix if product.direction == "forward" else self.matrix.t(),
+        )
 
 
 def random_workload(name: str, k: int, n: int, folder: Path) -> Workload:

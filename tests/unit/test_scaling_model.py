@@ -13,16 +13,14 @@ SMALL = Decoder(hidden=2048, ffn=4096, layers=2, heads=16, kv_heads=4, head_dim=
 
 def test_a_product_takes_what_the_formulas_say() -> None:
     worker = WorkerModel(int8_ops_per_s=2e15, int8_share=0.5, pcie_bytes_per_s=50e9, network_bits_per_s=8e9)
-    hinted = ProductModel("gate_up", "forward", k=4096, n=28672)
-    plain = ProductModel("gate_up", "forward", k=4096, n=28672, hints=False)
-    assert (hinted.bytes_up, hinted.bytes_down) == (33_554_432, 117_440_512)  # 4·K·N, 2·n·N
-    assert (plain.bytes_up, plain.bytes_down) == (33_554_432, 293_601_280)  # 5·n·N
-    assert plain.int8_ops == 2 * hinted.int8_ops == 2 * 8 * 4096 * 28672 * 2048
-    seconds = 150_994_944 / 1e9 + 150_994_944 / 50e9 + 8 * 4096 * 28672 * 2048 / 1e15
-    assert worker.seconds(hinted) == pytest.approx(seconds)
-    # A token's masks are 2048 words whatever the ring: without hints short micro-batches cost more.
-    short = ProductModel("gate_up", "forward", k=4096, n=28672, tokens=300, hints=False)
-    assert short.bytes_down == 28672 * (2 * 512 + 3 * 2048)
+    product = ProductModel("gate_up", "forward", k=4096, n=28672)
+    assert (product.bytes_up, product.bytes_down) == (25_165_824, 102_760_448)  # 3·K·N, 14/8·n·N
+    assert product.int8_ops == 2 * 3 * 4096 * 28672 * 2048
+    seconds = 127_926_272 / 1e9 + 127_926_272 / 50e9 + 6 * 4096 * 28672 * 2048 / 1e15
+    assert worker.seconds(product) == pytest.approx(seconds)
+    # The ring is the smallest that fits, and 64 features are packed together.
+    short = ProductModel("down", "forward", k=100, n=65, tokens=300)
+    assert (short.bytes_up, short.bytes_down) == (3 * 100 * 512, 2 * 112 * 512)
 
 
 def test_a_decoder_has_the_published_weights_and_its_backward_mirrors_its_forward() -> None:
