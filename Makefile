@@ -47,7 +47,7 @@ check: lint
 	$(PYTEST) tests/unit
 
 test: lint chromium
-	$(PYTEST) tests/unit tests/contract tests/integration
+	$(PYTEST) tests/unit tests/contract tests/adversary tests/integration
 
 # Also the campaigns of tests/slow: fifty kills, the real model, every order of events.
 test-all: lint chromium docs

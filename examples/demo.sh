@@ -5,6 +5,8 @@ cd "$(dirname "$0")"
 export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS=ignore
 OUT=../out/demo
 
+echo "== Products with masks, once for this model"
+hetrain prepare smollm2-135m
 echo "== Before training: evaluation loss, encrypted"
 hetrain eval handbook_eval.jsonl
 echo "== Before training: three questions"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,18 @@ from pathlib import Path
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, str(max(1, len(os.sched_getaffinity(0)) // processes)))
+
+# A cache of the run's own, shared by its processes: hints go there, converted models are found there.
+if "HETRAIN_TEST_CACHE" not in os.environ:
+    from hetrain.public.model.files import cache_directory, resolve
+
+    resolve("smollm2-135m")
+    cache = Path(tempfile.mkdtemp(prefix="hetrain-test-cache-"))
+    for path in cache_directory().iterdir():
+        if path.name != "hints":
+            (cache / path.name).symlink_to(path)
+    os.environ["HETRAIN_TEST_CACHE"] = os.environ["HETRAIN_CACHE"] = str(cache)
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from hetrain.secret.engines.rlwe.kernels import kernels
+from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 
 import hetrain
 import worker_gpu.engines
@@ -100,7 +100,7 @@ def test_worker_device_and_engines_are_named(
     assert report["warnings"] == []
     assert report["client"]["versions"]["hetrain"] == hetrain.__version__
     assert [half["name"] for half in report["client"]["engines"]] == list(ENGINES)
-    assert report["client"]["kernels"] == kernels().name
+    assert report["client"]["kernels"] == ring_kernels().name
     assert report["broker"]["maxmemory"] == 2 << 30
     assert report["broker"]["policy"] == "noeviction"
     assert report["broker"]["server"].startswith("valkey ")

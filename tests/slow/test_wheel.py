@@ -22,14 +22,15 @@ PACKAGES = ("hetrain", "tasks", "worker_gpu", "cli")
 USE = """
 import importlib.metadata, sys, torch
 import cli, hetrain, tasks, worker_gpu
-from hetrain.secret.engines.rlwe.kernels import kernels
-from hetrain.secret.engines.rlwe.native import NativeKernels, library
+from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
+from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
+from worker_gpu import epilogue
 
 for package in (cli, hetrain, tasks, worker_gpu):
     assert package.__file__.startswith(sys.prefix), package.__file__
 assert importlib.metadata.version("hetrain") == hetrain.__version__
-assert library() is not None
-assert isinstance(kernels(), NativeKernels)
+assert isinstance(ring_kernels(), NativeRing)
+assert epilogue.native() is not None
 print("used")
 """
 
@@ -74,7 +75,12 @@ def test_it_is_a_manylinux_wheel_with_kernels_types_and_licence(wheel: Path) -> 
     assert all(tag.startswith("manylinux") for tag in platform.split("."))
     files = zipfile.ZipFile(wheel).namelist()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert f"hetrain/secret/engines/rlwe/native/_kernels{suffix}" in files
+    for extension in (
+        "hetrain/public/lattice/native/_masks",
+        "hetrain/secret/engines/rlwe/native/_ring",
+        "worker_gpu/native/_epilogue",
+    ):
+        assert f"{extension}{suffix}" in files
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(files)
     assert f"hetrain-{version}.dist-info/licenses/LICENSE" in files
     assert {file.split("/")[0] for file in files} == {*PACKAGES, f"hetrain-{version}.dist-info"}

@@ -1,0 +1,134 @@
+"""Real workers that lie, beside an honest one and alone: what becomes of a job, and who is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from safetensors.torch import load_file
+
+from hetrain.public.protocol.registration import REGISTRY_KEY
+from tasks.supervisor.server import stop
+from tasks.supervisor.worker_process import spawn_worker
+from tests.harness.cli_process import run_forked
+from tests.harness.in_flight import broker_client
+from tests.harness.processes import broker_server
+from tests.harness.waiting import eventually
+
+ROWS = Path(__file__).resolve().parents[1] / "data" / "tiny.jsonl"
+LIAR = """
+    import itertools
+    from worker_gpu.service import Service
+    from tasks.app import app
+
+    honest, count = Service.evaluate, itertools.count(1)
+
+    def lies(task):
+        if {kind!r} == "hints":
+            return task.header.get("operand") == "mask_seed"
+        return {kind!r} == "always" or next(count) % 10 == 0
+
+    def evaluate(service, task, load_plan, payload):
+        parts = [bytearray(part) for part in honest(service, task, load_plan, payload)]
+        if lies(task):
+            parts[0][1] ^= 0x40
+            parts[0][-2] ^= 0x20
+        return [memoryview(part) for part in parts]
+
+    Service.evaluate = evaluate
+    app.start(["worker", "-Q", "gpu", "--without-gossip", "--without-mingle", "-n", "liar@host"])
+"""
+
+
+@contextmanager
+def fleet(model: Path, kinds: Sequence[str]) -> Iterator[str]:
+    """The URL of a broker with a worker of each kind: honest, or a liar."""
+    with broker_server() as served, ExitStack() as stack:
+        settings = {
+            "HETRAIN_BROKER_URL": served.url,
+            "HETRAIN_MODELS": json.dumps([str(model)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        for kind in kinds:
+            worker = (
+                spawn_worker("honest", settings, served.log)
+                if kind == "honest"
+                else subprocess.Popen(
+                    [sys.executable, "-c", textwrap.dedent(LIAR.format(kind=kind))],
+                    env=os.environ | settings,
+                    stdout=served.log,
+                    stderr=served.log,
+                    start_new_session=True,
+                )
+            )
+            stack.callback(stop, [worker], grace_s=0)
+        with broker_client(served.url) as client:
+            assert eventually(lambda: client.zcard(REGISTRY_KEY) == len(kinds))
+        yield served.url
+
+
+def submit(model: Path, scratch: Path, name: str, *arguments: object) -> CompletedProcess[str]:
+    return run_forked(
+        ["submit", ROWS, "-m", model, "-o", scratch / name, "--micro-batch-tokens", 64, "--max-length", 64,
+         "--learning-rate", 1e-2, "--sync", "--in-flight", 1, *arguments],
+        240,
+        os.environ | {"HETRAIN_CACHE": str(scratch / f"cache-{name}")},
+    )  # fmt: skip
+
+
+def metrics(scratch: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["always", "sometimes"])
+def test_beside_an_honest_worker_a_liar_changes_nothing(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    run = ("--engine", "clear", "--max-steps", 4)
+    with fleet(tiny_llama, ["honest"]) as url:
+        undisturbed = submit(tiny_llama, tmp_path, "undisturbed", *run, "--broker-url", url)
+    with fleet(tiny_llama, ["honest", kind]) as url:
+        disturbed = submit(tiny_llama, tmp_path, "disturbed", *run, "--broker-url", url)
+    assert undisturbed.returncode == disturbed.returncode == 0, disturbed.stderr
+    adapters = [
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("undisturbed", "disturbed")
+    ]
+    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0] | adapters[1])
+    assert sum(line["rejected"] for line in metrics(tmp_path, "disturbed")) > 0
+    assert not any(line["rejected"] for line in metrics(tmp_path, "undisturbed"))
+    text = " ".join(disturbed.stderr.split())
+    assert "no result of worker liar@host is accepted any more" in text
+    assert "rejected" in text.rpartition("tokens in")[2], "the last line counts them"
+
+
+def test_a_liar_in_hints_alone_is_named_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+    with fleet(tiny_llama, ["honest", "hints"]) as url:
+        done = submit(tiny_llama, tmp_path, "out", "--max-steps", 2, "--broker-url", url)
+    assert done.returncode == 0, done.stderr
+    assert "no result of worker liar@host is accepted any more" in " ".join(done.stderr.split())
+    losses = [line["loss"] for line in metrics(tmp_path, "out")]
+    with fleet(tiny_llama, ["honest"]) as url:
+        clear = submit(
+            tiny_llama, tmp_path, "clear", "--max-steps", 2, "--engine", "clear", "--broker-url", url
+        )
+    assert clear.returncode == 0, clear.stderr
+    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path, "clear")], rel=3e-3)
+
+
+def test_a_liar_alone_ends_the_job_with_what_was_learned(tiny_llama: Path, tmp_path: Path) -> None:
+    """It lies at every tenth product, so the first lie may come before the first update."""
+    with fleet(tiny_llama, ["sometimes"]) as url:
+        done = submit(tiny_llama, tmp_path, "out", "--engine", "clear", "--max-steps", 4, "--broker-url", url)
+        text = " ".join(done.stderr.split())
+        assert done.returncode == 8, text
+        assert "error: liar@host: the result of" in text
+        assert "is wrong; it was not decrypted" in text
+    job = json.loads((tmp_path / "out" / "job.json").read_text())
+    assert job["status"] == "failed"
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists() == (job["steps"] > 0)
