@@ -10,6 +10,7 @@ import ctypes
 import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 from hetrain.public.errors import ParameterError, UsageError
 
@@ -45,6 +46,13 @@ def level(found: ctypes.CDLL, wanted: str | None = None) -> int:
         names = ", ".join(("torch", *INSTRUCTION_SETS[: best + 1]))
         raise UsageError(f"no instruction set {name!r} here", where=VARIABLE, hint=f"choose one of {names}")
     return INSTRUCTION_SETS.index(name)
+
+
+def structure(fields: str) -> Any:
+    """A structure of C from its fields' names: pointers are marked by *, floats by ~, others are int64."""
+    kinds = {"*": ctypes.c_void_p, "~": ctypes.c_float}
+    types = [(name.rstrip("*~"), kinds.get(name[-1], ctypes.c_int64)) for name in fields.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": types})
 
 
 def require(*conditions: bool) -> None:

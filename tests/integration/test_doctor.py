@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 
 import hetrain
 import worker_gpu.engines
@@ -24,6 +23,7 @@ from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, WireError
 from hetrain.public.protocol.messages import CONTROL_REPORT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
+from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 from tasks.supervisor.server import start_worker, stop
 from tests.harness.processes import broker_server, connect
 from tests.harness.processes import hetrain as hetrain_command

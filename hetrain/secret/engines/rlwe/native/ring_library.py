@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from hetrain.public import compiled
-from hetrain.public.compiled import INSTRUCTION_SETS, require
+from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
 from hetrain.public.lattice import ring
 from hetrain.public.lattice.result_format import packed_bytes
 from hetrain.public.lattice.ring import LANES, companions
@@ -24,91 +24,18 @@ from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, RESULT_MASK, M
 
 _INTERFACE = 2
 _KERNELS = ("spectrum", "encrypt", "unpack", "decrypt", "check_up", "check_down")
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class _Roots(ctypes.Structure):
-    _fields_ = (
-        ("degree", _INT),
-        ("forward", _POINTER),
-        ("forward_companions", _POINTER),
-        ("inverse", _POINTER),
-        ("inverse_companions", _POINTER),
-    )
-
-
-class _Spectrum(ctypes.Structure):
-    _fields_ = (("rank", _INT), ("roots", _POINTER), ("values", _POINTER), ("companions", _POINTER))
-
-
-class _SpectrumArguments(ctypes.Structure):
-    _fields_ = (
-        ("level", _INT),
-        ("rank", _INT),
-        ("roots", _POINTER),
-        ("secret", _POINTER),
-        ("values", _POINTER),
-        ("companions", _POINTER),
-    )
-
-
-class _EncryptArguments(ctypes.Structure):
-    _fields_ = (
-        ("level", _INT),
-        ("secret", _POINTER),
-        ("tokens", _INT),
-        ("width", _INT),
-        ("first", _INT),
-        ("features", _INT),
-        ("masks", _POINTER),
-        ("noise", _POINTER),
-        ("x", _POINTER),
-        ("inverse", _POINTER),
-        ("limit", _FLOAT),
-        ("planes", _POINTER),
-    )
-
-
-class _UnpackArguments(ctypes.Structure):
-    _fields_ = (
-        ("level", _INT),
-        ("tokens", _INT),
-        ("features", _INT),
-        ("stride", _INT),
-        ("packed", _POINTER),
-        ("u", _POINTER),
-    )
-
-
-class _DecryptArguments(ctypes.Structure):
-    _fields_ = (
-        ("level", _INT),
-        ("secret", _POINTER),
-        ("tokens", _INT),
-        ("n", _INT),
-        ("first", _INT),
-        ("features", _INT),
-        ("width", _INT),
-        ("column", _INT),
-        ("u", _POINTER),
-        ("hint", _POINTER),
-        ("scales", _POINTER),
-        ("y", _POINTER),
-    )
-
-
-class _CheckArguments(ctypes.Structure):
-    """Of both checks: `left` is R·W or R, `right` the digit planes or u."""
-
-    _fields_ = (
-        ("level", _INT),
-        ("rows", _INT),
-        ("features", _INT),
-        ("tokens", _INT),
-        ("left", _POINTER),
-        ("right", _POINTER),
-        ("out", _POINTER),
-    )
+_Roots = structure("degree forward* forward_companions* inverse* inverse_companions*")
+_Spectrum = structure("rank roots* values* companions*")
+_SpectrumArguments = structure("level rank roots* secret* values* companions*")
+_EncryptArguments = structure(
+    "level secret* tokens width first features masks* noise* x* inverse* limit~ planes*"
+)
+_UnpackArguments = structure("level tokens features stride packed* u*")
+_DecryptArguments = structure("level secret* tokens n first features width column u* hint* scales* y*")
+_CheckArguments = structure("level rows features tokens left* right* out*")
+"""Of both checks: `left` is R·W or R, `right` the digit planes or u."""
 
 
 class _NativeRoots:
@@ -301,5 +228,5 @@ def _library() -> ctypes.CDLL | None:
     if found is not None:
         for name in _KERNELS:
             function = getattr(found, f"hetrain_{name}")
-            function.argtypes, function.restype = [_POINTER], None
+            function.argtypes, function.restype = [ctypes.c_void_p], None
     return found
