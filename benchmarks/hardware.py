@@ -69,7 +69,7 @@ class ClientModel:
     """
 
     cores: int = 64
-    core_s_per_coefficient: float = 8e-9
+    core_s_per_coefficient: float = 3e-9
     network_bits_per_s: float = 100e9
 
     def limits(self, work: Work) -> dict[str, float]:
