@@ -182,10 +182,11 @@ def test_a_full_broker_is_said(wide_llama: Path, tmp_path: Path) -> None:
     with broker_server(maxmemory=16 << 20) as full, ExitStack() as stack:
         worker = start_worker(1, full.url, str(wide_llama), full.log)
         stack.callback(stop, [worker])
-        fill_but(full.url, 3_000_000)  # room for connections, messages and plan, but not for 576·2048·4 bytes
+        fill_but(full.url, 3_000_000)  # room for connections, messages and plan, but not for 576·2048·3 bytes
         result = hetrain(
-            "submit", HANDBOOK, "-m", wide_llama, "--broker-url", full.url, "-o", tmp_path / "out"
-        )
+            "submit", HANDBOOK, "-m", wide_llama, "--broker-url", full.url, "-o", tmp_path / "out",
+            "--engine", "clear",
+        )  # fmt: skip
     assert result.returncode == 7
     assert "memory" in message(result)
 

@@ -55,7 +55,7 @@ del EXPECTED["backward", "model.layers.0.self_attn.q_proj"]
 
 PRODUCT = re.compile(r"(forward|backward) (\d+):(\d+) (\S+)")
 JOB = re.compile(r"job …[0-9a-f]{4} model tiny-llama")
-RESULT = re.compile(r"'\d+\.\d{4} s on cpu · \w+ kernel'")
+RESULT = re.compile(r"'\d+\.\d{4} s on cpu · \w+ kernel, \w+ epilogue'")
 DURATION = re.compile(r"\d+(\.\d+)? (µs|ms|s)")
 
 
@@ -197,7 +197,7 @@ def test_task_leads_to_its_worker_and_the_worker_to_its_device(page: Page, flowe
         expect(details).to_contain_text(text)
     details.get_by_role("link", name=flower.worker).click()
     pool = page.locator("#tab-pool")
-    expect(pool.locator("tr", has_text="Device")).to_have_text(re.compile(r"cpu · \w+ kernel"))
+    expect(pool.locator("tr", has_text="Device")).to_have_text(re.compile(r"cpu · \w+ kernel, \w+ epilogue"))
     expect(pool.locator("tr", has_text="Models")).to_contain_text("tiny-llama")
 
 

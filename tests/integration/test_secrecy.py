@@ -27,6 +27,7 @@ from hetrain.public.protocol.plan import Group
 from hetrain.public.protocol.product import Product, ProductKey
 from hetrain.secret.activation_quantization import quantize_operand
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
+from hetrain.secret.engines.clear import digit_planes
 from hetrain.secret.engines.rlwe.hints import HintStore
 from hetrain.secret.verification.job import Verification, kept_rows
 from hetrain.secret.verification.rows import CheckRows
@@ -102,6 +103,7 @@ class RecordingSealer:
         sealed = self._sealer.seal(x, product)
         operand = quantize_operand(x, operand_bound(product.norms))
         self.secrets += [x.detach().float(), operand.values, operand.scales]
+        self.secrets += digit_planes(operand.values).unbind()
         opening, secrets = sealed.opening, self.secrets
 
         class Recording:

@@ -90,6 +90,7 @@ def test_jobs_that_share_a_fleet_get_the_adapters_they_get_alone(tiny_llama: Pat
     together.mkdir()
     alone.mkdir()
     with broker_server() as broker, forked_workers(2, broker.url, tiny_llama, tmp_path / "workers.log"):
+        assert hetrain("prepare", tiny_llama, "--broker-url", broker.url).returncode == 0
         with ThreadPoolExecutor(len(JOBS)) as pool:
             running = [pool.submit(job.run, tiny_llama, broker.url, together) for job in JOBS]
             ends = progress_at_ends(JOBS, together, lambda: all(each.done() for each in running))
