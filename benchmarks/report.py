@@ -109,7 +109,14 @@ SECTIONS = (
         plots.step,
     ),
     Section("gemm", "The worker's part against plain products", "gemm", "", gemm.table, plots.gemm),
-    Section("client", "Encryption and decryption", "client", "", client.table, plots.client),
+    Section(
+        "client",
+        "The client's cryptography",
+        "client",
+        "",
+        lambda figures: client.table(figures["ns_per_coefficient"]),
+        plots.client,
+    ),
     Section("growth", "Growth", "growth", "", growth.table, plots.growth),
     Section(
         "engines",

@@ -18,7 +18,16 @@ from tests.harness.forkserver import forked_workers
 from tests.harness.processes import HANDBOOK, broker_server, hetrain
 from tests.harness.waiting import eventually
 
-COMMON = ("--quiet", "--sync", "--max-length", 48, "--micro-batch-tokens", 48, "--lora-dropout", 0.1)
+COMMON: tuple[object, ...] = (
+    "--quiet",
+    "--sync",
+    "--max-length",
+    48,
+    "--micro-batch-tokens",
+    48,
+    "--lora-dropout",
+    0.1,
+)
 COMMON += ("--learning-rate", 1e-2, "--lora-r", 4)
 
 
@@ -76,13 +85,14 @@ def progress_at_ends(
 
 
 def adapter(output: Path) -> Tensors:
-    return load_file(output / "adapter_model.safetensors")
+    tensors: Tensors = load_file(output / "adapter_model.safetensors")
+    return tensors
 
 
 def waiting(output: Path) -> float:
     """Seconds in which a micro-batch waits for workers, on average."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return sum(line["wait_s"] for line in lines) / len(lines)
+    return float(sum(line["wait_s"] for line in lines)) / len(lines)
 
 
 def test_jobs_that_share_a_fleet_get_the_adapters_they_get_alone(tiny_llama: Path, tmp_path: Path) -> None:
