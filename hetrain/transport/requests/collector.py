@@ -190,7 +190,7 @@ class Collector:
     def _resend_if_rejected(self, request: str, decision: Decision) -> None:
         """Sends what was rejected again now: a worker that waits already gets it before the rejected one.
 
-        From its third sending on, what an excluded worker answers waits for the next round: nobody else is free.
+        What an excluded worker answers waits for the next round from its third sending on: no other is free.
         """
         if not isinstance(decision, Resend) or self._ends:
             return

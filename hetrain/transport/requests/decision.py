@@ -21,9 +21,8 @@ from hetrain.transport.requests.state import (
 )
 
 MOST_REJECTIONS = 8
-"""Rejected results of a job, from all workers, with which it ends. Names of workers are their own choice, so
-that excluding them bounds nothing: this bounds how often wrong results, and guesses of a `concrete` key, can be
-tried.
+"""Workers of which a job rejects results before it ends. Their names are their own choice, so that excluding
+names bounds nothing: this bounds how many wrong results, and guesses of a `concrete` key, can be tried.
 """
 _SHARE_UNTIL_RESENT = 1 / 3
 
