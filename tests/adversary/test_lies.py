@@ -165,6 +165,9 @@ def choose_a_column(stage: Stage, attempt: int) -> torch.Tensor:
 def test_the_honest_result_is_always_accepted(stage: Stage) -> None:
     for _ in range(TRIES):
         stage.check(bytes(stage.part.data))
+        sealed = stage.harness.seal("mine", "forward", torch.randn(TOKENS, N_FEATURES))
+        (part,) = stage.harness.answer("mine", "forward", sealed)
+        sealed.opening.check(part)
     assert stage.sealed.opening.open().shape == (TOKENS, N_FEATURES)
 
 
@@ -260,6 +263,33 @@ def test_a_verdict_does_not_depend_on_the_plaintext(tmp_path_factory: pytest.Tem
         refused.append(sum(lies) / len(lies))
     assert abs(refused[0] - refused[1]) < 0.15
     assert 0.3 < refused[0] < 1
+
+
+def test_with_concrete_each_altered_result_tells_a_bit_of_the_micro_batchs_key(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A mask word changed by 2^62 changes the value exactly if the key's bit is 1: hence few rejections."""
+    pytest.importorskip("concrete.fhe")
+    folder = tmp_path_factory.mktemp("key")
+    harness = EngineHarness("concrete", {"mine": torch.randn(8, 8)}, folder / "model")
+    sealer, product = harness.sealer.for_micro_batch(), harness.product("mine", "forward")
+    told = []
+    for _ in range(2):
+        sealed = sealer.seal(torch.randn(2, 8), product)
+        (part,) = harness.answer("mine", "forward", sealed)
+        bits = []
+        for word in range(64):
+            data = bytearray(part.data)
+            data[4 * word + 3] ^= 0x40
+            try:
+                sealed.opening.check(replace(part, data=memoryview(data)))
+            except ResultRejected:
+                bits.append(1)
+            else:
+                bits.append(0)
+        told.append(bits)
+    assert told[0] == told[1], "both operands have the micro-batch's key"
+    assert 10 < sum(told[0]) < 54
 
 
 def test_with_concrete_lies_are_refused_and_keys_end_with_the_micro_batch(
