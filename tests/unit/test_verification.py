@@ -174,7 +174,7 @@ def test_noise_in_a_single_token_is_refused_from_about_thirteen_times_the_roundi
 
 @pytest.mark.parametrize("n", [576, 2048, 16384])
 def test_a_single_entry_of_a_token_can_be_moved_by_at_most_twice_the_tolerance(n: int) -> None:
-    """Half the tolerance always passes; the tolerance is 2.9 % of q/2 for the largest of these."""
+    """A third of the tolerance always passes; the tolerance is 2.9 % of q/2 for the largest of these."""
     tolerance = float(tolerances(torch.tensor([n / 2.0])))
     generator = torch.Generator().manual_seed(4)
     passed = Counter[float]()
@@ -182,12 +182,12 @@ def test_a_single_entry_of_a_token_can_be_moved_by_at_most_twice_the_tolerance(n
         values = sample_rows(SecretStream("test"), ROWS * n).view(ROWS, n).float()
         limits = tolerances(values.abs().sum(1).double())[:, None]
         rounding = torch.rand(n, 16, generator=generator) - 0.5
-        for share in (0.5, 2.1):
+        for share in (1 / 3, 2.1):
             moved = rounding.clone()
             moved[7] += share * tolerance
             passed[share] += bool(((values @ moved).abs().double() <= limits).all())
-    assert passed[0.5] == 300
-    assert passed[2.1] == 0, "2^-16 each time"
+    assert passed[1 / 3] == 300
+    assert passed[2.1] <= 1, "2^-16 each time: two with probability 10^-5"
     assert tolerance / (SPAN / 2) < 0.03
 
 
