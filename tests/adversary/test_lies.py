@@ -245,6 +245,27 @@ def test_what_passes_is_within_the_tolerance(tmp_path_factory: pytest.TempPathFa
         assert float(moved.max()) <= 1.01 * step * float(scale)
 
 
+def test_what_passes_carries_no_value_across_the_wrap(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A token like a row of W, whose product comes closest to q/2: a step beyond would turn its sign."""
+    n, k = 2048, 64
+    weights = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
+    weights[5] = 1  # all levels in use: the largest norm
+    harness = EngineHarness("rlwe", {"m": weights}, tmp_path_factory.mktemp("wrap") / "model")
+    sealed = harness.seal("m", "forward", harness.matrices["m"][5].to(torch.float32)[None])
+    (part,) = harness.answer("m", "forward", sealed)
+    u = unpack(torch.frombuffer(part.data, dtype=torch.uint8).view(256, -1), n).to(torch.int64)
+    passed = 0
+    for step in range(0, math.ceil(2.2 * float(tolerances(torch.tensor([n / 2.0])))), 3):
+        u[0, 5] += 3
+        try:
+            sealed.opening.check(replace(part, data=memoryview(bytearray(_encode_rlwe(u)))))
+        except ResultRejected:
+            continue
+        passed += 1
+        assert sealed.opening.open()[0, 5] > 0, step
+    assert passed > 5
+
+
 def test_a_verdict_does_not_depend_on_the_plaintext(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whether a token is X must not decide whether a result is refused: two plaintexts, the same lies."""
     stage = Stage("rlwe", tmp_path_factory.mktemp("oracle"))
