@@ -48,6 +48,13 @@ def test_images_are_rows_times_the_matrix(n: int, k: int) -> None:
         assert torch.equal(field.values @ w.to(torch.int64) % MODULUS, field.image)
 
 
+def test_images_are_exact_for_the_largest_vocabularies() -> None:
+    matrix = torch.full((300_000, 2), 127, dtype=torch.int8)
+    field, checked = FieldRows.fresh(matrix), CheckRows.fresh(matrix, 3)
+    assert torch.equal(field.image, (127 * field.values.sum(1) % MODULUS)[:, None].expand(-1, 2))
+    assert torch.equal(checked.image, (127 * checked.values.sum(1, dtype=torch.int32))[:, None].expand(-1, 2))
+
+
 def test_rows_are_fresh_and_drawn_without_repetition() -> None:
     kept = CheckRows.fresh(random_matrix(500, 3))
     assert len(kept.values) == rows.KEPT_ROWS
