@@ -88,7 +88,7 @@ class Traits:
 
 
 def _no_wrap(workload: Workload) -> Rounding:
-    return Rounding(operand_bound(workload.group.forward))
+    return Rounding(operand_bound(workload.group.forward, workload.group.out_features))
 
 
 def _rlwe_keys(workload: Workload) -> Keys:

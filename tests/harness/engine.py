@@ -57,7 +57,7 @@ class Guarantee:
 
 
 def _bound(matrix: torch.Tensor) -> OperandBound:
-    return operand_bound(norms_of(matrix)[0])
+    return operand_bound(norms_of(matrix)[0], len(matrix))
 
 
 def _rlwe_error(matrix: torch.Tensor) -> torch.Tensor:

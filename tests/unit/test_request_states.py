@@ -8,10 +8,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hetrain.public.errors import BlobMissing, TaskFailed, WireError, WorkerRefused
+from hetrain.public.errors import BlobMissing, ResultRejected, TaskFailed, WireError, WorkerRefused
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Blob, Completion, Failure
-from hetrain.transport.requests.decision import Decision, Done, Fail, Progress, Resend, Wait, decide
+from hetrain.transport.requests.decision import (
+    MOST_REJECTIONS,
+    Decision,
+    Done,
+    Fail,
+    Progress,
+    Resend,
+    Wait,
+    decide,
+)
 from hetrain.transport.requests.state import (
     Event,
     Failed,
@@ -22,6 +31,7 @@ from hetrain.transport.requests.state import (
     Sent,
     Started,
     event_of,
+    excluding,
     observe,
     sent,
 )
@@ -211,6 +221,17 @@ def test_a_rejected_worker_is_excluded() -> None:
     assert decided(after(Sent("gpu"), state=state), serving={"a": "gpu", "b": "gpu.1"}) == Resend(
         Reason.MISROUTED
     )
+
+
+def test_fresh_names_do_not_allow_any_number_of_wrong_results() -> None:
+    """A worker may call itself otherwise in every answer; what its other answers were rejected for counts."""
+    serving = {"a": "gpu", "b": "gpu"}
+    state = after()
+    for count in range(1, MOST_REJECTIONS):
+        state = excluding(state, f"liar-{count}", ResultRejected("wrong"))
+    done = after(Sent("gpu"), Finished(COMPLETIONS["a"]), state=state)
+    assert decided(done, serving=serving) == Done(COMPLETIONS["a"]), "right results are taken"
+    assert decided(after(rejected("a"), state=done), serving=serving) == Fail(Reason.RESULT_REJECTED)
 
 
 def test_messages_become_events_of_their_own_request() -> None:

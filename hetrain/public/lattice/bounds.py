@@ -20,7 +20,9 @@ MIN_LEVELS = 127
 OPERAND_ERROR = ETA + (1 << (DROPPED_BITS - 1))
 """Largest |error| of an encrypted entry: noise, and rounding to multiples of 2^6."""
 RESULT_ERROR = MODULUS / (1 << (RESULT_BITS + 1)) + 1
-"""Largest |error| of a result: rounding to multiples of q/2^14, and to integers."""
+"""Largest |error| of an honest result: rounding to multiples of q/2^14, and to integers."""
+DEVIATIONS = 9
+"""Standard deviations of an honest sum of rounding errors that verification lets pass."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,23 @@ class OperandBound:
     norm: float
 
 
-def operand_bound(norms: Norms) -> OperandBound:
-    """The bound for a matrix: max_j ‖W_j‖·(that of m) + `OPERAND_ERROR`·max_j ‖W_j‖₁ + `RESULT_ERROR` ≤ q/2.
+def accepted_error(rows: int) -> float:
+    """Largest |error| of a result of so many rows that passes verification, unless with the stated chance.
+
+    Twice the tolerance 9·√(‖r‖₁/12) in steps of q/2^14, for the largest ‖r‖₁ ≤ rows.
+    """
+    return 2 * DEVIATIONS * math.sqrt(rows / 12) * MODULUS / (1 << RESULT_BITS)
+
+
+def operand_bound(norms: Norms, rows: int) -> OperandBound:
+    """The bound for a matrix of so many rows W_j: no result that passes verification has wrapped.
+
+        max_j ‖W_j‖·(that of m) + `OPERAND_ERROR`·max_j ‖W_j‖₁ + `RESULT_ERROR` + `accepted_error` ≤ q/2
 
     Raises:
         ParameterError: the matrix is so large that fewer than 8 bits would be left.
     """
-    room = MODULUS / 2 - RESULT_ERROR - OPERAND_ERROR * norms.l1
+    room = MODULUS / 2 - RESULT_ERROR - accepted_error(rows) - OPERAND_ERROR * norms.l1
     largest = int(room // max(norms.l1, 1))
     if largest < MIN_LEVELS:
         raise ParameterError(

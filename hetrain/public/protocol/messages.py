@@ -6,11 +6,20 @@ values outside their range are refused, since each side treats what the other se
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+)
 
 from hetrain.public.errors import WireError
 
@@ -26,6 +35,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/\-]{0
 # Text that a peer chose and that may end on a terminal: without control characters.
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)]
 Paragraph = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1000)]
+# A peer's name as one word, so that it cannot pass for a sentence of ours.
+WorkerName = Annotated[Line, AfterValidator(lambda name: re.sub(r"[^\w.@:/-]", "?", name)[:100] or "?")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -113,7 +124,7 @@ class Completion(_Message):
 
     request: Token
     state: Literal["started", "done", "failed"]
-    worker: Line
+    worker: WorkerName
     device: Line = ""
     seconds: Seconds = 0.0
     output: Blob | None = None
@@ -137,7 +148,7 @@ class WorkerReport(_Message):
     serves, empty for all. ``concurrency`` counts the tasks that it runs at once.
     """
 
-    worker: Line
+    worker: WorkerName
     hostname: Line
     hetrain: Line
     device: Line

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import UsageError
-from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name
+from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name, WorkerName
 
 REGISTRY_KEY = "hetrain:workers"
 REGISTRATION_TTL_S = 6.0
@@ -89,7 +89,7 @@ class WorkerRegistration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     version: Literal[1] = VERSION
-    worker: Line
+    worker: WorkerName
     device: Line
     queue: Name
     models: Annotated[tuple[Line, ...], Field(max_length=1000, strict=False)]

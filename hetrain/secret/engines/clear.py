@@ -99,7 +99,7 @@ class ClearSealer:
     def seal(self, x: torch.Tensor, product: Product) -> ClearSealed:
         """Quantises one operand as `rlwe` does; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(len(x))
-        quantized = quantize_operand(x, operand_bound(product.norms), self.bits)
+        quantized = quantize_operand(x, operand_bound(product.norms, product.n), self.bits)
         planes = digit_planes(quantized.values)
         parts = PartsCheck(
             product,

@@ -63,9 +63,11 @@ class FieldRows:
 
     @staticmethod
     def fresh(matrix: torch.Tensor) -> FieldRows:
-        """New rows for the int8 matrix W [n, K], n < 2^16: sums stay below 2^53."""
+        """New rows for the int8 matrix W [n, K]. By halves of 15 bits, so that sums stay below 2^53."""
         values = sample_field(SecretStream("hetrain.field"), FIELD_ROWS * len(matrix)).view(FIELD_ROWS, -1)
-        return FieldRows(values, _image(values.to(torch.float64), matrix).to(torch.int64) % MODULUS)
+        halves = torch.cat((values >> 15, values & 0x7FFF)).to(torch.float64)
+        high, low = _image(halves, matrix).to(torch.int64).chunk(2)
+        return FieldRows(values, ((high % MODULUS << 15) + low) % MODULUS)
 
 
 def _image(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

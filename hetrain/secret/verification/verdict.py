@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from hetrain.public.lattice.bounds import DEVIATIONS
 from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
-
-DEVIATIONS = 9
-"""Standard deviations of an honest sum of rounding errors that are let pass."""
 
 
 def tolerances(weights: torch.Tensor) -> torch.Tensor:

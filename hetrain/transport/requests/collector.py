@@ -35,6 +35,7 @@ from hetrain.transport.scheduling.router import Router
 
 TICK_S = 1.0
 _POP_COUNT = 64
+_SENDS_AT_ONCE = 3
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +188,17 @@ class Collector:
         self._resend_if_rejected(completion.request, self._table.observe(completion.request, event))
 
     def _resend_if_rejected(self, request: str, decision: Decision) -> None:
-        """Sends what was rejected again now: a worker that waits already gets it before the rejected one."""
-        is_rejected = isinstance(decision, Resend) and decision.reason is Reason.RESULT_REJECTED
-        if is_rejected and not self._ends:
+        """Sends what was rejected again now: a worker that waits already gets it before the rejected one.
+
+        What an excluded worker answers waits for the next round from its third sending on: no other is free.
+        """
+        if not isinstance(decision, Resend) or self._ends:
+            return
+        state, reason = self._table.get(request), decision.reason
+        is_early = state is not None and state.sends < _SENDS_AT_ONCE
+        if reason is Reason.RESULT_REJECTED or (reason is Reason.WORKER_EXCLUDED and is_early):
             with suppress(BrokerError):  # the next round tries again
-                self._recovery.send_again(request, Reason.RESULT_REJECTED)
+                self._recovery.send_again(request, reason)
 
     def _throw_away(self, completion: Completion) -> None:
         """Deletes a result that no thread waits for."""

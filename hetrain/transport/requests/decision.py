@@ -20,6 +20,10 @@ from hetrain.transport.requests.state import (
     Started,
 )
 
+MOST_REJECTIONS = 8
+"""Workers of which a job rejects results before it ends. Their names are their own choice, so that excluding
+names bounds nothing: this bounds how many wrong results, and guesses of a `concrete` key, can be tried.
+"""
 _SHARE_UNTIL_RESENT = 1 / 3
 
 
@@ -112,7 +116,9 @@ def _is_final(
         return is_late or not is_stranger
     if due is Reason.WORKER_EXCLUDED:
         return is_late or not takers(state, serving)
-    if due is Reason.RESULT_REJECTED and not takers(state, serving):
+    if due is Reason.RESULT_REJECTED and (
+        len(state.rejections) >= MOST_REJECTIONS or not takers(state, serving)
+    ):
         return True
     return due is Reason.FAILED or (due in COUNTED and state.resends >= timeouts.attempts)
 

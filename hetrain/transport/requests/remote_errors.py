@@ -9,7 +9,6 @@ from hetrain.public.protocol.messages import Failure
 
 _CLASSES: dict[str, type[HetrainError]] = {"BlobMissing": BlobMissing, "WorkerRefused": WorkerRefused}
 _LONGEST = 600
-_LONGEST_NAME = 100
 
 
 def error_of(failure: Failure, worker: str) -> HetrainError:
@@ -21,7 +20,7 @@ def error_of(failure: Failure, worker: str) -> HetrainError:
     place = f"{failure.where}: " if failure.where else ""
     advice = f". {failure.hint}" if failure.hint else ""
     return _CLASSES.get(failure.error, TaskFailed)(
-        f"worker {_name(worker)} reports: {_quoted(place + failure.what + advice)}",
+        f"worker {worker} reports: {_quoted(place + failure.what + advice)}",
         hint="see the log of that worker, or start others",
     )
 
@@ -31,8 +30,3 @@ def _quoted(text: str) -> str:
     plain = "".join(char if char.isprintable() else " " for char in text)
     plain = " ".join(re.sub('["`\u201c\u201d]', "'", plain).split())
     return f'"{plain}"' if len(plain) <= _LONGEST else f'"{plain[:_LONGEST]}…"'
-
-
-def _name(worker: str) -> str:
-    """`worker` as one word, so that a name cannot pass for a sentence."""
-    return re.sub(r"[^\w.@:/-]", "?", worker)[:_LONGEST_NAME] or "?"

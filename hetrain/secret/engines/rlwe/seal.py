@@ -144,7 +144,7 @@ class RlweSealer:
         """
         parameters = parameters_for(x.shape[0])
         x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        scales = token_scales(x, operand_bound(product.norms), self.bits)
+        scales = token_scales(x, operand_bound(product.norms, product.n), self.bits)
         message = Message(x, scales.reciprocal(), largest_entry(self.bits))
         secret, hint = _fresh_secret(parameters), self.hints.hint(product)
         planes = encrypt(message, hint, secret, parameters)
