@@ -128,14 +128,14 @@ def _attempt(
             f"{type(error).__name__}: {error}", where=worker, hint="the worker's log has the traceback"
         )
         return report(state="failed", failure=_failure(failed)), None, failed
-    output = None if parts is None else _output(task, parts)
+    output = None if parts is None else _output(task, worker, parts)
     return report(state="done", seconds=seconds, output=output), parts, None
 
 
-def _output(task: PrepareTask | EvaluateTask, parts: Sequence[memoryview]) -> Blob:
-    """Where the result of `task` will lie."""
+def _output(task: PrepareTask | EvaluateTask, worker: str, parts: Sequence[memoryview]) -> Blob:
+    """Where `worker`'s result of `task` will lie."""
     nbytes = sum(memoryview(part).nbytes for part in parts)
-    return Blob(job=task.job, kind="out", token=keys.output_token(task.request), nbytes=nbytes)
+    return Blob(job=task.job, kind="out", token=keys.output_token(task.request, worker), nbytes=nbytes)
 
 
 def _report(

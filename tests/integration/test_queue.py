@@ -415,7 +415,7 @@ def test_a_lost_blob_is_uploaded_again(
     finished = send(channel, x)
     assert (values(finished.result(), 3) == exact(matrix, x)).all()
     assert lost == [Blob(job=channel.job, kind="out", token=lost[0].token, nbytes=4 * OUT * 3)]
-    assert lost[0].token == keys.output_token(in_flight.sent[-1][0].id)
+    assert lost[0].token == keys.output_token(in_flight.sent[-1][0].id, finished.result().parts[0].worker)
     assert in_flight.sends(in_flight.sent[-1][0]) == 2
 
 

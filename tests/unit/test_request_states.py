@@ -235,7 +235,7 @@ def test_fresh_names_do_not_allow_any_number_of_wrong_results() -> None:
 
 
 def test_messages_become_events_of_their_own_request() -> None:
-    output = Blob(job=JOB, kind="out", token=keys.output_token(TOKEN), nbytes=1)
+    output = Blob(job=JOB, kind="out", token=keys.output_token(TOKEN, "a"), nbytes=1)
     done = Completion(request=TOKEN, state="done", worker="a", output=output)
     assert event_of(done, REQUEST) == Finished(done)
     assert event_of(done.model_copy(update={"state": "started"}), REQUEST) == Started("a")

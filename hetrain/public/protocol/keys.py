@@ -48,6 +48,6 @@ def chunk(blob: Blob, index: int) -> str:
     return f"{blob.key}:{index}"
 
 
-def output_token(request: str) -> str:
-    """The token of a request's result: fixed, so that a second run overwrites the first one's."""
-    return hashlib.sha256(f"hetrain output {request}".encode()).hexdigest()[:32]
+def output_token(request: str, worker: str) -> str:
+    """The token of a request's result: a second run overwrites the first one's, but not another worker's."""
+    return hashlib.sha256(f"hetrain output {request} {worker}".encode()).hexdigest()[:32]

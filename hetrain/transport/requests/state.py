@@ -229,7 +229,7 @@ def is_result(completion: Completion, job: str) -> bool:
     return output is not None and (output.job, output.kind, output.token) == (
         job,
         "out",
-        keys.output_token(completion.request),
+        keys.output_token(completion.request, completion.worker),
     )
 
 
