@@ -61,8 +61,8 @@ class Job:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-BIG = Job("big", "clear", (0, 60), seed=1, updates=12, in_flight=6)
-SMALL = Job("small", "clear", (60, 90), seed=2, updates=12, in_flight=1)
+BIG = Job("big", "clear", (0, 60), seed=1, updates=20, in_flight=6)
+SMALL = Job("small", "clear", (60, 90), seed=2, updates=5, in_flight=1)
 ENCRYPTED = Job("encrypted", "rlwe", (90, 120), seed=3, updates=2, in_flight=1)
 JOBS = (BIG, SMALL, ENCRYPTED)
 

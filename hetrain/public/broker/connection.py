@@ -195,6 +195,11 @@ def broker_errors(url: str) -> Iterator[None]:
         raise BrokerUnreachable(
             f"the broker cannot be reached ({error or type(error).__name__})", where=where, hint=hint
         ) from error
+    except TypeError as error:
+        # redis-py polls the socket, None by now, of a connection that another thread closes.
+        if "fileno" not in str(error):
+            raise
+        raise BrokerUnreachable("the connection was closed", where=where) from error
     except foreign.RedisError as error:
         if "OOM" in str(error):  # inside MULTI the refusal arrives as EXECABORT
             raise BrokerFull("the broker is out of memory", where=where, hint=_FULL_HINT) from error
