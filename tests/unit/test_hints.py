@@ -193,7 +193,7 @@ def _make(directory: Path, model: Path, made: list[int]) -> None:
 
 
 def test_processes_share_a_directory(harness: EngineHarness, tmp_path: Path) -> None:
-    """Two jobs that start at once: each hint is made once, by one of them, or twice, but is always whole."""
+    """Two jobs that start at once, on copies of one model: each hint is made once."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         made = manager.list()

@@ -156,8 +156,9 @@ class HintStore:
 
     @contextmanager
     def locked(self, plan: Plan, on_wait: Callable[[], object]) -> Iterator[None]:
-        """Keeps other jobs from making hints of the same plan meanwhile; calls `on_wait` if one does."""
-        with (self.directory / f"{plan.digest[:32]}.lock").open("w") as file:
+        """Keeps other jobs from making hints of the same matrices meanwhile; calls `on_wait` if one does."""
+        matrices = hashlib.sha256("".join(group.digest for group in plan.groups).encode()).hexdigest()
+        with (self.directory / f"{matrices[:32]}.lock").open("w") as file:
             waited = False
             while not _lock(file):
                 if not waited:
