@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hetrain.public import compiled
-from hetrain.public.compiled import INSTRUCTION_SETS, require
+from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
 from hetrain.public.lattice.result_format import DIGITS, pack, packed_bytes
 from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
 from worker_gpu.kernels import combined
@@ -37,16 +37,7 @@ class Epilogue:
     switch: Switch
 
 
-class _Arguments(ctypes.Structure):
-    _fields_ = (
-        ("level", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("features", ctypes.c_int64),
-        ("product_stride", ctypes.c_int64),
-        ("out_stride", ctypes.c_int64),
-        ("products", ctypes.c_void_p * DIGITS),
-        ("out", ctypes.c_void_p),
-    )
+_Arguments = structure("level tokens features product_stride out_stride low* middle* high* out*")
 
 
 def _reference(products: torch.Tensor, out: torch.Tensor) -> None:
@@ -82,12 +73,10 @@ def native(instructions: str | None = None) -> Epilogue | None:
 
         def piece(first: int) -> None:
             part = products[:, first : first + step]
-            pointers = (ctypes.c_void_p * DIGITS)(*(one.data_ptr() for one in part))
+            pointers = (one.data_ptr() for one in (*part, out[first:]))
             strides = products.stride(1), out.stride(0)
             found.hetrain_switch(
-                ctypes.byref(
-                    _Arguments(level, part.shape[1], features, *strides, pointers, out[first:].data_ptr())
-                )
+                ctypes.byref(_Arguments(level, part.shape[1], features, *strides, *pointers))
             )
 
         step = -(-tokens // min(torch.get_num_threads(), -(-products[0].numel() // _PIECE_WORDS)))

@@ -7,6 +7,7 @@ and keeps only that. The rows are secret: a worker that knew them could pass wro
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,24 @@ class FieldRows:
 
     @staticmethod
     def fresh(matrix: torch.Tensor) -> FieldRows:
-        """New rows for the int8 matrix W [n, K]. By halves of 15 bits, so that sums stay below 2^53."""
+        """New rows for the int8 matrix W [n, K]."""
         values = sample_field(SecretStream("hetrain.field"), FIELD_ROWS * len(matrix)).view(FIELD_ROWS, -1)
-        halves = torch.cat((values >> 15, values & 0x7FFF)).to(torch.float64)
-        high, low = _image(halves, matrix).to(torch.int64).chunk(2)
-        return FieldRows(values, ((high % MODULUS << 15) + low) % MODULUS)
+        return FieldRows(values, field_product(values, lambda halves: _image(halves, matrix)))
+
+
+def field_product(rows: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """rows·M mod q by halves of 15 bits, so that the sums of float64 stay below 2^53.
+
+    Args:
+        rows: int64 [r, k] in 0..q−1.
+        multiply: halves·M, float64 [2·r, m], of float64 [2·r, k] in 0..2^15 − 1.
+
+    Returns:
+        int64 [r, m].
+    """
+    halves = torch.cat((rows >> 15, rows & 0x7FFF)).to(torch.float64)
+    high, low = multiply(halves).to(torch.int64).chunk(2)
+    return ((high % MODULUS << 15) + low) % MODULUS
 
 
 def _image(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,11 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -40,7 +41,7 @@ from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import Operand, Part, Product, products_of
 from hetrain.public.system import available_cores
 from hetrain.public.workspace import workspace
-from hetrain.secret.verification.rows import FieldRows
+from hetrain.secret.verification.rows import FieldRows, field_product
 
 _HEAD_BYTES = 4096
 _SPARE_BYTES = 1 << 30
@@ -50,7 +51,7 @@ _LOCK_POLL_S = 0.2
 
 def hint_bytes_of(plan: Plan) -> int:
     """Bytes on disk that all hints of a plan take."""
-    return sum(_HEAD_BYTES + hint_bytes(product.n) for product in products_of(plan))
+    return _file_bytes(products_of(plan))
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Hint:
         """
         try:
             with self.path.open("rb", buffering=0) as file:
-                yield lambda first, out: _read(file, _HEAD_BYTES + first * _block_bytes(), out)
+                yield lambda first, out: _read(file, _HEAD_BYTES + hint_bytes(first * LANES), out)
         except OSError as error:
             raise UsageError(
                 f"a hint cannot be read: {error}",
@@ -117,7 +118,7 @@ class HintStore:
 
     def require_room(self, products: Sequence[Product]) -> None:
         """Raises `UsageError` unless the disk has room for the hints of `products`."""
-        needed = sum(_HEAD_BYTES + hint_bytes(product.n) for product in products)
+        needed = _file_bytes(products)
         status = os.statvfs(self.directory)
         free = status.f_bavail * status.f_frsize
         if free < needed + _SPARE_BYTES:
@@ -229,23 +230,15 @@ def hint_operand(product: Product, seed: PublicSeed) -> Operand:
 
 
 def _weighted(rows: torch.Tensor, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Σ_k rows[:, k]·block[k // 16, :, k % 16] mod q: int64 [3, 2048].
-
-    By halves of 15 bits in float64: sums over 256 features at a time stay below 2^15·2^30·2^8.
-    """
+    """Σ_k rows[:, k]·block[k // 16, :, k % 16] mod q: int64 [3, 2048]. At most 256 features a block: 2^53."""
     total = torch.zeros(len(rows), SLOTS, dtype=torch.int64)
     first = 0
     for block in blocks:
         width = min(len(block) * LANES, rows.shape[1] - first)
-        piece = torch.zeros(len(rows), len(block) * LANES, dtype=torch.int64)
-        piece[:, :width] = rows[:, first : first + width]
-        words = block.transpose(0, 1).reshape(SLOTS, -1).to(torch.float64)
-        high, low = (
-            (half.to(torch.float64) @ words.t()).to(torch.int64) for half in (piece >> 15, piece & 0x7FFF)
-        )
-        total = (total + ((high % MODULUS) << 15) + low) % MODULUS
+        words = block.transpose(0, 1).reshape(SLOTS, -1)[:, :width].to(torch.float64)
+        total += field_product(rows[:, first : first + width], partial(torch.matmul, other=words.t()))
         first += width
-    return total
+    return total % MODULUS
 
 
 def _mask_blocks(seed: PublicSeed, features: int) -> Iterator[torch.Tensor]:
@@ -257,8 +250,8 @@ def _mask_blocks(seed: PublicSeed, features: int) -> Iterator[torch.Tensor]:
         yield out
 
 
-def _block_bytes() -> int:
-    return 4 * SLOTS * LANES
+def _file_bytes(products: Iterable[Product]) -> int:
+    return sum(_HEAD_BYTES + hint_bytes(product.n) for product in products)
 
 
 def _head(product: Product, hint: Hint) -> dict[str, object]:
