@@ -20,6 +20,7 @@ from hetrain.public.errors import (
     Interrupted,
     ResultRejected,
     UsageError,
+    WireError,
 )
 from hetrain.public.protocol.messages import (
     QUEUE,
@@ -42,7 +43,7 @@ from hetrain.transport.requests.request import Request, Source, Timeouts, evalua
 from hetrain.transport.requests.sender import Sender
 from hetrain.transport.requests.state import ResultLost, ResultRefused, sent
 from hetrain.transport.requests.table import Outcome
-from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
+from hetrain.transport.scheduling.flow_control import ByteBudget, share_of
 from hetrain.transport.scheduling.partition import partition
 from hetrain.transport.scheduling.registry import WorkerRegistry
 from hetrain.transport.scheduling.router import Router
@@ -62,13 +63,12 @@ class CeleryChannel:
         job: the job's token; a fresh one by default.
         timeouts: how long to wait for what.
         health_check: reports what became of processes that this client depends on (see `Embedded.failure`).
-        max_reply_bytes: the largest result that is accepted for one task.
         max_bytes_in_flight: the most that operands and results may take in the broker at once; None takes a
             share of its memory, and lets a request that is larger than that travel alone.
 
     Attributes:
         job: the job's token.
-        flow_control: how many bytes it has in flight.
+        budget: how many bytes of operands and results it has in flight.
 
     Raises:
         UsageError: the URL makes no sense.
@@ -83,17 +83,15 @@ class CeleryChannel:
         job: str | None = None,
         timeouts: Timeouts | None = None,
         health_check: Callable[[], HetrainError | None] = lambda: None,
-        max_reply_bytes: int = MAX_REPLY_BYTES,
         max_bytes_in_flight: int | None = None,
     ) -> None:
         limit = max_bytes_in_flight or share_of(ask_broker(url).maxmemory)
-        self.flow_control = FlowControl(ByteBudget(limit, strict=max_bytes_in_flight is not None))
+        self.budget = ByteBudget(limit, strict=max_bytes_in_flight is not None)
         timeouts = timeouts or Timeouts()
         self.job = job or new_job()
         self._connection = JobConnection(
             url, self.job, BlobStore(url, full_s=timeouts.full_s), Sender(url), timeouts
         )
-        self._max_reply_bytes = max_reply_bytes
         self._job_keys = JobKeys(self._connection)
         self._router = Router(WorkerRegistry(self._connection), url)
         self._collector = Collector(self._connection, self._router, self._job_keys, health_check)
@@ -127,10 +125,8 @@ class CeleryChannel:
     def multiply(self, product: Product, operand: Operand, accept: Accept = accept_any) -> Reply:
         """See `Channel.multiply`. Waits while as much is on its way as may be."""
         self._collector.check()
-        with self.flow_control.reserved(product.key, operand.nbytes, operand.result_bytes) as learn_size:
-            reply = self._exchange(product, operand, accept)
-            learn_size(reply.bytes_down)
-        return reply
+        with self.budget.reserved(operand.nbytes + operand.result_bytes):
+            return self._exchange(product, operand, accept)
 
     def _exchange(self, product: Product, operand: Operand, accept: Accept) -> Reply:
         """Uploads the operand, sends one request for each range of rows, and collects their results."""
@@ -138,7 +134,7 @@ class CeleryChannel:
         if self._prepared is None:
             raise UsageError("the channel must be prepared before something is sent")
         work = product.n * operand.nbytes
-        pieces = self._router.pieces(product.group.name, work, len(self.flow_control.budget.held))
+        pieces = self._router.pieces(product.group.name, work, len(self.budget.held))
         put = partial(self._connection.store.put, self.job, "in", new_token(), operand.payload)
         source = Source(blob := self._patiently(put), operand.payload)
         requests = [
@@ -152,7 +148,7 @@ class CeleryChannel:
         ids = [request.id for request in requests]
         try:
             outcomes = {self._submit(request, QUEUE): request for request in requests}
-            parts = self._collect(outcomes, blob, accept)
+            parts = self._collect(outcomes, blob, accept, operand.result_bytes or MAX_REPLY_BYTES)
         except BaseException:
             self._collector.forget(ids)
             with suppress(BrokerError):  # they expire anyway
@@ -161,8 +157,13 @@ class CeleryChannel:
         self._collector.forget(ids)
         return Reply(tuple(sorted(parts, key=lambda part: part.rows)), blob.nbytes)
 
-    def _collect(self, outcomes: dict[Outcome, Request], operand: Blob, accept: Accept) -> list[Part]:
-        """The requests' results in the order in which they arrive, each accepted. Their blobs are deleted."""
+    def _collect(
+        self, outcomes: dict[Outcome, Request], operand: Blob, accept: Accept, limit: int
+    ) -> list[Part]:
+        """The requests' results in the order in which they arrive, each accepted. Their blobs are deleted.
+
+        None that is said to be larger than `limit` is downloaded.
+        """
         accepted: dict[Request, Part] = {}
         while outcomes:
             done, _ = wait(outcomes, timeout=TICK_S, return_when=FIRST_COMPLETED)
@@ -171,10 +172,16 @@ class CeleryChannel:
             for outcome in done:
                 request, completion = outcomes.pop(outcome), outcome.result()
                 try:
-                    accepted[request] = self._download(request, completion, [] if outcomes else [operand])
+                    accepted[request] = self._download(
+                        request, completion, [] if outcomes else [operand], limit
+                    )
                     accept(accepted[request])
                 except BlobMissing as error:
                     outcomes[self._collector.reopen(request.id, ResultLost(error))] = request
+                except WireError as error:  # it is not of the size that was announced, or of no possible one
+                    accepted.pop(request, None)
+                    event = ResultRefused(completion.worker, error)
+                    outcomes[self._collector.reopen(request.id, event)] = request
                 except ResultRejected as error:
                     if not error.workers:
                         raise
@@ -183,11 +190,13 @@ class CeleryChannel:
                         outcomes[self._collector.reopen(each.id, event)] = each
         return list(accepted.values())
 
-    def _download(self, request: Request, completion: Completion, finished: Sequence[Blob]) -> Part:
+    def _download(
+        self, request: Request, completion: Completion, finished: Sequence[Blob], limit: int
+    ) -> Part:
         """Takes a result, and the blobs that are needed no more with it."""
         assert isinstance(request.task, EvaluateTask)
         assert completion.output is not None  # a completion without it is not this request's
-        take = partial(self._connection.store.take, completion.output, finished, limit=self._max_reply_bytes)
+        take = partial(self._connection.store.take, completion.output, finished, limit=limit)
         data = self._patiently(take)
         rows = request.task.start, request.task.stop
         return Part(rows, data, completion.worker, completion.device, completion.seconds)
@@ -197,7 +206,7 @@ class CeleryChannel:
         if not self._closing.acquire(blocking=False):
             return
         reason = Interrupted("the channel was closed")
-        self.flow_control.budget.close(reason)
+        self.budget.close(reason)
         self._collector.stop(reason)
         # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
         states = self._collector.join(5.0)

@@ -28,6 +28,7 @@ ROWS = Path(__file__).resolve().parents[1] / "data" / "tiny.jsonl"
 LIAR = """
     import itertools
     from worker_gpu.service import Service
+    from hetrain.public.protocol.messages import Completion
     from tasks import evaluate as tasks_evaluate
     from tasks.app import app
 
@@ -35,13 +36,31 @@ LIAR = """
     if {kind!r} == "renamed":
         tasks_evaluate._worker_name = lambda task: f"honest-{{next(count)}}@host"
 
+    written = Completion.to_json
+    announced = {{"oversized": {{"nbytes": 200 << 20}}, "undersized": {{"nbytes": 1}}}}
+    announced["foreign"] = {{"job": "f" * 32}}
+
+    def to_json(completion):
+        output = completion.output and completion.output.model_copy(update=announced.get({kind!r}, {{}}))
+        return written(completion.model_copy(update={{"output": output}}))
+
+    Completion.to_json = to_json
+
     def lies(task):
         if {kind!r} == "hints":
             return task.header.get("operand") == "mask_seed"
-        return {kind!r} in ("always", "renamed") or next(count) % 10 == 0
+        return {kind!r} in ("always", "renamed") or ({kind!r} == "sometimes" and next(count) % 10 == 0)
 
     def evaluate(service, task, load_plan, payload):
+        if {kind!r} == "failing":
+            raise ValueError("not today")
         parts = [bytearray(part) for part in honest(service, task, load_plan, payload)]
+        if {kind!r} == "short":
+            del parts[-1][-1]
+        if {kind!r} == "empty":
+            parts = [bytearray()]
+        if {kind!r} == "long":
+            parts.append(bytearray(5 << 20))
         if lies(task):
             parts[0][1] ^= 0x40
             parts[0][-2] ^= 0x20
@@ -81,8 +100,8 @@ def fleet(model: Path, kinds: Sequence[str]) -> Iterator[str]:
 
 def submit(model: Path, scratch: Path, name: str, *arguments: object) -> CompletedProcess[str]:
     return run_forked(
-        ["submit", ROWS, "-m", model, "-o", scratch / name, "--micro-batch-tokens", 64, "--max-length", 64,
-         "--learning-rate", 1e-2, "--sync", "--in-flight", 1, *arguments],
+        ["submit", ROWS, "-m", model, "-o", scratch / name, "--batch-tokens", 64, "--max-length", 64,
+         "--learning-rate", 1e-2, *arguments],
         240,
         os.environ | {"HETRAIN_CACHE": str(scratch / f"cache-{name}")},
     )  # fmt: skip
@@ -92,23 +111,38 @@ def metrics(scratch: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["always", "sometimes"])
-def test_beside_an_honest_worker_a_liar_changes_nothing(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
-    run = ("--engine", "clear", "--max-steps", 4)
+RUN = ("--engine", "clear", "--max-steps", 4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run on an honest worker."""
+    scratch = tmp_path_factory.mktemp("undisturbed")
     with fleet(tiny_llama, ["honest"]) as url:
-        undisturbed = submit(tiny_llama, tmp_path, "undisturbed", *run, "--broker-url", url)
+        done = submit(tiny_llama, scratch, "out", *RUN, "--broker-url", url)
+    assert done.returncode == 0, done.stderr
+    assert not any(line["rejected"] for line in metrics(scratch, "out"))
+    return scratch / "out"
+
+
+@pytest.mark.parametrize(
+    "kind", ["always", "sometimes", "short", "empty", "long", "oversized", "undersized", "foreign", "failing"]
+)
+def test_beside_an_honest_worker_a_bad_one_changes_nothing(
+    tiny_llama: Path, tmp_path: Path, undisturbed: Path, kind: str
+) -> None:
+    """Whether it gives wrong results, none of the right size, or none at all."""
     with fleet(tiny_llama, ["honest", kind]) as url:
-        disturbed = submit(tiny_llama, tmp_path, "disturbed", *run, "--broker-url", url)
-    assert undisturbed.returncode == disturbed.returncode == 0, disturbed.stderr
-    adapters = [
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("undisturbed", "disturbed")
-    ]
-    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0] | adapters[1])
-    assert sum(line["rejected"] for line in metrics(tmp_path, "disturbed")) > 0
-    assert not any(line["rejected"] for line in metrics(tmp_path, "undisturbed"))
+        disturbed = submit(tiny_llama, tmp_path, "out", *RUN, "--broker-url", url)
     text = " ".join(disturbed.stderr.split())
+    assert disturbed.returncode == 0, text
+    adapters = [load_file(path / "adapter_model.safetensors") for path in (undisturbed, tmp_path / "out")]
+    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0] | adapters[1])
+    if kind in {"foreign", "failing"}:  # no result of the request: another is asked, request by request
+        return
     assert "no result of worker liar@host is accepted any more" in text
-    assert "rejected" in text.rpartition("tokens in")[2], "the last line counts them"
+    if kind not in {"long", "oversized", "undersized"}:  # these are not even downloaded
+        assert sum(line["rejected"] for line in metrics(tmp_path, "out")) > 0
 
 
 def test_a_liar_with_a_new_name_for_each_answer_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:

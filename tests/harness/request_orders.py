@@ -163,7 +163,7 @@ class RequestOrder:
             is_counted = outcome.reason is Reason.RESULT_REJECTED
             is_exhausted = state.resends == TIMEOUTS.attempts if is_counted else is_late
             assert is_exhausted or not takers(state, self.serving)
-            assert isinstance(state.error, ResultRejected)
+            assert isinstance(state.error, ResultRejected | TaskFailed)
         if outcome.reason in COUNTED - {Reason.RESULT_REJECTED}:
             assert state.resends == TIMEOUTS.attempts
         if outcome.reason is Reason.RUN_LIMIT:

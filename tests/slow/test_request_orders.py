@@ -12,7 +12,7 @@ from tests.harness.request_orders import EVENTS, JUMPS_S, QUEUES, WORKERS, Reque
 
 SEED = int(os.environ.get("HETRAIN_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
 ORDERS = 100_000
-FINAL = {Reason.FAILED, Reason.RUN_LIMIT, Reason.NO_WORKER, Reason.GROUP_UNSERVED}
+FINAL = {Reason.RUN_LIMIT, Reason.NO_WORKER, Reason.GROUP_UNSERVED}
 
 
 def step(order: RequestOrder, chance: random.Random) -> object:
@@ -60,5 +60,5 @@ def test_a_hundred_thousand_orders_of_events() -> None:
         seen.add(hash(tuple(steps)))
         decisions += order.decisions
     assert {each.reason for each in decisions if isinstance(each, Resend)} == set(Reason) - FINAL
-    failures = FINAL | COUNTED | {Reason.REFUSED, Reason.WORKER_EXCLUDED}
+    failures = FINAL | COUNTED | {Reason.FAILED, Reason.REFUSED, Reason.WORKER_EXCLUDED}
     assert {each.reason for each in decisions if isinstance(each, Fail)} == failures

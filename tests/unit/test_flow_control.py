@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetrain.public.errors import Interrupted, UsageError
-from hetrain.transport.scheduling.flow_control import ByteBudget, FlowControl, share_of
+from hetrain.transport.scheduling.flow_control import ByteBudget, share_of
 from tests.harness.waiting import eventually
 
 
@@ -51,26 +51,14 @@ def test_a_budget_refuses_or_ends_but_never_hangs() -> None:
     with pytest.raises(UsageError, match="max_bytes_in_flight"):
         ByteBudget(100, strict=True).acquire(101)
     budget = ByteBudget(100, strict=True)
-    pressure = FlowControl(budget)
-    with pressure.reserved(("g", "forward"), 90, 0) as learn_size, ThreadPoolExecutor(2) as pool:
+    with budget.reserved(90), ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(budget.acquire, 50) for _ in range(2)]
         eventually(lambda: budget.n_waiting == 2)
         budget.close(Interrupted("closed"))
         for job in waiting:
             with pytest.raises(Interrupted):
                 job.result(60)
-        learn_size(10)
     assert budget.held == ()
     with pytest.raises(Interrupted):
         budget.acquire(1)
     assert (share_of(None), share_of(0), share_of(1000)) == (1 << 30, 1 << 30, 500)
-
-
-def test_results_are_expected_as_they_last_came() -> None:
-    budget = ByteBudget(1 << 30, strict=True)
-    pressure = FlowControl(budget)
-    with pressure.reserved(("g", "forward"), 100, 7 * 2048 * 5) as learn_size:
-        assert budget.held == (100 + 7 * 2048 * 5,)
-        learn_size(40)
-    with pressure.reserved(("g", "forward"), 100, 7 * 2048 * 5):
-        assert budget.held == (140,)

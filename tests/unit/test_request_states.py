@@ -191,7 +191,11 @@ def test_a_lease_tells_whether_a_request_runs() -> None:
 
 
 def test_workers_failures_end_a_request_or_send_it_again() -> None:
-    assert decided(after(failed("a", TaskFailed))) == Fail(Reason.FAILED)
+    alone = after(failed("a", TaskFailed))
+    assert decided(alone) == Fail(Reason.FAILED), "no other worker serves it"
+    assert decided(alone, serving={"a": "gpu", "b": "gpu"}) == Resend(Reason.FAILED)
+    again = after(Sent("gpu"), failed("b", TaskFailed), state=alone)
+    assert decided(again, serving={"a": "gpu", "b": "gpu"}) == Fail(Reason.FAILED), "both have failed"
     assert decided(after(failed("a", BlobMissing))) == Resend(Reason.INPUT_LOST)
     refused = after(failed("b", WorkerRefused))
     assert decided(refused) == Resend(Reason.REFUSED), "b is not registered to serve it"

@@ -36,6 +36,7 @@ from hetrain.transport.scheduling.router import Router
 TICK_S = 1.0
 _POP_COUNT = 64
 _SENDS_AT_ONCE = 3
+_AT_ONCE = frozenset({Reason.RESULT_REJECTED, Reason.FAILED})
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class Collector:
         self._resend_if_rejected(completion.request, self._table.observe(completion.request, event))
 
     def _resend_if_rejected(self, request: str, decision: Decision) -> None:
-        """Sends what was rejected again now: a worker that waits already gets it before the rejected one.
+        """Sends what was rejected or has failed again now: a worker that waits already gets it first.
 
         What an excluded worker answers waits for the next round from its third sending on: no other is free.
         """
@@ -196,7 +197,7 @@ class Collector:
             return
         state, reason = self._table.get(request), decision.reason
         is_early = state is not None and state.sends < _SENDS_AT_ONCE
-        if reason is Reason.RESULT_REJECTED or (reason is Reason.WORKER_EXCLUDED and is_early):
+        if reason in _AT_ONCE or (reason is Reason.WORKER_EXCLUDED and is_early):
             with suppress(BrokerError):  # the next round tries again
                 self._recovery.send_again(request, reason)
 

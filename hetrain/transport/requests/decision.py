@@ -21,8 +21,10 @@ from hetrain.transport.requests.state import (
 )
 
 MOST_REJECTIONS = 8
-"""Workers of which a job rejects results before it ends. Their names are their own choice, so that excluding
-names bounds nothing: this bounds how many wrong results, and guesses of a `concrete` key, can be tried.
+"""Workers of which a job rejects results, or that fail at one request, before it ends.
+
+Their names are their own choice, so that excluding names bounds nothing: this bounds how many wrong results,
+and guesses of a `concrete` key, can be tried.
 """
 _SHARE_UNTIL_RESENT = 1 / 3
 
@@ -102,7 +104,7 @@ def decide(
 
 
 def takers(state: RequestState, serving: Mapping[str, str]) -> dict[str, str]:
-    """Of `serving` the workers whose result has not been rejected."""
+    """Of `serving` the workers that have neither failed nor given a wrong result."""
     return {worker: queue for worker, queue in serving.items() if worker not in state.rejections}
 
 
@@ -116,11 +118,11 @@ def _is_final(
         return is_late or not is_stranger
     if due is Reason.WORKER_EXCLUDED:
         return is_late or not takers(state, serving)
-    if due is Reason.RESULT_REJECTED and (
+    if due in (Reason.RESULT_REJECTED, Reason.FAILED) and (
         len(state.rejections) >= MOST_REJECTIONS or not takers(state, serving)
     ):
         return True
-    return due is Reason.FAILED or (due in COUNTED and state.resends >= timeouts.attempts)
+    return due in COUNTED and state.resends >= timeouts.attempts
 
 
 def _decide_waiting(

@@ -120,6 +120,7 @@ class RecoveryLoop:
             Reason.RESULT_LOST: keys.finished(job, request),
             Reason.RESULT_REJECTED: keys.finished(job, request),
             Reason.WORKER_EXCLUDED: keys.finished(job, request),
+            Reason.FAILED: keys.finished(job, request),  # by a result that is not the request's
             # Workers count how often a request was begun, to give up one that kills them.
             Reason.REFUSED: keys.tries(job, request),
         }

@@ -44,10 +44,12 @@ class Reason(Enum):
     )
     INPUT_LOST = "a worker reports `BlobMissing`"
     RESULT_LOST = "it is done, and its result is gone from the broker"
-    RESULT_REJECTED = "the client's check rejects the result, and names its worker"
-    WORKER_EXCLUDED = "a worker answers of which the client has rejected a result"
+    RESULT_REJECTED = (
+        "the client's check rejects the result, or it has another size than it can have; its worker is named"
+    )
+    WORKER_EXCLUDED = "a worker answers that has failed at it, or of which the client has rejected a result"
     REFUSED = "a worker reports `WorkerRefused`"
-    FAILED = "a worker reports any other failure"
+    FAILED = "a worker reports any other failure, or a result that is not the request's"
     RUN_LIMIT = (
         f"a worker holds its lease, and has not finished after {_DEFAULT.run_s:.0f} s "
         f"({_DEFAULT.prepare_s:.0f} s to prepare)"
@@ -143,7 +145,7 @@ class RequestState:
         missed_looks: how many looks in a row found its worker gone.
         unserved_at: since when no registered worker has served its group, None while one does.
         refused_on: queues of workers that do not serve it.
-        rejections: why the result of a worker was rejected, by the worker's name.
+        rejections: why a worker is not asked again, by its name: its result was rejected, or it failed.
         due: why it must be sent again, or fail.
         error: what `due` was reported with, if it was.
         completion: of what was sent last.
@@ -203,7 +205,7 @@ def observe(state: RequestState, event: Event, now: float) -> RequestState:
 
 
 def excluding(state: RequestState, worker: str, error: HetrainError) -> RequestState:
-    """The state once a result of `worker` was rejected: what that worker reports does not end the request."""
+    """The state once `worker` failed or gave a wrong result: what it reports does not end the request."""
     return replace(state, rejections={**state.rejections, worker: error})
 
 
@@ -267,7 +269,7 @@ def _failed(state: RequestState, error: HetrainError) -> RequestState:
         return _due(state, Reason.INPUT_LOST, error)
     if isinstance(error, WorkerRefused):
         return _due(replace(state, refused_on=state.refused_on | {state.queue}), Reason.REFUSED, error)
-    return _due(state, Reason.FAILED, error)
+    return _due(excluding(state, state.worker, error), Reason.FAILED, error)
 
 
 def _alive(state: RequestState, now: float) -> RequestState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hetrain.public.errors import HetrainError, UsageError
@@ -84,6 +84,15 @@ class ByteBudget:
             self._held.remove(nbytes)
             self._changed.notify_all()
 
+    @contextmanager
+    def reserved(self, nbytes: int) -> Iterator[None]:
+        """Holds `nbytes` for a block. Raises as `acquire`."""
+        self.acquire(nbytes)
+        try:
+            yield
+        finally:
+            self.release(nbytes)
+
     def close(self, reason: HetrainError) -> None:
         """Has `acquire` raise `reason`, in the threads that wait now and in all that come."""
         with self._changed:
@@ -92,37 +101,3 @@ class ByteBudget:
 
     def _has_room(self, nbytes: int) -> bool:
         return not self._held or sum(self._held) + nbytes <= self._limit
-
-
-class FlowControl:
-    """Holds a budget's bytes for products on their way: those of the operand and of the result.
-
-    A result is expected to be as large as the last one to the like of its request, a first one as large as
-    its engine says.
-    """
-
-    def __init__(self, budget: ByteBudget) -> None:
-        self.budget = budget
-        self._seen: dict[tuple[object, ...], int] = {}
-
-    @contextmanager
-    def reserved(
-        self, kind: tuple[object, ...], operand_bytes: int, result_bytes: int
-    ) -> Iterator[Callable[[int], None]]:
-        """Waits for room for a product, and holds it for a block. Raises as `ByteBudget.acquire`.
-
-        Args:
-            kind: what the result's size depends on besides.
-            operand_bytes: bytes of the operand.
-            result_bytes: bytes of the result, as its engine says.
-
-        Yields:
-            A function that takes the result's size, for the next product like this one.
-        """
-        key = (*kind, operand_bytes, result_bytes)
-        nbytes = operand_bytes + self._seen.get(key, result_bytes)
-        self.budget.acquire(nbytes)
-        try:
-            yield lambda size: self._seen.update({key: size})
-        finally:
-            self.budget.release(nbytes)
