@@ -8,6 +8,7 @@ from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus.txt"
 HANDBOOK = Path(__file__).parents[1] / "examples" / "handbook.jsonl"
+HANDBOOK_EVAL = HANDBOOK.with_name("handbook_eval.jsonl")
 
 
 def write_text_rows(path: Path, rows: int, tokens: int) -> None:

@@ -128,7 +128,7 @@ def _replica(directory: Path, compute: Compute) -> tuple[Replica, Snapshot]:
     job = LocalJob(ENGINE, split.plan, directory, Verification(kept, weights), compute)
     model = add_adapter(split, LoraConfig(), _SEED)
     values = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
-    return Replica(split, model, job.channel, job.sealer), Snapshot(0, values)
+    return Replica(split, model, job.channel, job.sealer), Snapshot(values)
 
 
 def _step(replica: Replica, snapshot: Snapshot, batch: MicroBatch) -> Figures:

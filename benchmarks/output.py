@@ -33,6 +33,14 @@ def write(figures: Mapping[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_runs(path: Path | None) -> dict[str, Any]:
+    """The ``runs`` of a file that `write` has written; none if it is not there."""
+    if path is None or not path.exists():
+        return {}
+    runs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
 def _options(arguments: Sequence[str]) -> list[str]:
     """All but ``--json FILE``, which does not affect the figures."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

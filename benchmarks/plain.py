@@ -8,6 +8,7 @@ from typing import cast
 
 import peft
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -16,12 +17,17 @@ from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch
 from hetrain.nn.lora import adapter_parameters
 
+_LEAN_BATCHES = 4
+
 
 def plain_model(
-    directory: Path, lora: LoraConfig, values: Mapping[str, torch.Tensor] | None = None
-) -> nn.Module:
+    directory: Path,
+    lora: LoraConfig,
+    values: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PeftModel:
     """Stock peft on the stock model; `values` sets the adapter's parameters by name."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -34,7 +40,7 @@ def plain_model(
         with torch.no_grad():
             for name, parameter in adapter_parameters(adapted).items():
                 parameter.copy_(values[name])
-    return cast(nn.Module, adapted)
+    return cast(PeftModel, adapted)
 
 
 def plain_step(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -44,12 +50,36 @@ def plain_step(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, to
     logits = model(input_ids=tokens, attention_mask=mask).logits
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     loss.backward()
+    return float(loss.detach()) / batch.n_targets, _take_gradients(model)
+
+
+def lean_step(model: PeftModel, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
+    """As `plain_step` with less work: rows in batches of similar length, and logits of targets alone."""
+    causal = model.get_base_model()
+    pieces = [each.split(list(batch.lengths)) for each in (batch.tokens, batch.targets)]
+    rows = sorted(zip(*pieces, strict=True), key=lambda row: len(row[0]))
+    size, total = -(-len(rows) // _LEAN_BATCHES), 0.0
+    for first in range(0, len(rows), size):
+        tokens, targets = zip(*rows[first : first + size], strict=True)
+        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+        states = causal.base_model(input_ids=padded, attention_mask=mask).last_hidden_state
+        counts = wanted != -100
+        logits = causal.get_output_embeddings()(states[counts])
+        loss = cross_entropy(logits, wanted[counts], reduction="sum")
+        loss.backward()
+        total += float(loss.detach())
+    return total / batch.n_targets, _take_gradients(model)
+
+
+def _take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     gradients = {}
     for name, parameter in adapter_parameters(model).items():
         assert parameter.grad is not None
         gradients[name] = parameter.grad
         parameter.grad = None
-    return float(loss.detach()) / batch.n_targets, gradients
+    return gradients
 
 
 def _padded(values: torch.Tensor, lengths: tuple[int, ...], filler: int) -> torch.Tensor:

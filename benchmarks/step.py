@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.step --json FILE``
 
-Plain: stock peft in fp32, the median of repeated steps over the same tokens. Encrypted: ``hetrain submit``
-with default settings, embedded broker and worker included; seconds per update in the steady state, that is
-between updates at which the pipeline is full; ``hetrain prepare`` makes the model's hints before. Bytes are
+Plain: stock peft in fp32, the median of repeated steps over a micro-batch. Encrypted: ``hetrain submit`` with
+default settings, embedded broker and worker included, each update of `--in-flight` micro-batches; seconds per
+micro-batch without the first update; ``hetrain prepare`` makes the model's hints before. Bytes are
 those of ciphertexts and results, both passes. Memory is the largest resident set of a whole run.
 
 ``--shape llama-3.2-1b`` takes a model of exactly that shape with random weights, made in the cache directory
@@ -89,37 +89,42 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "plain_s": plain_s,
         "plain_steps_s": seconds,
         "plain_peak_rss_bytes": max(run["peak_rss_bytes"] for run in plain_steps),
-        "ratio_to_plain_peft": encrypted["seconds_per_update"] / plain_s,
+        "ratio_to_plain_peft": encrypted["seconds_per_micro_batch"] / plain_s,
     }
 
 
 def measure_encrypted(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per update of ``hetrain submit`` over a window of updates with the pipeline full."""
+    """Seconds per micro-batch of ``hetrain submit``, over all updates but the first."""
     tokens, updates, in_flight = arguments.tokens, arguments.updates, arguments.in_flight
     with tempfile.TemporaryDirectory() as scratch:
         data, output = Path(scratch) / "rows.jsonl", Path(scratch) / "out"
         write_text_rows(data, rows=32, tokens=ROW_TOKENS)
-        # in_flight updates to fill the pipeline before the window; after it, those under way beside its last.
-        steps = updates + 2 * in_flight - 1
         command = [sys.executable, "-m", "cli", "submit", str(data), "--output-dir", str(output)]
-        command += ["--model-name-or-path", model, "--engine", arguments.engine, "--max-steps", str(steps)]
+        command += [
+            "--model-name-or-path",
+            model,
+            "--engine",
+            arguments.engine,
+            "--max-steps",
+            str(updates + 1),
+        ]
         command += ["--max-length", str(ROW_TOKENS), "--micro-batch-tokens", str(tokens), "--quiet"]
-        command += ["--in-flight", str(in_flight)]
+        command += ["--in-flight", str(in_flight), "--batch-tokens", str(in_flight * tokens)]
         peaks = run_watched(command)
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    window = records[in_flight : in_flight + updates]
+    window = records[in_flight:]
     if any(record["tokens"] != tokens for record in records):
         raise SystemExit("a micro-batch was not full: the figures would not compare")
-    seconds = (window[-1]["elapsed_s"] - records[in_flight - 1]["elapsed_s"]) / updates
+    seconds = (window[-1]["elapsed_s"] - records[in_flight - 1]["elapsed_s"]) / len(window)
     parts = ("seconds", "encrypt_s", "wait_s", "verify_s", "decrypt_s", "server_s", "bytes_up", "bytes_down")
     means = {part: statistics.mean(record[part] for record in window) for part in parts}
     # A run takes long: what is known already goes to standard error.
-    print(f"{seconds:.1f} s per update", file=sys.stderr, flush=True)
+    print(f"{seconds:.1f} s per micro-batch", file=sys.stderr, flush=True)
     return {
         "updates": updates,
         "in_flight": in_flight,
-        "seconds_per_update": seconds,
+        "seconds_per_micro_batch": seconds,
         "seconds_per_token": seconds / tokens,
         "mb_per_token": (means["bytes_up"] + means["bytes_down"]) / tokens / 1e6,
         "peak_rss_bytes": peaks,

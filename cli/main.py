@@ -58,12 +58,20 @@ def add_commands() -> None:
     app.command("worker")(worker)
 
 
+class _OptionNames(logging.Formatter):
+    """Names settings as their options."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_options(super().format(record))
+
+
 def main() -> None:
     """Entry point of the console script."""
     add_commands()
     stderr = Console(stderr=True)
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_OptionNames("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in (
         "httpx",
         "urllib3",

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,20 +14,42 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cli.options import AsJson, option
+from cli.options import AsJson, as_options, option
 from hetrain import api
-from hetrain.config import OutsourcingConfig
+from hetrain.config import OutsourcingConfig, TrainingConfig
 
 _ALL = list(OutsourcingConfig.outsource)
+_TRAINING = TrainingConfig()
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
     outsource: Annotated[list[str], option(OutsourcingConfig, "outsource")] = _ALL,
+    dataset: Annotated[
+        Path | None, typer.Option(help="JSONL rows, for the number of updates and their bytes.")
+    ] = None,
+    max_length: Annotated[int | None, option(TrainingConfig, "max_length")] = None,
+    batch_tokens: Annotated[int, option(TrainingConfig, "batch_tokens")] = _TRAINING.batch_tokens,
+    micro_batch_tokens: Annotated[
+        int, option(TrainingConfig, "micro_batch_tokens")
+    ] = _TRAINING.micro_batch_tokens,
+    in_flight: Annotated[int, option(TrainingConfig, "in_flight")] = _TRAINING.in_flight,
+    max_staleness: Annotated[int, option(TrainingConfig, "max_staleness")] = _TRAINING.max_staleness,
+    max_steps: Annotated[int, option(TrainingConfig, "max_steps")] = _TRAINING.max_steps,
+    num_train_epochs: Annotated[int, option(TrainingConfig, "num_train_epochs")] = _TRAINING.num_train_epochs,
     as_json: AsJson = False,
 ) -> None:
-    """Show which matrices would leave for the workers, and what each token would cost on the wire."""
-    found = api.plan(model, outsource=outsource)
+    """Show which matrices would leave, what each token would cost on the wire, and what an update is."""
+    training = TrainingConfig(
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+        in_flight=in_flight,
+        max_staleness=max_staleness,
+        max_steps=max_steps,
+        num_train_epochs=num_train_epochs,
+    )
+    found = api.plan(model, outsource=outsource, training=training, dataset=dataset)
     if as_json:
         report = {
             "model": model,
@@ -37,6 +60,14 @@ def plan(
             "client_parameters": found.client_parameters,
             "hint_bytes": found.hint_bytes,
             "client_linears": found.kept,
+            "update": {
+                "batch_tokens": training.batch_tokens,
+                "micro_batches": training.batches_per_update,
+                "tokens_per_micro_batch": training.tokens_per_micro_batch,
+                "at_once": training.replicas,
+                "max_staleness": training.max_staleness,
+            },
+            "course": None if found.course is None else asdict(found.course),
             "groups": [asdict(group) | {"group": group.group.model_dump()} for group in found.groups],
         }
         typer.echo(json.dumps(report))
@@ -71,6 +102,9 @@ def _print(found: api.PlanReport) -> None:
         f"take {found.hint_bytes / 1e9:.2f} GB of disk, which each micro-batch of a training job reads once.",
         highlight=False,
     )
+    console.print(_update(found.training), highlight=False)
+    if found.course is not None:
+        console.print(_course(found, found.course), highlight=False)
     if found.kept:
         alike = Counter(_starred(name) for name in found.kept)
         console.print(
@@ -78,6 +112,30 @@ def _print(found: api.PlanReport) -> None:
             f"decoder blocks: {', '.join(f'{name} × {count}' for name, count in alike.items())}.",
             highlight=False,
         )
+
+
+def _update(training: TrainingConfig) -> str:
+    """What an update consists of, and when the next one starts."""
+    width, tokens = training.batches_per_update, training.tokens_per_micro_batch
+    parts = "one micro-batch" if width == 1 else f"{width} micro-batches of at most {tokens}"
+    start = "when it is made (lock step)"
+    if training.max_staleness:
+        start = f"before it is made: up to {training.max_staleness} more overlap with it after warm-up"
+    return (
+        f"An update takes up to {training.batch_tokens} tokens in {parts}, {training.replicas} under way at "
+        f"once; the next one starts {start}."
+    )
+
+
+def _course(found: api.PlanReport, course: api.Course) -> str:
+    """What a training on the data set is, and a warning if it will learn worse than it could."""
+    text = (
+        f"The data set has {course.rows} rows of {course.epoch_tokens} tokens in all. A training makes "
+        f"{course.updates} updates over about {course.tokens} tokens, "
+        f"{course.tokens * found.bytes_per_token / 1e9:.1f} GB on the wire."
+    )
+    warning = found.training.warning(course.updates)
+    return text if warning is None else f"{text} Warning: {as_options(warning)}."
 
 
 def _alike(found: api.PlanReport) -> dict[str, list[api.GroupReport]]:

@@ -114,7 +114,8 @@ class TrainingDisplay:
         own = metrics.seconds - metrics.encrypt_s - metrics.wait_s - metrics.decrypt_s
         rate = self._tokens / (metrics.elapsed_s - self._begin)
         figures = (
-            f"loss {metrics.loss:.3f} (mean {self._loss:.3f}) · {rate:.0f} tok/s · "
+            f"loss {metrics.loss:.3f} (mean {self._loss:.3f}) · {metrics.update_tokens} tok/update, "
+            f"staleness {metrics.staleness} · {rate:.0f} tok/s · "
             f"{self._up / _MB:.0f} MB up {self._down / _MB:.0f} down · "
             f"encrypt {metrics.encrypt_s:.1f}s wait {metrics.wait_s:.1f}s (worker {metrics.server_s:.1f}s, "
             f"verify {metrics.verify_s:.1f}s) decrypt {metrics.decrypt_s:.1f}s own {own:.1f}s"
@@ -138,7 +139,7 @@ class TrainingDisplay:
             return
         self._doing = "stopping"
         self._progress.update(self._task, description=self._doing)
-        self._console.print("finishing what is in flight; Ctrl-C again leaves now", highlight=False)
+        self._console.print("finishing the updates that have begun; Ctrl-C again leaves now", highlight=False)
 
     def summary(self, result: JobResult) -> None:
         """Says how the run ended."""

@@ -14,8 +14,8 @@ from hetrain.config import JobSpec
 def submit(spec: JobSpec, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Fine-tune a model with LoRA on workers that see only ciphertexts.
 
-    Ctrl-C (or SIGTERM) once finishes the micro-batches in flight and writes adapter and checkpoint; twice
-    leaves after the update at hand.
+    Ctrl-C (or SIGTERM) once finishes the updates that have begun and writes adapter and checkpoint; twice
+    leaves at once.
     """
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)

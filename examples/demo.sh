@@ -14,7 +14,7 @@ python ask.py
 
 echo "== Training on handbook.jsonl, encrypted in both directions"
 hetrain submit handbook.jsonl --output-dir "$OUT" --overwrite-output-dir \
-    --micro-batch-tokens 1024 --num-train-epochs 4 --learning-rate 2e-3 --lr-scheduler-type cosine --warmup-steps 2
+    --batch-tokens 1024 --num-train-epochs 4 --learning-rate 2e-3 --lr-scheduler-type cosine --warmup-steps 2
 
 echo "== After training: evaluation loss, encrypted"
 hetrain eval handbook_eval.jsonl --adapter "$OUT"

@@ -14,6 +14,7 @@ from hetrain import config
 from hetrain.config import BatchingConfig, LoraConfig, OutsourcingConfig, TrainingConfig
 
 if TYPE_CHECKING:
+    from hetrain.data.updates import Course as Course
     from hetrain.inspection.doctor import DoctorReport as DoctorReport
     from hetrain.inspection.plan_report import GroupReport as GroupReport
     from hetrain.inspection.plan_report import PlanReport as PlanReport
@@ -41,8 +42,8 @@ def finetune(
 ) -> JobResult:
     """Fine-tunes a model with LoRA on workers that see only ciphertexts.
 
-    SIGINT or SIGTERM once finishes the micro-batches in flight and writes adapter and checkpoint; twice
-    leaves after the update at hand. Both end in `Interrupted`.
+    SIGINT or SIGTERM once finishes the updates that have begun and writes adapter and checkpoint; twice
+    leaves at once. Both end in `Interrupted`.
 
     Args:
         dataset: JSONL rows: text, prompt+completion, or messages.
@@ -51,7 +52,7 @@ def finetune(
         workers: URL of the workers' broker; None starts a broker and a worker on this machine for this job.
         device: torch device of the client's own layers.
         lora: the adapter.
-        training: optimizer, batches, asynchrony and checkpoints.
+        training: optimizer, batches, staleness and checkpoints.
         outsourcing: what leaves for the workers, and how it is encrypted.
         overwrite_output_dir: replace the adapter and checkpoints of another run.
         resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
@@ -148,21 +149,30 @@ def prepare(
 
 
 def plan(
-    model: str = config.JobSpec.model, *, outsource: Sequence[str] = OutsourcingConfig.outsource
+    model: str = config.JobSpec.model,
+    *,
+    outsource: Sequence[str] = OutsourcingConfig.outsource,
+    training: TrainingConfig = config.JobSpec.training,
+    dataset: str | PathLike[str] | None = None,
 ) -> PlanReport:
-    """The matrices that would leave for the workers, and the bytes of each token on the wire. Starts nothing.
+    """The matrices that would leave for the workers, bytes on the wire, and the updates of a training.
+
+    Starts nothing.
 
     Args:
         model: as of `finetune`.
         outsource: see `OutsourcingConfig`.
+        training: as of `finetune`.
+        dataset: as of `finetune`; None leaves the number of updates open.
 
     Raises:
         UsageError: a pattern has no match.
         ModelError: the model cannot be found, read or split.
+        DatasetError: the data set cannot be read.
     """
     from hetrain.inspection.plan_report import plan_report
 
-    return plan_report(model, outsource)
+    return plan_report(model, outsource, training, None if dataset is None else Path(dataset))
 
 
 def doctor(workers: str | None = None) -> DoctorReport:

@@ -6,6 +6,7 @@ another setting in backticks, which the command line replaces by its option.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,11 @@ DEFAULT_MODEL = "smollm2-135m"
 # Those of transformers' schedules that need nothing but warm-up and the number of updates.
 _SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 _SCHEDULES += ["inverse_sqrt"]
+_CORRECTIONS = ["prediction", "none"]
+_MAX_LENGTH = 1024
+_MOST_LAYERS = 10_000
+FEW_UPDATES = 50
+"""With fewer of them staleness is known to cost much (docs/asynchronous.md)."""
 
 
 def _setting(value: T, text: str, /, **more: Any) -> T:
@@ -46,6 +52,10 @@ def _require_least(config: Any) -> None:
         _require(least is None or value is None or value >= least, each.name, f"{value} is less than {least}")
 
 
+def _require_known(name: str, value: str, known: Iterable[str]) -> None:
+    _require(value in known, name, f"{value!r} is not known", f"one of: {', '.join(known)}")
+
+
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
@@ -68,12 +78,43 @@ class LoraConfig:
         metavar="NAMES",
     )
 
+    layers: str | None = _setting(
+        None,
+        "Decoder layers that get adapters, counted from 0, as in 8-15 or 0,4,8-11. Below the lowest, nothing "
+        "is computed backward, and forward once for each row.",
+        default="all",
+        metavar="NUMBERS",
+    )
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...] | None:
+        """The numbers in `layers`, in ascending order; None for all.
+
+        Raises:
+            UsageError: it is no list of numbers and ranges.
+        """
+        if self.layers is None:
+            return None
+        ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in self.layers.split(",")]
+        numbers: set[int] = set()
+        for match in ranges:
+            _require(
+                match is not None, "layers", f"{self.layers!r} are no numbers", "write 8-15, or 0,4,8-11"
+            )
+            assert match is not None
+            first, last = int(match[1]), int(match[2] or match[1])
+            _require(first <= last, "layers", f"{match[0]} ends before it begins")
+            _require(last < _MOST_LAYERS, "layers", f"{last} is no layer of a model")
+            numbers.update(range(first, last + 1))
+        return tuple(sorted(numbers))
+
     def __post_init__(self) -> None:
         given = ",".join(_names(self.target_modules)).split(",")
         object.__setattr__(self, "target_modules", tuple(name.strip() for name in given if name.strip()))
         _require_least(self)
         _require(0 <= self.dropout < 1, "dropout", f"{self.dropout} does not lie in [0, 1)")
         _require(bool(self.target_modules), "target_modules", "no module is named", f"use {ALL_LINEAR}")
+        _ = self.layer_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +154,19 @@ class BatchingConfig:
         UsageError: a value makes no sense; `field` names it.
     """
 
-    max_length: int = _setting(1024, "Longest row in tokens; longer ones are cut.")
-    micro_batch_tokens: int = _setting(
-        2048, "Tokens per micro-batch, packed from whole rows without padding; 2048 fill the largest ring."
+    max_length: int | None = _setting(
+        None,
+        "Longest row in tokens; longer ones are cut.",
+        default="1024, or a whole micro-batch where that is shorter",
+        least=2,
     )
-    in_flight: int = _setting(2, "Micro-batches under way at once.", least=1)
+    micro_batch_tokens: int = _setting(
+        2048,
+        "The most tokens of a micro-batch, packed from whole rows without padding; 2048 fill the "
+        "largest ring.",
+        least=2,
+    )
+    in_flight: int = _setting(2, "The most micro-batches under way at once.", least=1)
     max_bytes_in_flight: int | None = _setting(
         None,
         "The most that operands and expected results may take in the broker at once, e.g. 500MB or 2GiB. A "
@@ -128,35 +177,43 @@ class BatchingConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(
-            2 <= self.max_length <= self.micro_batch_tokens,
-            "max_length",
-            f"rows of up to {self.max_length} tokens do not fit micro-batches of {self.micro_batch_tokens}",
-            "it must lie between 2 and `micro_batch_tokens`",
-        )
         _require_least(self)
+        longest, room = self.longest_row, self.tokens_per_micro_batch
+        _require(
+            longest <= room,
+            "max_length",
+            f"rows of up to {longest} tokens do not fit micro-batches of {room}",
+            "lower it, or raise `micro_batch_tokens` and, in training, `batch_tokens`",
+        )
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """The most tokens that one is packed with."""
+        return self.micro_batch_tokens
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens to which longer rows are cut."""
+        return self.max_length or min(_MAX_LENGTH, self.tokens_per_micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(BatchingConfig):
     """How to train: names and meanings of transformers' `TrainingArguments` where these have them.
 
-    AdamW with a schedule of transformers. Steps, epochs, warm-up and the schedule count optimizer updates.
-
-    Asynchronous (default): a micro-batch's gradients are applied as soon as they are complete, so that others
-    may have moved the adapter since its snapshot, at most `staleness_bound` of them (`train/staleness.py`).
-    With the default bound a slow micro-batch may take about four times as long as the others before a replica
-    idles. `sync`: `in_flight` micro-batches share a snapshot and form one update, whatever their order.
+    AdamW with a schedule of transformers. Steps, epochs, warm-up and the schedule count optimizer updates. An
+    update adds up the gradients of its micro-batches, which are under way together and may end in any order.
 
     Raises:
         UsageError: a value makes no sense; `field` names it.
     """
 
-    max_steps: int = _setting(
-        -1,
-        "Optimizer updates; overrides the epochs when positive. One micro-batch makes an update, with `sync` "
-        "`in_flight` of them do.",
+    batch_tokens: int = _setting(
+        4096,
+        "The most tokens of one update, divided into equal micro-batches of at most `micro_batch_tokens`.",
+        least=2,
     )
+    max_steps: int = _setting(-1, "Optimizer updates; overrides the epochs when positive.")
     num_train_epochs: int = _setting(3, "Passes over the data set.")
     learning_rate: float = _setting(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _setting("linear", f"Schedule over the updates: {', '.join(_SCHEDULES)}.")
@@ -170,16 +227,17 @@ class TrainingConfig(BatchingConfig):
         least=1,
     )
     seed: int = _setting(42, "Of adapter, shuffling and dropout; never of keys or noise.")
-    sync: bool = _setting(
-        False, "Lock step: the micro-batches in flight share one snapshot of the adapter and make one update."
-    )
-    max_staleness: int | None = _setting(
-        None,
-        "The most updates between a micro-batch's snapshot of the adapter and its own update; results that "
-        "would break it for a slower one wait. Less than `in_flight` − 1 leaves only N + 1 micro-batches in "
-        "flight; 0: one at a time.",
-        default="2·(in_flight − 1)",
+    max_staleness: int = _setting(
+        0,
+        "The most updates between the adapter that a micro-batch starts from and its own update. 0 is lock "
+        "step: an update starts when the one before it is made. N lets N more overlap with it after "
+        "`warmup_steps`, which keeps distant workers busy and may learn worse.",
         least=0,
+    )
+    staleness_correction: str = _setting(
+        "prediction",
+        "What makes up for staleness. prediction: a micro-batch starts from the adapter as AdamW's moments "
+        "expect it to be by its own update (XPipe, arXiv 1911.04610); none: from the adapter as it is.",
     )
     save_steps: int = _setting(
         50, "Updates between checkpoints; 0 writes one only when the run is stopped or fails.", least=0
@@ -195,20 +253,36 @@ class TrainingConfig(BatchingConfig):
             "set it or `max_steps` to 1 or more",
         )
         _require(self.learning_rate > 0, "learning_rate", f"{self.learning_rate} is not positive")
-        known, name = self.lr_scheduler_type in _SCHEDULES, self.lr_scheduler_type
-        _require(known, "lr_scheduler_type", f"unknown schedule {name!r}", f"one of: {', '.join(_SCHEDULES)}")
+        _require_known("lr_scheduler_type", self.lr_scheduler_type, _SCHEDULES)
+        _require_known("staleness_correction", self.staleness_correction, _CORRECTIONS)
 
     @property
     def batches_per_update(self) -> int:
         """Micro-batches whose gradients one update adds up."""
-        return self.in_flight if self.sync else 1
+        return -(-self.batch_tokens // self.micro_batch_tokens)
 
     @property
-    def staleness_bound(self) -> int:
-        """The most updates between a micro-batch's snapshot and its own update."""
-        if self.sync:
-            return 0
-        return 2 * (self.in_flight - 1) if self.max_staleness is None else self.max_staleness
+    def tokens_per_micro_batch(self) -> int:
+        """The most tokens that one is packed with."""
+        return -(-self.batch_tokens // self.batches_per_update)
+
+    @property
+    def replicas(self) -> int:
+        """Micro-batches that can be under way at once: no more than overlapping updates have."""
+        return min(self.in_flight, self.batches_per_update * (1 + self.max_staleness))
+
+    def warning(self, updates: int) -> str | None:
+        """Why a training of so many updates learns worse than it could; None if it does not."""
+        if self.max_staleness == 0 or updates >= FEW_UPDATES:
+            return None
+        return (
+            f"{updates} updates with a staleness of up to {self.max_staleness} learn much less than in lock "
+            f"step; with `max_staleness` 0, or {FEW_UPDATES} updates and more, little or nothing is lost"
+        )
+
+    def staleness_bound(self, update: int) -> int:
+        """The most staleness of an update, counted from 0: none during warm-up."""
+        return self.max_staleness if update >= self.warmup_steps else 0
 
 
 @dataclass(frozen=True, kw_only=True)

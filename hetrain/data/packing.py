@@ -33,6 +33,7 @@ class MicroBatch:
         targets: int64 [T], the token that each position must predict, which is the next one of its row, or
             `IGNORE_INDEX` where that one is not supervised or the row ends.
         lengths: tokens of each row, in order; their sum is T.
+        rows: the rows' places in the data set, in the same order.
     """
 
     index: int
@@ -40,6 +41,7 @@ class MicroBatch:
     positions: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
+    rows: tuple[int, ...]
 
     @property
     def n_tokens(self) -> int:
@@ -95,7 +97,7 @@ def pack(rows: Sequence[Row], max_tokens: int, order: Iterable[int]) -> list[tup
 def micro_batches(rows: Sequence[Row], packed: Iterable[Sequence[int]]) -> Iterator[MicroBatch]:
     """Builds the micro-batches that `pack` laid out, numbered from 0."""
     for index, members in enumerate(packed):
-        yield _micro_batch(index, [rows[member] for member in members])
+        yield _micro_batch(index, tuple(members), [rows[member] for member in members])
 
 
 def epochs(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: int | None) -> Iterator[MicroBatch]:
@@ -135,7 +137,7 @@ def _require_fit(rows: Sequence[Row], max_tokens: int) -> None:
             )
 
 
-def _micro_batch(index: int, rows: Sequence[Row]) -> MicroBatch:
+def _micro_batch(index: int, places: tuple[int, ...], rows: Sequence[Row]) -> MicroBatch:
     lengths = tuple(len(row.tokens) for row in rows)
     targets = [target for row in rows for target in _targets(row)]
     return MicroBatch(
@@ -144,6 +146,7 @@ def _micro_batch(index: int, rows: Sequence[Row]) -> MicroBatch:
         positions=torch.cat([torch.arange(length) for length in lengths]),
         targets=torch.tensor(targets, dtype=torch.long),
         lengths=lengths,
+        rows=places,
     )
 
 

@@ -21,6 +21,7 @@ from hetrain.data.schema import (
     read_raw_rows,
 )
 from hetrain.public.errors import DatasetError, ModelError, UsageError
+from hetrain.public.model.files import ModelFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,17 @@ class Row:
     tokens: tuple[int, ...]
     supervised: tuple[bool, ...]
     line: int
+
+
+def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises `ModelError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer cannot be loaded: {error}", where=str(files.directory)) from error
+    return tokenizer
 
 
 def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
+from hetrain.config import TrainingConfig
+from hetrain.data.tokenization import load_tokenizer, read_rows
+from hetrain.data.updates import Course
 from hetrain.nn.split import split_model
 from hetrain.public.lattice.bounds import LARGEST_ENTRY, operand_bound
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
@@ -41,6 +45,8 @@ class PlanReport:
         outsourced_parameters: parameters that workers hold.
         client_parameters: parameters that the client holds.
         hint_bytes: disk that hints take; a training micro-batch reads all of them once.
+        training: the settings that it is for.
+        course: what they make of a data set; None without one.
     """
 
     bytes_up: ClassVar[float] = _FORMAT.operand_bytes(1) / SLOTS
@@ -53,6 +59,13 @@ class PlanReport:
     outsourced_parameters: int
     client_parameters: int
     hint_bytes: int
+    training: TrainingConfig = field(repr=False)
+    course: Course | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes on the wire for a token of training, both passes and both ways."""
+        return sum(group.forward_bytes + group.backward_bytes for group in self.groups)
 
     @property
     def share(self) -> float:
@@ -60,9 +73,22 @@ class PlanReport:
         return self.outsourced_parameters / (self.outsourced_parameters + self.client_parameters)
 
 
-def plan_report(model: str, outsource: Sequence[str]) -> PlanReport:
-    """Splits `model` and reports. Raises `UsageError` for a pattern without a match, and `ModelError`."""
-    split = split_model(resolve(model), outsource)
+def plan_report(
+    model: str, outsource: Sequence[str], training: TrainingConfig, dataset: Path | None
+) -> PlanReport:
+    """Splits `model` and reports.
+
+    Raises:
+        UsageError: a pattern has no match.
+        ModelError: the model cannot be found, read or split.
+        DatasetError: the data set cannot be read.
+    """
+    files = resolve(model)
+    course = None
+    if dataset is not None:
+        rows = read_rows(dataset, load_tokenizer(files), training.longest_row)
+        course = Course.of(rows, training)
+    split = split_model(files, outsource)
     leaving = {member.module for group in split.plan.groups for member in group.members}
     return PlanReport(
         plan=split.plan,
@@ -71,6 +97,8 @@ def plan_report(model: str, outsource: Sequence[str]) -> PlanReport:
         outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
         client_parameters=split.client_parameters,
         hint_bytes=hint_bytes_of(split.plan),
+        training=training,
+        course=course,
     )
 
 

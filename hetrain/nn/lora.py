@@ -39,15 +39,18 @@ def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
     """A fresh adapter on the split model: A random from `seed`, B zero.
 
     Raises:
-        UsageError: no module matches the targets, or one is no linear of a decoder block.
+        UsageError: no module matches the targets, one is no linear of a decoder block, or the model has
+            no such layer.
     """
-    targets = ALL_LINEAR if lora.target_modules == (ALL_LINEAR,) else list(lora.target_modules)
+    _require_layers(split, lora)
+    is_all, numbers = lora.target_modules == (ALL_LINEAR,), lora.layer_numbers
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=_outer_linears(split) if targets == ALL_LINEAR else None,
+        target_modules=_targets(split, lora),
+        layers_to_transform=None if numbers is None else list(numbers),
+        exclude_modules=_outer_linears(split) if is_all else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -101,11 +104,28 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _targets(split: SplitModel, lora: LoraConfig) -> str | list[str]:
+    if lora.target_modules != (ALL_LINEAR,):
+        return list(lora.target_modules)
+    if lora.layer_numbers is None:
+        return ALL_LINEAR
+    # Of certain layers peft takes no "all-linear".
+    return sorted({name.rpartition(".")[2] for name in split.block_linears})
+
+
 def _outer_linears(split: SplitModel) -> list[str] | None:
     """Linears outside the blocks, which get no adapter."""
     modules = split.causal.named_modules()
     linears = {name for name, module in modules if isinstance(module, Linear)}
     return sorted(linears.difference(split.block_linears)) or None
+
+
+def _require_layers(split: SplitModel, lora: LoraConfig) -> None:
+    count = split.causal.config.get_text_config().num_hidden_layers
+    if lora.layer_numbers is not None and lora.layer_numbers[-1] >= count:
+        raise UsageError(
+            f"the model has no layer {lora.layer_numbers[-1]}", field="layers", hint=f"it has 0-{count - 1}"
+        )
 
 
 def _require_block_linears(model: PeftModel, split: SplitModel) -> None:

@@ -12,6 +12,7 @@ from hetrain.nn.attention import RowLayout
 from hetrain.nn.lora import SeededDropout, adapter_parameters
 from hetrain.nn.loss import OutputHead, summed_loss
 from hetrain.nn.memory.saved_tensors import HalfSaver
+from hetrain.nn.prefix import FrozenPrefix, PrefixStore
 from hetrain.nn.remote import ProductStats, RemoteGroup, RemoteLinear, RemoteMatmul
 from hetrain.nn.split import SplitModel
 from hetrain.nn.trial_run import hidden_states
@@ -22,7 +23,14 @@ from hetrain.transport.channel import Channel
 class Replica:
     """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time."""
 
-    def __init__(self, split: SplitModel, model: PeftModel, channel: Channel, sealer: Sealer) -> None:
+    def __init__(
+        self,
+        split: SplitModel,
+        model: PeftModel,
+        channel: Channel,
+        sealer: Sealer,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         self.stats = ProductStats()
         self.model = _share_frozen_copy(model)
         self.parameters = adapter_parameters(self.model)
@@ -31,6 +39,7 @@ class Replica:
         self._head = OutputHead.of(self._causal)
         self._saver = HalfSaver(self.model.parameters())
         self._dropouts = [m for m in self.model.modules() if isinstance(m, SeededDropout)]
+        self._prefix = None if prefixes is None else FrozenPrefix(self._causal, prefixes)
         self._sealer = sealer
         self._matmul = RemoteMatmul(channel, sealer, self.stats)
         self._bind(split, self._matmul)
@@ -48,14 +57,22 @@ class Replica:
             dropout.generator = generator
 
     def summed_loss(
-        self, tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, lengths: Sequence[int]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        lengths: Sequence[int],
+        rows: Sequence[int] = (),
     ) -> torch.Tensor:
         """Σ −log p(target) over the supervised tokens of packed rows.
 
         Args:
             tokens: int64 [T]; `positions` [T] restart at each row; `targets` [T], -100 where unsupervised.
             lengths: the rows' lengths, summing to T.
+            rows: numbers of the rows, by which their frozen prefix is kept; none: it is not.
         """
+        if self._prefix is not None:
+            self._prefix.start(rows, lengths)
         self._matmul.sealer = self._sealer.for_micro_batch()
         layout = RowLayout.of(lengths, self._device)
         with self._saver.saving():

@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from hetrain.config import LATEST
 from hetrain.data.tokenization import Row
 from hetrain.public.errors import UsageError
-from hetrain.train.data_position import Position
 from hetrain.train.updater import Tensors, Updater
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -43,7 +42,6 @@ Identity = Mapping[str, Any]
 """What two runs must have in common for one to go on where the other stopped: keys and JSON values."""
 
 _IN_WORDS = {
-    "batches_per_update": "the number of micro-batches per update",
     "dataset_sha256": "the data set (the SHA-256 of its tokens)",
     "plan_sha256": "the plan (its SHA-256)",
 }  # keys that are no settings
@@ -57,8 +55,6 @@ class TrainerState(BaseModel):
         identity: what a run that goes on from here must have in common with this one.
         step: updates so far,
         skipped_updates: and those of them that were skipped, since values were not finite.
-        low: all micro-batches below it have been applied,
-        beyond: and these.
         tokens: tokens of applied micro-batches.
         elapsed_s: seconds of training.
         schedule: state of the learning rate's schedule.
@@ -66,20 +62,13 @@ class TrainerState(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     identity: dict[str, Any]
     step: int = Field(ge=1)
     skipped_updates: int = Field(ge=0)
-    low: int = Field(ge=0)
-    beyond: list[int]
     tokens: int = Field(ge=0)
     elapsed_s: float = Field(ge=0)
     schedule: dict[str, Any]
-
-    @property
-    def position(self) -> Position:
-        """The run's position in its data."""
-        return Position(self.low, frozenset(self.beyond))
 
 
 @dataclass(frozen=True)

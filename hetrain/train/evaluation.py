@@ -51,8 +51,8 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
     """
     batching, adapter = spec.batching, spec.adapter
     base = open_base(spec.model or (_base_model_of(adapter) if adapter else DEFAULT_MODEL))
-    rows = read_rows(spec.dataset, base.tokenizer, batching.max_length)
-    batches = list(micro_batches(rows, pack(rows, batching.micro_batch_tokens, range(len(rows)))))
+    rows = read_rows(spec.dataset, base.tokenizer, batching.longest_row)
+    batches = list(micro_batches(rows, pack(rows, batching.tokens_per_micro_batch, range(len(rows)))))
     in_flight = min(batching.in_flight, len(batches))
     with open_session(
         base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,13 +14,13 @@ from pathlib import Path
 
 import hetrain
 from hetrain.config import JobSpec, TrainingConfig
-from hetrain.data.packing import MicroBatch, count_micro_batches, epochs
+from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import Row, read_rows
+from hetrain.data.updates import count_updates
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.errors import DatasetError, Interrupted, UsageError
 from hetrain.secret.engine import client_engine
 from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
-from hetrain.train.data_position import Position
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
@@ -30,12 +31,13 @@ from hetrain.train.signals import stop_on_signals
 from hetrain.train.step import share_cores
 from hetrain.train.updater import Updater
 
+_log = logging.getLogger(__name__)
+
 _VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
 # Settings that a resumed run may change: they decide neither what is computed nor in which micro-batches.
 _FREE = (
     "verify_rows",
     "in_flight",
-    "max_staleness",
     "max_bytes_in_flight",
     "max_skipped_updates",
     "save_steps",
@@ -105,8 +107,10 @@ def finetune(
     """
     client_engine(spec.outsourcing.engine)  # refuses an unknown name before the data set is read
     base = open_base(spec.model)
-    rows = read_rows(spec.dataset, base.tokenizer, spec.training.max_length)
-    total_steps = _count_updates(rows, spec.training)
+    rows = read_rows(spec.dataset, base.tokenizer, spec.training.longest_row)
+    total_steps = count_updates(rows, spec.training)
+    if warning := spec.training.warning(total_steps):
+        _log.warning(warning)
     checkpoint = _checkpoint(spec, _identity(spec, rows), total_steps)
     job = _PreparedJob(spec, base, rows, total_steps, checkpoint)
     output = OutputDirectory(
@@ -120,7 +124,7 @@ def finetune(
             spec.device,
             output.log_file,
             on_prepare=on_prepare,
-            in_flight=spec.training.in_flight,
+            in_flight=spec.training.replicas,
             max_bytes_in_flight=spec.training.max_bytes_in_flight,
         ) as session:
             return _run(job, session, output, on_step, on_stop)
@@ -130,14 +134,6 @@ def finetune(
         ) from None
     finally:
         output.close()
-
-
-def _count_updates(rows: list[Row], config: TrainingConfig) -> int:
-    """Optimizer updates that the job will make."""
-    if config.max_steps > 0:
-        return config.max_steps
-    batches = count_micro_batches(rows, config.micro_batch_tokens, config.seed, config.num_train_epochs)
-    return -(-batches // config.batches_per_update)
 
 
 def _checkpoint(spec: JobSpec, identity: Identity, total_steps: int) -> Checkpoint | None:
@@ -167,7 +163,6 @@ def _identity(spec: JobSpec, rows: list[Row]) -> Identity:
     settings = {**asdict(spec.lora), **asdict(spec.training), **asdict(spec.outsourcing)}
     return {
         **{name: value for name, value in settings.items() if name not in _FREE},
-        "batches_per_update": spec.training.batches_per_update,
         "dataset_sha256": rows_digest(rows),
     }
 
@@ -191,9 +186,9 @@ def _run(
     output.write_job(description | {"status": "running"})
     writer = partial(write_adapter, model, job.base.reference)
     run_log = RunLog(output, updater, writer, identity, config, total_steps, checkpoint)
-    share_cores(config.in_flight)
-    replicas = session.replicas(model, config.in_flight)
-    batches = _draw(job.rows, config, total_steps, run_log.position)
+    share_cores(config.replicas)
+    replicas = session.replicas(model, config.replicas)
+    batches = _draw(job.rows, config, job.done_steps, total_steps)
 
     def stopping() -> None:
         on_stop()
@@ -245,11 +240,11 @@ def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) 
     )
 
 
-def _draw(rows: list[Row], config: TrainingConfig, total_steps: int, done: Position) -> Iterator[MicroBatch]:
+def _draw(rows: list[Row], config: TrainingConfig, done: int, total: int) -> Iterator[MicroBatch]:
+    """The micro-batches of updates `done` to `total`."""
     n_epochs = None if config.max_steps > 0 else config.num_train_epochs
-    drawn = epochs(rows, config.micro_batch_tokens, config.seed, n_epochs)
-    wanted = islice(drawn, total_steps * config.batches_per_update)
-    return (batch for batch in wanted if batch.index not in done)
+    drawn = epochs(rows, config.tokens_per_micro_batch, config.seed, n_epochs)
+    return islice(drawn, done * config.batches_per_update, total * config.batches_per_update)
 
 
 def _describe(job: _PreparedJob, session: Session) -> dict[str, object]:

@@ -1,12 +1,11 @@
-"""The loop: keeps several micro-batches in flight and updates the adapter as their gradients arrive.
+"""The loop: keeps several micro-batches in flight, and makes an update when all of its own have finished.
 
-The main thread draws micro-batches, takes snapshots and applies updates; each replica runs its step in a
-thread of the pool. So the adapter has one writer, and a step sees one version of it from start to end.
+The main thread draws micro-batches, takes snapshots and makes updates; each replica runs its step in a thread
+of the pool. So the adapter has one writer, and a step sees one version of it from start to end.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from hetrain.data.packing import MicroBatch
 from hetrain.nn.replica import Replica
 from hetrain.public.errors import NotFinite
 from hetrain.train.signals import Stop, never
-from hetrain.train.staleness import Entry, StalenessGate
+from hetrain.train.staleness import Entry, UpdateQueue
 from hetrain.train.step import StepResult, run_step, step_threads
 from hetrain.train.updater import Update, Updater
 
@@ -42,30 +41,28 @@ def train(
     """Trains until `batches` is exhausted, yielding every update after it was applied or skipped.
 
     Args:
-        updater: owns the adapter.
-        replicas: ``config.in_flight`` of them.
-        batches: micro-batches, drawn as replicas become free.
-        config: whether and by how much updates may overtake each other, how many in a row may be skipped, and
+        updater: owns the adapter. replicas: ``config.replicas`` of them. batches: micro-batches, drawn as
+        replicas become free, from the first of an update on. config: micro-batches of an update, by how much
+        updates may overlap, how many in a row may be skipped, and
             the seed of LoRA dropout.
         abort: called when the loop ends early; see `step_threads`.
-        stop: called between updates; once it returns true no micro-batch starts any more, and training ends
-            when those in flight have been applied.
+        stop: called between updates; once it returns true no update begins any more, and training ends when
+            those that have begun are made.
 
     Raises:
         NotFinite: `config.max_skipped_updates` updates in a row were skipped; they have been yielded.
         HetrainError: whatever a step raises. Both after `abort`.
     """
-    course = _lock_step if config.sync else _asynchronous
     skipped = 0
     with step_threads(len(replicas), abort) as pool:
-        for applied in course(pool, updater, replicas, batches, config, stop):
+        for applied in _updates(pool, updater, replicas, batches, config, stop):
             yield applied
             skipped = skipped + 1 if applied.update.is_skipped else 0
             if skipped == config.max_skipped_updates:
                 raise _diverged(applied.update.step, skipped)
 
 
-def _asynchronous(
+def _updates(
     pool: ThreadPoolExecutor,
     updater: Updater,
     replicas: Sequence[Replica],
@@ -73,50 +70,29 @@ def _asynchronous(
     config: TrainingConfig,
     stop: Stop,
 ) -> Iterator[AppliedUpdate]:
-    """Every micro-batch makes one update, with a staleness of at most `config.staleness_bound`."""
-    gate: StalenessGate[StepResult] = StalenessGate(config.staleness_bound)
-    free = list(replicas)
+    queue: UpdateQueue[StepResult] = UpdateQueue(
+        updater.version, config.batches_per_update, config.staleness_bound
+    )
+    free, is_drained = list(replicas), False
     in_flight: dict[Future[StepResult], tuple[Replica, Entry[StepResult]]] = {}
     while True:
-        while (result := gate.take()) is not None:
-            yield _apply(updater, (result,))
-        while free and gate.can_start and not stop():
-            batch = next(batches, None)
+        if results := queue.take(is_drained=is_drained):
+            yield _apply(updater, results)
+            continue
+        while free and queue.can_start and not is_drained:
+            batch = None if queue.is_between_updates and stop() else next(batches, None)
             if batch is None:
+                is_drained = True
                 break
-            replica = free.pop()
-            future = pool.submit(run_step, replica, batch, updater.snapshot(), config.seed)
-            in_flight[future] = replica, gate.start()
-        if not in_flight:
+            entry, replica = queue.start(), free.pop()
+            snapshot = updater.snapshot(entry.staleness)
+            in_flight[pool.submit(run_step, replica, batch, snapshot, config.seed)] = replica, entry
+        if not in_flight and queue.is_empty:
             return
-        for future in _wait_for_any(in_flight, stop):
+        for future in _wait_for_any(in_flight, stop) if in_flight else ():
             replica, entry = in_flight.pop(future)
-            gate.finish(entry, future.result())
+            entry.result = future.result()
             free.append(replica)
-
-
-def _lock_step(
-    pool: ThreadPoolExecutor,
-    updater: Updater,
-    replicas: Sequence[Replica],
-    batches: Iterator[MicroBatch],
-    config: TrainingConfig,
-    stop: Stop,
-) -> Iterator[AppliedUpdate]:
-    """As many micro-batches as there are replicas make one update, gradients added up in their order."""
-    while not stop() and (window := list(itertools.islice(batches, len(replicas)))):
-        snapshot = updater.snapshot()
-        futures = [
-            pool.submit(run_step, replica, batch, snapshot, config.seed)
-            for replica, batch in zip(replicas, window, strict=False)
-        ]
-        in_flight = set(futures)
-        while in_flight:
-            finished = _wait_for_any(in_flight, stop)
-            in_flight -= finished
-            for future in finished:
-                future.result()  # a failure ends the run at once
-        yield _apply(updater, tuple(future.result() for future in futures))
 
 
 def _apply(updater: Updater, results: tuple[StepResult, ...]) -> AppliedUpdate:

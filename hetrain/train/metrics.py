@@ -13,17 +13,18 @@ from hetrain.train.step import StepResult
 class MicroBatchMetrics:
     """One micro-batch that has moved the adapter, or whose update was skipped.
 
-    `step` of `total_steps` is the update that it was part of. `skipped_updates` counts those up to it that
-    were skipped since loss or gradients were not finite: the `grad_norm` of such an update is not, and `loss`
-    may be NaN. `loss` is the mean over its `targets` supervised tokens; `staleness` counts the updates
-    between its snapshot and its own. Times are seconds of this micro-batch: `wait_s` from the first byte sent
-    to the last received and verified, `server_s` workers' computing and `verify_s` verification within it;
-    `elapsed_s` since training began. `rejected` counts results that failed verification. `devices` are those
-    that workers report.
+    `step` of `total_steps` is the update that it was part of, with `update_tokens` in all. `skipped_updates`
+    counts those up to it that were skipped since loss or gradients were not finite: the `grad_norm` of such
+    an update is not, and `loss` may be NaN. `loss` is the mean over its `targets` supervised tokens;
+    `staleness` counts the updates between its snapshot and its own. Times are seconds of this micro-batch:
+    `wait_s` from the first byte sent to the last received and verified, `server_s` workers' computing and
+    `verify_s` verification within it; `elapsed_s` since training began. `rejected` counts results that failed
+    verification. `devices` are those that workers report.
     """
 
     step: int
     total_steps: int
+    update_tokens: int
     skipped_updates: int
     micro_batch: int
     loss: float
@@ -73,6 +74,7 @@ def _of(
     return MicroBatchMetrics(
         step=update.step,
         total_steps=total_steps,
+        update_tokens=sum(each.batch.n_tokens for each in applied.results),
         skipped_updates=skipped_updates,
         micro_batch=batch.index,
         loss=result.summed_loss / batch.n_targets,
@@ -80,7 +82,7 @@ def _of(
         targets=batch.n_targets,
         seconds=result.seconds,
         **asdict(result.stats),
-        staleness=update.step - 1 - result.version,
+        staleness=result.staleness,
         learning_rate=update.learning_rate,
         grad_norm=update.grad_norm,
         elapsed_s=elapsed_s,

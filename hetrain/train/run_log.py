@@ -1,4 +1,4 @@
-"""The record of a run: metrics, position in the data, checkpoints and the adapter."""
+"""The record of a run: metrics, checkpoints and the adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from hetrain.train.checkpoint import (
     remove_checkpoint,
     write_checkpoint,
 )
-from hetrain.train.data_position import Position
 from hetrain.train.loop import AppliedUpdate
 from hetrain.train.metrics import MicroBatchMetrics, metrics_of
 from hetrain.train.output_dir import OutputDirectory
@@ -55,7 +54,6 @@ class RunLog:
         checkpoint: Checkpoint | None,
     ) -> None:
         start = checkpoint.state if checkpoint else None
-        self.position = start.position if start else Position()
         self.tokens = start.tokens if start else 0
         self.step = start.step if start else 0
         self.skipped_updates = start.skipped_updates if start else 0
@@ -82,7 +80,6 @@ class RunLog:
         self.step, self.last = applied.update.step, metrics[-1]
         self.tokens += sum(each.tokens for each in metrics)
         self.rejected += sum(each.rejected for each in metrics)
-        self.position = self.position.after(each.micro_batch for each in metrics)
         if self._config.save_steps and self.step % self._config.save_steps == 0:
             self.checkpoint()
         return metrics
@@ -97,8 +94,6 @@ class RunLog:
             identity=self._identity,
             step=self.step,
             skipped_updates=self.skipped_updates,
-            low=self.position.low,
-            beyond=sorted(self.position.beyond),
             tokens=self.tokens,
             elapsed_s=self.elapsed_s,
             schedule=self._updater.schedule_state(),

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hetrain.config import OutsourcingConfig
+from hetrain.data.tokenization import load_tokenizer
 from hetrain.local.launcher import start_embedded
+from hetrain.nn.prefix import PrefixStore
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
-from hetrain.public.errors import ModelError, UsageError
+from hetrain.public.errors import UsageError
 from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
 from hetrain.public.protocol.plan import Group, stack_group
@@ -57,14 +59,8 @@ def open_base(name_or_path: str) -> BaseModelFiles:
     Raises:
         ModelError: there is no such model, or it has no tokenizer.
     """
-    checkpoint = resolve(name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {error}", where=str(checkpoint.directory)
-        ) from error
-    return BaseModelFiles(name_or_path, checkpoint, tokenizer)
+    files = resolve(name_or_path)
+    return BaseModelFiles(name_or_path, files, load_tokenizer(files))
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,9 @@ class Session:
     worker: Completion
 
     def replicas(self, model: PeftModel, count: int) -> list[Replica]:
-        """`count` replicas of an adapted model on this session's channel."""
-        return [Replica(self.split, model, self.channel, self.sealer) for _ in range(count)]
+        """`count` replicas of an adapted model on this session's channel, with one store of prefixes."""
+        prefixes = PrefixStore()
+        return [Replica(self.split, model, self.channel, self.sealer, prefixes) for _ in range(count)]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class StepResult:
 
     Attributes:
         batch: the micro-batch.
-        version: the snapshot's version.
+        staleness: updates between its snapshot and its own update.
         summed_loss: Σ −log p over its targets; NaN if the forward pass met a value that is not finite.
         gradients: of `summed_loss`, by adapter parameter; None if it, or a value to encrypt, is not finite.
         seconds: wall time.
@@ -34,7 +34,7 @@ class StepResult:
     """
 
     batch: MicroBatch
-    version: int
+    staleness: int
     summed_loss: float
     gradients: Tensors | None
     seconds: float
@@ -79,7 +79,7 @@ def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int)
     summed_loss, gradients = _differentiate(replica, batch)
     return StepResult(
         batch=batch,
-        version=snapshot.version,
+        staleness=snapshot.staleness,
         summed_loss=summed_loss,
         gradients=gradients,
         seconds=time.perf_counter() - begin,
@@ -91,7 +91,7 @@ def _differentiate(replica: Replica, batch: MicroBatch) -> tuple[float, Tensors 
     """`summed_loss` and `gradients` of a `StepResult`."""
     summed_loss, is_complete = math.nan, False
     with suppress(NotFinite):
-        loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths)
+        loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths, batch.rows)
         summed_loss = float(loss.detach())
         loss.backward()
         is_complete = True

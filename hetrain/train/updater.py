@@ -12,6 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from hetrain.config import TrainingConfig
+from hetrain.train.weight_prediction import predicted
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -20,10 +21,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The adapter's values after `version` updates."""
+    """The adapter's values for a micro-batch whose update comes after `staleness` others."""
 
-    version: int
     values: Tensors
+    staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Updater:
     ) -> None:
         self._parameters = dict(parameters)
         self._max_grad_norm = config.max_grad_norm
+        self._predicts = config.staleness_correction == "prediction"
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -106,10 +108,24 @@ class Updater:
             group["lr"] = rate
         self._version = version
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the adapter's present values."""
-        values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        return Snapshot(self._version, values)
+    def snapshot(self, staleness: int = 0) -> Snapshot:
+        """A copy of the adapter's values.
+
+        With the correction "prediction" they are those that the adapter is expected to have after `staleness`
+        more updates (`hetrain.train.weight_prediction`), else those that it has.
+        """
+        rates = self._rates_ahead(staleness) if self._predicts else 0.0
+        (group,) = self._optimizer.param_groups
+        values = {
+            name: predicted(parameter, self._optimizer.state[parameter], group, rates)
+            for name, parameter in self._parameters.items()
+        }
+        return Snapshot(values, staleness)
+
+    def _rates_ahead(self, updates: int) -> float:
+        """Sum of the learning rates of the next `updates` updates."""
+        (rate_of,), (peak,) = self._scheduler.lr_lambdas, self._scheduler.base_lrs
+        return float(sum(peak * rate_of(self._scheduler.last_epoch + ahead) for ahead in range(updates)))
 
     def apply(self, gradients: Sequence[Tensors | None], n_targets: int) -> Update:
         """Adds up gradients of summed losses, in the order given, divides by the targets, clips and steps.

@@ -73,7 +73,7 @@ class Victim:
         replica = Replica(self._split, self._model, self._channel, self._sealer)
         values = {name: p.detach().clone() for name, p in adapter_parameters(self._model).items()}
         batch = packed(rows((13 + seed, 6, 9)))
-        result = run_step(replica, batch, Snapshot(0, values), seed=0)
+        result = run_step(replica, batch, Snapshot(values), seed=0)
         assert result.gradients is not None
 
     def _evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:

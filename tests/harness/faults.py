@@ -134,7 +134,7 @@ def run(url: str, model: Path, engine: str, config: TrainingConfig, batches: Ite
             session = stack.enter_context(open_session(base, OutsourcingConfig(engine=engine), url, "cpu"))
             adapted = add_adapter(session.split, LoraConfig(r=4, alpha=8, dropout=0.1), config.seed)
         updater = Updater(adapter_parameters(adapted), config, 0)
-        replicas = session.replicas(adapted, config.in_flight)
+        replicas = session.replicas(adapted, config.replicas)
         applied = train(updater, replicas, batches, config, session.channel.close)
         steps = [each.update.step for each in applied]
     assert steps == list(range(1, len(steps) + 1))
@@ -155,16 +155,18 @@ def check_that_kills_change_nothing(kills: int, model: Path, directory: Path) ->
     """
     logger.warning("HETRAIN_TEST_SEED=%d", SEED)
     rows = read_rows(HANDBOOK, open_base(str(model)).tokenizer, TOKENS)[:40]
-    common = TrainingConfig(learning_rate=1e-3, lr_scheduler_type="constant")
-    in_step = replace(common, in_flight=3, sync=True, seed=1)
-    at_once = replace(common, in_flight=2, seed=2)
+    common = TrainingConfig(
+        learning_rate=1e-3, lr_scheduler_type="constant", micro_batch_tokens=TOKENS, batch_tokens=TOKENS
+    )
+    in_step = replace(common, batch_tokens=3 * TOKENS, in_flight=3, seed=1)
+    at_once = replace(common, max_staleness=1, seed=2)
     with (
         broker_server() as server,
         forked_workers(WORKERS, server.url, model, directory / "workers.log") as workers,
         ThreadPoolExecutor(2) as pool,
     ):
         with RandomKiller(workers, server.url, kills) as killer:
-            first = BatchesUntilKilled(endless(rows, 1), in_step.in_flight, killer)
+            first = BatchesUntilKilled(endless(rows, 1), in_step.batches_per_update, killer)
             second = BatchesUntilKilled(endless(rows, 2), 1, killer)
             stepping = pool.submit(run, server.url, model, "clear", in_step, first)
             running = pool.submit(run, server.url, model, "rlwe", at_once, second)
@@ -172,7 +174,7 @@ def check_that_kills_change_nothing(kills: int, model: Path, directory: Path) ->
         logger.warning("killed: %s; updates: %d, %d", dict(killer.killed), updates, updates_at_once)
         assert killer.killed.total() == kills
         assert killer.killed["busy"] >= kills // 10, "hardly anything was disturbed"
-        assert updates * in_step.in_flight == first.count
+        assert updates * in_step.batches_per_update == first.count
         assert updates_at_once == second.count
         again, undisturbed = run(server.url, model, "clear", in_step, islice(endless(rows, 1), first.count))
     assert again == updates

@@ -166,7 +166,7 @@ class SplitHarness:
         raise AssertionError(f"one worker computes everything, so the weights of {product} are not needed")
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(0, {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()})
+        return Snapshot({name: p.detach().clone() for name, p in adapter_parameters(self.model).items()})
 
     def stock(self) -> PreTrainedModel:
         """The model as transformers loads it, its outsourced matrices rounded to int8 and back."""

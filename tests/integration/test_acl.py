@@ -87,7 +87,7 @@ def submit(
     shared_broker: SharedBroker, user: str, model: Path, output: Path, **more: str
 ) -> subprocess.CompletedProcess[str]:
     place = ("--model-name-or-path", model, "--output-dir", output, "--json")
-    size = ("--max-steps", "1", "--micro-batch-tokens", "64", "--max-length", "32")
+    size = ("--max-steps", "1", "--batch-tokens", "64", "--max-length", "32")
     variables = {"HETRAIN_BROKER_URL": shared_broker.urls[user], "HETRAIN_TENANT": ""} | more
     return hetrain("submit", HANDBOOK, *place, *size, environment=os.environ | variables)
 

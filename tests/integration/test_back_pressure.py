@@ -37,7 +37,7 @@ def test_no_more_lies_in_the_broker_than_may(tiny_llama: Path) -> None:
         )
         channel, product = session.channel, Product(session.split.plan.groups[0], "forward")
         assert isinstance(channel, CeleryChannel)
-        budget = channel.flow_control.budget
+        budget = channel.budget
         stack.callback(os.kill, worker.pid, signal.SIGCONT)
         os.kill(worker.pid, signal.SIGSTOP)
 

@@ -25,6 +25,7 @@ from tests.harness.processes import HANDBOOK, HETRAIN, broker_server, connect, h
 from tests.harness.waiting import eventually
 
 SMALL = ("--micro-batch-tokens", "256", "--max-length", "64")
+ONE_EACH = (*SMALL, "--batch-tokens", "256")
 
 
 def message(result: subprocess.CompletedProcess[str]) -> str:
@@ -49,7 +50,7 @@ def test_from_data_set_to_adapter(tiny_llama: Path, tmp_path: Path) -> None:
         "--max-steps",
         4,
         "--json",
-        *SMALL,
+        *ONE_EACH,
     )
     command = [*HETRAIN, "submit", HANDBOOK, *arguments, "--lora-dropout", "0.1"]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240)
@@ -97,9 +98,20 @@ def test_plan_says_what_would_leave(tiny_llama: Path) -> None:
     plan = json.loads(hetrain("plan", tiny_llama, "--json").stdout)
     assert [len(group["group"]["members"]) for group in plan["groups"]] == [3, 1, 2, 1] * 2
     assert plan["groups"][2]["forward_bytes"] == 3 * 64 + 112 * 192 // 64
-    text = hetrain("plan", tiny_llama)
+    assert (plan["update"]["micro_batches"], plan["course"]) == (2, None)
+    job = ("--dataset", HANDBOOK, "--batch-tokens", 512, "--num-train-epochs", 2, "--max-staleness", 1)
+    course = json.loads(hetrain("plan", tiny_llama, "--json", *job).stdout)["course"]
+    assert course["rows"] == len(HANDBOOK.read_text().splitlines())
+    assert course["tokens"] == 2 * course["epoch_tokens"]
+    assert course["updates"] == pytest.approx(course["tokens"] / 512, rel=0.1)
+    text = hetrain("plan", tiny_llama, *job)
     assert text.returncode == 0
-    assert "tiny-llama" in text.stdout
+    said = " ".join(text.stdout.split())
+    assert "tiny-llama" in said
+    assert "up to 512 tokens in one micro-batch, 2 under way at once" in said
+    assert f"{course['updates']} updates over about {course['tokens']} tokens" in said
+    assert "Warning: " in said
+    assert "--max-staleness 0" in said
 
 
 @pytest.mark.parametrize(
@@ -116,7 +128,7 @@ def test_plan_says_what_would_leave(tiny_llama: Path) -> None:
 def test_what_cannot_work_is_said_at_once(
     tiny_llama: Path, tmp_path: Path, arguments: Sequence[str], code: int, says: str
 ) -> None:
-    defaults = ("-m", tiny_llama, "-o", tmp_path / "out", *SMALL, "--max-steps", 1)
+    defaults = ("-m", tiny_llama, "-o", tmp_path / "out", *ONE_EACH, "--max-steps", 1)
     result = hetrain("submit", HANDBOOK, *defaults, *arguments)
     assert result.returncode == code, result.stderr
     assert says in message(result)
@@ -143,7 +155,7 @@ def test_a_worker_with_other_weights_is_refused_by_name(
     with (tmp_path / "log").open("wb") as log:
         worker = start_worker(1, broker, str(other), log)
         try:
-            common = ("--broker-url", broker, "-o", tmp_path / "out", *SMALL)
+            common = ("--broker-url", broker, "-o", tmp_path / "out", *ONE_EACH)
             result = hetrain("submit", HANDBOOK, "-m", tiny_llama, *common)
             assert result.returncode == 8
             assert "model.layers.1.mlp.down_proj" in message(result)
@@ -211,7 +223,7 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
             str(tiny_llama),
             "-o",
             str(output),
-            *SMALL,
+            *ONE_EACH,
             *extra,
         ]
         client = subprocess.Popen(
@@ -239,7 +251,7 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
         assert "Traceback" not in errors
         assert "the adapter as it stood was written, and checkpoint-" in " ".join(errors.split())
         assert "--resume-from-checkpoint latest" in " ".join(errors.split())
-        assert presses > 1 or "finishing what is in flight" in errors
+        assert presses > 1 or "finishing the updates that have begun" in errors
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
         if place == "broker":

@@ -64,9 +64,9 @@ def submit(
 ) -> subprocess.CompletedProcess[str]:
     broker = () if url is None else ("--broker-url", url)
     return hetrain(
-        "submit", ROWS, "--model-name-or-path", model, "--output-dir", output, "--micro-batch-tokens", 12,
-        "--max-length", 12, "--max-steps", 3, "--learning-rate", 1e-2, "--seed", 1, "--sync",
-        "--in-flight", 1, *broker, *arguments,
+        "submit", ROWS, "--model-name-or-path", model, "--output-dir", output, "--batch-tokens", 12,
+        "--max-length", 12, "--max-steps", 3, "--learning-rate", 1e-2, "--seed", 1,
+        *broker, *arguments,
     )  # fmt: skip
 
 

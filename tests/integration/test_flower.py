@@ -92,7 +92,7 @@ def flower(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         stack.callback(stop, [process])
         name = eventually(lambda: next(iter(json.loads(fetch(f"{url}/api/workers?refresh=1", LOGIN)[1])), ""))
 
-        arguments = ("--max-steps", 1, "--micro-batch-tokens", 256, "--max-length", 64, "--engine", "rlwe")
+        arguments = ("--max-steps", 1, "--batch-tokens", 256, "--max-length", 64, "--engine", "rlwe")
         output = directory / "out"
         job = hetrain(
             "submit",

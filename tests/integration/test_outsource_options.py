@@ -39,7 +39,18 @@ def test_outsource_on_the_command_line(
 
     small = (HANDBOOK, "-m", tiny_llama, "--micro-batch-tokens", "256", "--max-length", "64")
     output = tmp_path / "out"
-    result = call(cli.submit.submit, *small, "-o", output, "--max-steps", "1", "--quiet", *patterns)
+    result = call(
+        cli.submit.submit,
+        *small,
+        "--batch-tokens",
+        "256",
+        "-o",
+        output,
+        "--max-steps",
+        "1",
+        "--quiet",
+        *patterns,
+    )
     assert result.exit_code == 0, result.exception
     job = json.loads((output / "job.json").read_text())
     assert job["outsourcing"]["outsource"] == ["*.1.mlp.*", "*.0.*.o_proj"]

@@ -27,7 +27,7 @@ def test_hints_are_made_once_and_serve_every_later_job(tiny_llama: Path, tmp_pat
     (again,) = hetrain("prepare", tiny_llama)
     assert again["made"] == 0
     small = ("--micro-batch-tokens", 64, "--max-length", 64, "--in-flight", 1, "-m", tiny_llama)
-    events = hetrain("submit", ROWS, *small, "--max-steps", 1, "-o", tmp_path / "out")
+    events = hetrain("submit", ROWS, *small, "--batch-tokens", 64, "--max-steps", 1, "-o", tmp_path / "out")
     assert [event["event"] for event in events] == ["micro_batch", "done"]
     hetrain("eval", ROWS, *small)
     assert files == {path: path.stat().st_mtime_ns for path in files}

@@ -18,13 +18,13 @@ from tests.harness.forkserver import forked_workers
 from tests.harness.processes import HANDBOOK, broker_server, hetrain
 from tests.harness.waiting import eventually
 
+TOKENS = 48
 COMMON: tuple[object, ...] = (
     "--quiet",
-    "--sync",
     "--max-length",
-    48,
+    TOKENS,
     "--micro-batch-tokens",
-    48,
+    TOKENS,
     "--lora-dropout",
     0.1,
 )
@@ -43,13 +43,14 @@ class Job:
     lines: tuple[int, int]
     seed: int
     updates: int
-    in_flight: int
+    width: int
 
     def run(self, model: Path, url: str, directory: Path) -> Path:
         """Trains. Returns the output directory."""
         data, output = directory / f"{self.name}.jsonl", directory / self.name
         data.write_text("".join(HANDBOOK.read_text().splitlines(keepends=True)[slice(*self.lines)]))
-        size = ("--seed", self.seed, "--max-steps", self.updates, "--in-flight", self.in_flight)
+        size = ("--seed", self.seed, "--max-steps", self.updates, "--in-flight", self.width)
+        size += ("--batch-tokens", TOKENS * self.width)
         where = ("--broker-url", url, "--output-dir", output, "--model-name-or-path", model)
         done = hetrain("submit", data, *where, "--engine", self.engine, *size, *COMMON)
         assert done.returncode == 0, done.stderr
@@ -61,9 +62,9 @@ class Job:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-BIG = Job("big", "clear", (0, 60), seed=1, updates=20, in_flight=6)
-SMALL = Job("small", "clear", (60, 90), seed=2, updates=5, in_flight=1)
-ENCRYPTED = Job("encrypted", "rlwe", (90, 120), seed=3, updates=2, in_flight=1)
+BIG = Job("big", "clear", (0, 60), seed=1, updates=20, width=6)
+SMALL = Job("small", "clear", (60, 90), seed=2, updates=5, width=1)
+ENCRYPTED = Job("encrypted", "rlwe", (90, 120), seed=3, updates=2, width=1)
 JOBS = (BIG, SMALL, ENCRYPTED)
 
 
@@ -76,7 +77,7 @@ def progress_at_ends(
     def look() -> bool:
         now = {job.name: job.done(directory) for job in jobs}
         for job in jobs:
-            if now[job.name] == job.updates * job.in_flight:
+            if now[job.name] == job.updates * job.width:
                 ends.setdefault(job.name, now)
         return is_over()
 
@@ -115,5 +116,5 @@ def test_jobs_that_share_a_fleet_get_the_adapters_they_get_alone(tiny_llama: Pat
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert cosine(*adapters[ENCRYPTED.name]) > 0.99
     # None waits for the end of the one that keeps six times as much in the queue, nor does that stand still.
-    assert 0 < ends[SMALL.name][BIG.name] < BIG.updates * BIG.in_flight
-    assert ends[ENCRYPTED.name][BIG.name] < BIG.updates * BIG.in_flight
+    assert 0 < ends[SMALL.name][BIG.name] < BIG.updates * BIG.width
+    assert ends[ENCRYPTED.name][BIG.name] < BIG.updates * BIG.width

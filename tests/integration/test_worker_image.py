@@ -149,7 +149,7 @@ def test_jobs_run_on_a_worker_of_the_image(
     url, log = worker
     place = ("--model-name-or-path", tiny_llama, "--broker-url", url, "--output-dir", tmp_path)
     what = ("--engine", engine, "--outsource", outsource, "--json")
-    size = ("--max-steps", 1, "--micro-batch-tokens", 16, "--max-length", 16)
+    size = ("--max-steps", 1, "--batch-tokens", 16, "--max-length", 16)
     result = hetrain("submit", HANDBOOK, *place, *what, *size)
     assert result.returncode == 0, result.stderr + log.read_text()
     record = json.loads(result.stdout.splitlines()[0])

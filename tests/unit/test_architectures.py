@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +12,18 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.nn.lora import adapter_parameters, add_adapter, load_adapter
+from hetrain.nn.prefix import PrefixStore
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
 from hetrain.public.model.files import resolve
-from hetrain.train.step import run_evaluation, run_step
+from hetrain.train.step import StepResult, run_evaluation, run_step
 from tests.harness.split_model import (
     FAMILIES,
     GPT2_SIZES,
@@ -170,6 +173,59 @@ def test_only_what_lies_above_an_adapter_is_differentiated(llama: Path) -> None:
     ]
 
 
+def test_nothing_is_computed_backward_below_the_lowest_layer_with_adapters(llama: Path) -> None:
+    harness = SplitHarness(llama, LoraConfig(r=2, layers="1"))
+    assert {name.split("layers.")[1][0] for name in adapter_parameters(harness.model)} == {"1"}
+    run_step(harness.replica(), packed(rows()), harness.snapshot(), seed=0)
+    backward = [group for way, group in harness.requests if way == "backward"]
+    assert backward
+    assert all("layers.1." in group for group in backward)
+    with pytest.raises(UsageError, match="no layer 9") as caught:
+        SplitHarness(llama, LoraConfig(r=2, layers="0,2-9"))
+    assert caught.value.field == "layers"
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "gemma2", "opt"])
+def test_what_lies_below_the_adapters_is_computed_once_for_each_row(
+    name: str, limit: int, tmp_path: Path
+) -> None:
+    save_model(FAMILIES[name], tmp_path)
+    harness = SplitHarness(tmp_path, LoraConfig(r=2, layers="1"))
+    store = PrefixStore(limit)
+    one, other = (
+        Replica(harness.split, harness.model, harness.channel, harness.sealer, store) for _ in range(2)
+    )
+    known, mixed, shuffled = micro_batches(rows(), [(0, 1), (1, 2), (2, 0)])
+
+    def groups(replica: Replica, batch: MicroBatch) -> tuple[StepResult, set[str]]:
+        del harness.requests[:]
+        result = run_step(replica, batch, harness.snapshot(), seed=0)
+        return result, {re.findall(r"[.](\d+)[.]", group)[0] for _, group in harness.requests}
+
+    assert groups(one, known)[1] == {"0", "1"}
+    assert groups(other, mixed)[1] == {"0", "1"}, "one of its rows has not been seen"
+    kept, sent = groups(other, shuffled)
+    assert sent == {"1"}
+    expected = run_step(harness.replica(), shuffled, harness.snapshot(), seed=0)
+    assert kept.summed_loss == pytest.approx(expected.summed_loss, rel=1e-3)
+    assert kept.gradients is not None
+    assert expected.gradients is not None
+    for parameter, gradient in kept.gradients.items():
+        assert cosine_similarity(gradient.flatten(), expected.gradients[parameter].flatten(), dim=0) > 0.999
+    assert groups(other, known)[1] == {"1"}
+
+
+def test_states_that_float16_cannot_hold_are_kept_as_they_are() -> None:
+    states = torch.tensor([[1e6, 1.0], [2.0, 3.0]])
+    for limit in (1 << 20, 0):
+        store = PrefixStore(limit)
+        store.keep(7, states)
+        assert torch.equal(store.get(7, 2), states)
+        assert store.has([7])
+        assert not store.has([7, 8])
+
+
 def test_rows_longer_than_a_ciphertext_travel_in_blocks(tmp_path: Path) -> None:
     save_model(
         Family("llama", {**GROUPED, "num_hidden_layers": 1, "max_position_embeddings": 2048}), tmp_path
@@ -215,22 +271,27 @@ def test_adapter_is_seeded_and_starts_at_zero(llama: Path) -> None:
 
 @pytest.mark.filterwarnings("error:fan_in_fan_out")
 @pytest.mark.parametrize(
-    ("name", "outsource"),
+    ("name", "outsource", "layers"),
     [
-        ("llama", "*"),
-        ("gpt2", "*"),
-        ("gpt-neox", "*"),
-        ("opt", "*"),
-        ("llama", "*.q_proj"),
-        ("gpt2", "*.c_attn"),
-        ("gpt2", "*.mlp.c_proj"),
-        ("opt", "*.fc1"),
+        ("llama", "*", None),
+        ("gpt2", "*", None),
+        ("gpt-neox", "*", None),
+        ("opt", "*", None),
+        ("llama", "*.q_proj", None),
+        ("gpt2", "*.c_attn", None),
+        ("gpt2", "*.mlp.c_proj", None),
+        ("opt", "*.fc1", None),
+        ("llama", "*", "1"),
+        ("gpt2", "*", "0"),
+        ("opt", "*", "1"),
     ],
 )
-def test_saved_adapter_loads_in_stock_peft_and_here(name: str, outsource: str, tmp_path: Path) -> None:
+def test_saved_adapter_loads_in_stock_peft_and_here(
+    name: str, outsource: str, layers: str | None, tmp_path: Path
+) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     save_model(FAMILIES[name], base)
-    harness = SplitHarness(base, outsource=(outsource,))
+    harness = SplitHarness(base, LoraConfig(r=4, alpha=8, layers=layers), (outsource,))
     expected = run_evaluation(harness.replica(), packed(rows()))
     harness.model.save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Which updates may be applied when, which are skipped, and which micro-batches a position contains."""
+"""Which micro-batches make an update, at which adapter they are computed, and what is skipped."""
 
 from __future__ import annotations
 
@@ -18,68 +18,67 @@ from hetrain.config import TrainingConfig
 from hetrain.data.packing import MicroBatch
 from hetrain.nn.remote import ProductStats
 from hetrain.public.errors import NotFinite
-from hetrain.train.data_position import Position
 from hetrain.train.loop import AppliedUpdate, train
-from hetrain.train.staleness import Entry, StalenessGate
+from hetrain.train.staleness import Entry, UpdateQueue
 from hetrain.train.step import run_step
 from hetrain.train.updater import Updater
 from tests.harness.split_model import FAMILIES, SplitHarness, packed, rows, save_model
 
 STEPS = 8
-SYNC = TrainingConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=0.5, in_flight=2, sync=True)
-IN_ORDER = replace(SYNC, sync=False, in_flight=1)
-FREE = replace(SYNC, sync=False, in_flight=3)
+LOCK_STEP = TrainingConfig(
+    learning_rate=0.1, weight_decay=0.1, max_grad_norm=0.5, batch_tokens=8, micro_batch_tokens=4
+)
+SINGLE = replace(LOCK_STEP, batch_tokens=4)
+OVERLAPPING = replace(LOCK_STEP, in_flight=3, max_staleness=2)
 
 
 @given(
-    bound=st.integers(0, 8),
+    bound=st.integers(0, 4),
+    warm_up=st.integers(0, 5),
+    width=st.integers(1, 4),
     replicas=st.integers(1, 6),
     total=st.integers(0, 40),
     data=st.data(),
 )
-def test_no_update_is_too_stale_and_none_is_lost(
-    bound: int, replicas: int, total: int, data: st.DataObject
+def test_updates_are_made_in_order_within_the_bound_and_none_is_lost(
+    bound: int, warm_up: int, width: int, replicas: int, total: int, data: st.DataObject
 ) -> None:
     """Whatever order micro-batches finish in."""
-    schedule: StalenessGate[int] = StalenessGate(bound)
+    config = replace(LOCK_STEP, max_staleness=bound, warmup_steps=warm_up)
+    queue: UpdateQueue[int] = UpdateQueue(0, width, config.staleness_bound)
     flying: dict[int, Entry[int]] = {}
-    applied: list[int] = []
-    snapshots: list[int] = []
-    while True:
-        while (index := schedule.take()) is not None:
-            assert len(applied) - snapshots[index] <= bound
-            applied.append(index)
-        while len(snapshots) < total and len(flying) < replicas and schedule.can_start:
-            flying[len(snapshots)] = schedule.start()
-            snapshots.append(len(applied))
-        if not flying:
-            break
-        landing = data.draw(st.sets(st.sampled_from(sorted(flying)), min_size=1))
-        for index in landing:
-            schedule.finish(flying.pop(index), index)
-    assert sorted(applied) == list(range(total))
+    versions: list[int] = []
+    made: list[tuple[int, ...]] = []
+    while len(versions) < total or not queue.is_empty:
+        while results := queue.take(is_drained=len(versions) == total):
+            for index in results:  # what was promised at its start
+                assert len(made) - versions[index] <= config.staleness_bound(len(made))
+            made.append(results)
+        while len(versions) < total and len(flying) < replicas and queue.can_start:
+            entry = queue.start()
+            assert len(made) + entry.staleness == len(versions) // width
+            flying[len(versions)] = entry
+            versions.append(len(made))
+        if flying:
+            for index in data.draw(st.sets(st.sampled_from(sorted(flying)), min_size=1)):
+                flying.pop(index).result = index
+    assert [index for results in made for index in results] == list(range(total))
+    assert all(len(results) == width for results in made[:-1])
     if bound == 0:
-        assert applied == list(range(total))
+        assert versions == [index // width for index in range(total)]
 
 
-@given(order=st.permutations(range(12)))
-def test_a_wide_bound_makes_nothing_wait(order: list[int]) -> None:
-    schedule: StalenessGate[int] = StalenessGate(11)
-    flying = [schedule.start() for _ in order]
-    for index in order:
-        schedule.finish(flying[index], index)
-        assert schedule.take() == index
-        assert schedule.take() is None
-
-
-@given(order=st.permutations(range(12)), stop=st.integers(0, 12))
-def test_a_position_knows_exactly_what_was_applied(order: list[int], stop: int) -> None:
-    position = Position()
-    for index in order[:stop]:
-        position = position.after([index])
-    assert {index for index in range(12) if index in position} == set(order[:stop])
-    assert position.low not in position.beyond
-    assert all(index > position.low for index in position.beyond)
+@given(width=st.integers(1, 4), bound=st.integers(0, 4), order=st.permutations(range(20)))
+def test_as_much_overlaps_as_the_bound_allows(width: int, bound: int, order: list[int]) -> None:
+    queue: UpdateQueue[int] = UpdateQueue(0, width, lambda update: bound)
+    entries = []
+    while queue.can_start:
+        entries.append(queue.start())
+    assert [entry.staleness for entry in entries] == [index // width for index in range(width * (bound + 1))]
+    for index in (each for each in order if each < len(entries)):
+        entries[index].result = index
+    taken = [queue.take(is_drained=False) for _ in range(bound + 2)]
+    assert taken == [tuple(range(width * update, width * (update + 1))) for update in range(bound + 1)] + [()]
 
 
 class _NotFiniteBackward(torch.autograd.Function):
@@ -108,7 +107,7 @@ SPOILED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def micro_batch(index: int) -> MicroBatch:
     tokens = torch.full((4,), index)
-    return MicroBatch(index, tokens, torch.arange(4), torch.tensor([1, 1, 1, -100]), (4,))
+    return MicroBatch(index, tokens, torch.arange(4), torch.tensor([1, 1, 1, -100]), (4,), (index,))
 
 
 def loss_of(parameters: Mapping[str, torch.Tensor], index: int) -> torch.Tensor:
@@ -154,7 +153,7 @@ class Course:
         self.updater = Updater(self.parameters, config, STEPS)
         self.aborted = self.error = None
         self.applied: list[AppliedUpdate] = []
-        replicas = [FakeReplica(spoiled) for _ in range(config.in_flight)]
+        replicas = [FakeReplica(spoiled) for _ in range(config.replicas)]
         batches = map(micro_batch, range(STEPS * config.batches_per_update))
         try:
             for each in train(self.updater, replicas, batches, config, self._abort):  # type: ignore[arg-type]
@@ -187,7 +186,7 @@ def trained_by_hand(skipped: set[int], batches_per_update: int) -> dict[str, nn.
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-@pytest.mark.parametrize("config", [SYNC, IN_ORDER], ids=["sync", "asynchronous"])
+@pytest.mark.parametrize("config", [LOCK_STEP, SINGLE], ids=["two micro-batches", "one"])
 def test_a_skipped_update_changes_nothing_and_takes_its_place(
     config: TrainingConfig, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,11 +204,11 @@ def test_a_skipped_update_changes_nothing_and_takes_its_place(
     assert course.updater.optimizer_state()["a/step"] == STEPS - 3
 
 
-@given(data=st.data(), is_sync=st.booleans(), limit=st.integers(1, 4))
+@given(data=st.data(), width=st.integers(1, 2), limit=st.integers(1, 4))
 def test_a_job_ends_after_so_many_skipped_updates_in_a_row(
-    data: st.DataObject, is_sync: bool, limit: int
+    data: st.DataObject, width: int, limit: int
 ) -> None:
-    config = replace(SYNC if is_sync else IN_ORDER, max_skipped_updates=limit)
+    config = replace(LOCK_STEP, batch_tokens=4 * width, max_skipped_updates=limit)
     spoiled = data.draw(st.sets(st.integers(0, STEPS - 1)))
     ends = [
         end for end in range(limit, STEPS + 1) if spoiled.issuperset(range(end - limit, end))
@@ -226,12 +225,81 @@ def test_a_job_ends_after_so_many_skipped_updates_in_a_row(
     assert updater.version == made
 
 
-@given(spoiled=st.dictionaries(st.integers(0, STEPS - 1), st.sampled_from(sorted(SPOILED))))
+@given(spoiled=st.dictionaries(st.integers(0, 2 * STEPS - 1), st.sampled_from(sorted(SPOILED))))
 def test_what_is_skipped_counts_as_an_update_for_staleness(spoiled: dict[int, str]) -> None:
-    course = Course(replace(FREE, max_staleness=2, max_skipped_updates=STEPS + 1), spoiled)
-    assert sorted(each.results[0].batch.index for each in course.applied) == list(range(STEPS))
-    assert {each.results[0].batch.index for each in course.applied if each.update.is_skipped} == set(spoiled)
-    assert all(0 <= each.update.step - 1 - each.results[0].version <= 2 for each in course.applied)
+    course = Course(replace(OVERLAPPING, max_skipped_updates=STEPS + 1), spoiled)
+    indices = [[result.batch.index for result in each.results] for each in course.applied]
+    assert indices == [[2 * step, 2 * step + 1] for step in range(STEPS)]
+    assert course.skipped == sorted({index // 2 + 1 for index in spoiled})
+    assert all(0 <= result.staleness <= 2 for each in course.applied for result in each.results)
+
+
+class Delayed:
+    """An updater's rules by hand: torch's AdamW, and gradients at the weights predicted for their update."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.parameters = fresh_parameters()
+        self._config = config
+        self._optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.1)
+        self._made = 0
+
+    def rate(self, update: int) -> float:
+        return 0.1 * (STEPS - update) / STEPS
+
+    def expected(self, staleness: int) -> dict[str, torch.Tensor]:
+        """θ − Σ η·(m̂ / (√v̂ + ε) + λ·θ), in float64."""
+        values = {}
+        for name, parameter in self.parameters.items():
+            value, state = parameter.detach().double(), self._optimizer.state[parameter]
+            if state and self._config.staleness_correction == "prediction":
+                steps, rates = float(state["step"]), [self.rate(self._made + k) for k in range(staleness)]
+                mean = state["exp_avg"].double() / (1 - 0.9**steps)
+                spread = (state["exp_avg_sq"].double() / (1 - 0.999**steps)).sqrt() + 1e-8
+                value = value * (1 - 0.1 * sum(rates)) - sum(rates) * mean / spread
+            values[name] = value.float()
+        return values
+
+    def apply(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name].clone()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 0.5)
+        self._optimizer.param_groups[0]["lr"] = self.rate(self._made)
+        self._optimizer.step()
+        self._made += 1
+
+
+@pytest.mark.parametrize("correction", ["prediction", "none"])
+def test_a_stale_micro_batch_is_computed_at_the_weights_expected_by_its_update(correction: str) -> None:
+    config = replace(OVERLAPPING, batch_tokens=4, staleness_correction=correction)
+    updater, byhand = Updater(parameters := fresh_parameters(), config, STEPS), Delayed(config)
+    for step in range(STEPS):
+        staleness = step % 3
+        snapshot, expected = updater.snapshot(staleness), byhand.expected(staleness)
+        gradients = {}
+        for name, value in snapshot.values.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+            gradients[name] = 2 * (value - step - 1)
+        assert snapshot.staleness == staleness
+        updater.apply([gradients], 1)
+        byhand.apply(gradients)
+    for name, value in parameters.items():
+        torch.testing.assert_close(value, byhand.parameters[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [replace(LOCK_STEP, batch_tokens=20), replace(OVERLAPPING, in_flight=2)], ids=["5", "2+2+2"]
+)
+def test_an_update_that_has_begun_is_completed_and_none_begins_after_a_stop(config: TrainingConfig) -> None:
+    """Also with fewer replicas than micro-batches, and whether or not updates overlap."""
+    updater, width = Updater(fresh_parameters(), config, STEPS), config.batches_per_update
+    replicas = [FakeReplica({}) for _ in range(config.replicas)]
+    made: list[AppliedUpdate] = []
+    batches = map(micro_batch, range(100))
+    stop = lambda: len(made) >= 2  # noqa: E731
+    for each in train(updater, replicas, batches, config, lambda: None, stop):  # type: ignore[arg-type]
+        made.append(each)
+    assert 2 <= len(made) <= 2 + config.max_staleness
+    assert [len(each.results) for each in made] == [width] * len(made)
 
 
 def _spoil_forward(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:

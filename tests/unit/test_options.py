@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cli.reference import reference
 from cli.submit import submit
 from hetrain import api
 from hetrain.config import (
+    FEW_UPDATES,
     BatchingConfig,
     EvaluationSpec,
     JobSpec,
@@ -68,10 +70,13 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         device="meta",
         overwrite_output_dir=True,
         resume_from_checkpoint="latest",
-        lora=LoraConfig(r=3, alpha=5, dropout=0.25, target_modules=["q_proj", "v_proj", "up_proj"]),
+        lora=LoraConfig(
+            r=3, alpha=5, dropout=0.25, target_modules=["q_proj", "v_proj", "up_proj"], layers="1,3-4"
+        ),
         training=TrainingConfig(
             max_length=7,
             micro_batch_tokens=70,
+            batch_tokens=210,
             in_flight=4,
             max_bytes_in_flight=2 << 30,
             max_steps=9,
@@ -83,8 +88,8 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             max_grad_norm=2.0,
             max_skipped_updates=4,
             seed=8,
-            sync=True,
             max_staleness=1,
+            staleness_correction="none",
             save_steps=6,
             save_total_limit=11,
         ),
@@ -93,13 +98,14 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         ),
     )
     line = """rows.jsonl -m some/model -o elsewhere --broker-url redis://broker --device meta
-        --overwrite-output-dir --resume-from-checkpoint latest --lora-r 3 --lora-alpha 5
-        --lora-dropout 0.25 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
-        --max-length 7 --micro-batch-tokens 70 --in-flight 4 --max-bytes-in-flight 2GiB
-        --max-steps 9 --num-train-epochs 2 --learning-rate 0.5 --lr-scheduler-type cosine
-        --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2 --max-skipped-updates 4
-        --seed 8 --sync --max-staleness 1 --save-steps 6 --save-total-limit 11 --engine clear
-        --activation-bits 12 --verify-rows 9 --outsource *.a --outsource *.b"""
+        --overwrite-output-dir --resume-from-checkpoint latest --lora-r 3 --lora-alpha 5 --lora-dropout 0.25
+        --lora-layers 1,3-4 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
+        --max-length 7 --batch-tokens 210 --micro-batch-tokens 70 --in-flight 4
+        --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2
+        --learning-rate 0.5 --lr-scheduler-type cosine --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2
+        --max-skipped-updates 4 --seed 8 --max-staleness 1 --staleness-correction none --save-steps 6
+        --save-total-limit 11 --engine clear --activation-bits 12 --verify-rows 9 --outsource *.a --outsource
+        *.b"""
     given = called_with(monkeypatch, "finetune", submit, *line.split())
     del given["on_step"], given["on_stop"], given["on_prepare"]
     assert given == vars(job)
@@ -118,10 +124,10 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         TrainingConfig(max_length=512, micro_batch_tokens=256)
     assert caught.value.field == "max_length"
     assert str(caught.value).startswith("`max_length`: ")
-    assert str(caught.value).endswith("`micro_batch_tokens`")
+    assert str(caught.value).endswith("raise `micro_batch_tokens` and, in training, `batch_tokens`")
     worded = as_options(str(caught.value))
     assert worded.startswith("--max-length: ")
-    assert worded.endswith("--micro-batch-tokens")
+    assert worded.endswith("raise --micro-batch-tokens and, in training, --batch-tokens")
     assert as_options("`target_modules`, `workers`, `hetrain plan`") == (
         "--lora-target-modules, --broker-url, `hetrain plan`"
     )
@@ -135,8 +141,12 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         (LoraConfig, "dropout", 1.0),
         (LoraConfig, "dropout", -0.1),
         (LoraConfig, "target_modules", " , "),
+        (LoraConfig, "layers", "3-1"),
+        (LoraConfig, "layers", "top"),
+        (LoraConfig, "layers", "0-99999999999"),
         (BatchingConfig, "max_length", 1),
         (BatchingConfig, "max_length", 4096),
+        (BatchingConfig, "micro_batch_tokens", 1),
         (BatchingConfig, "in_flight", 0),
         (BatchingConfig, "max_bytes_in_flight", 0),
         (OutsourcingConfig, "verify_rows", 7),
@@ -148,7 +158,9 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         (TrainingConfig, "warmup_steps", -1),
         (TrainingConfig, "weight_decay", -0.1),
         (TrainingConfig, "max_grad_norm", -1.0),
+        (TrainingConfig, "batch_tokens", 1),
         (TrainingConfig, "max_staleness", -1),
+        (TrainingConfig, "staleness_correction", "hope"),
         (TrainingConfig, "save_steps", -1),
         (TrainingConfig, "save_total_limit", -1),
     ],
@@ -159,11 +171,39 @@ def test_a_value_that_makes_no_sense_is_refused(config: type, field: str, value:
     assert caught.value.field == field
 
 
-def test_a_training_config_says_how_far_updates_may_overtake_each_other() -> None:
-    assert TrainingConfig(in_flight=3).staleness_bound == 4
-    assert TrainingConfig(in_flight=3, max_staleness=1).staleness_bound == 1
-    assert TrainingConfig(in_flight=3, sync=True, max_staleness=1).staleness_bound == 0
-    assert [TrainingConfig(in_flight=3, sync=sync).batches_per_update for sync in (False, True)] == [1, 3]
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "count", "tokens"),
+    [
+        (4096, 2048, 2, 2048),
+        (512, 2048, 1, 512),
+        (3000, 2048, 2, 1500),
+        (2049, 2048, 2, 1025),
+        (100, 10, 10, 10),
+    ],
+)
+def test_an_update_is_divided_into_equal_micro_batches(
+    batch: int, micro_batch: int, count: int, tokens: int
+) -> None:
+    config = TrainingConfig(batch_tokens=batch, micro_batch_tokens=micro_batch, in_flight=64)
+    assert (config.batches_per_update, config.tokens_per_micro_batch) == (count, tokens)
+    assert config.longest_row == min(1024, tokens)
+    assert BatchingConfig(micro_batch_tokens=micro_batch).longest_row == min(1024, micro_batch)
+    # No more are under way than updates that overlap have.
+    assert config.replicas == count
+    assert replace(config, max_staleness=2, warmup_steps=5).replicas == min(3 * count, 64)
+    assert replace(config, in_flight=1).replicas == 1
+
+
+def test_there_is_no_staleness_during_warm_up() -> None:
+    config = TrainingConfig(max_staleness=2, warmup_steps=3)
+    assert [config.staleness_bound(update) for update in range(5)] == [0, 0, 0, 2, 2]
+
+
+def test_staleness_in_a_short_training_is_warned_of() -> None:
+    assert TrainingConfig().warning(1) is None
+    stale = TrainingConfig(max_staleness=1)
+    assert "`max_staleness` 0" in (stale.warning(FEW_UPDATES - 1) or "")
+    assert stale.warning(FEW_UPDATES) is None
 
 
 def test_the_reference_is_made_from_the_settings() -> None:
