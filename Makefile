@@ -10,7 +10,7 @@ RESULTS := benchmarks/results
 # together at first, and a process that has nothing left takes tests from the others.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: venv compiler chromium demo check test test-all lint docs wheel screenshot gpu-check bench clean
+.PHONY: venv compiler chromium demo check test test-all lint docs wheel screenshot gpu-check bench bench-learning clean
 
 venv: $(READY)
 
@@ -73,8 +73,8 @@ gpu-check: venv
 	HETRAIN_DEVICE=cuda $(BIN)/python -m pytest tests/unit/test_kernels.py
 
 # Less than an hour on two idle cores: gemm 4 minutes, client 1, growth 1, engines 8, step 5, convergence 8, the
-# Llama-3.2-1B shape 6 and once its hints, scaling 9. Keeps a random model of that shape and its hints in the cache,
-# 2.5 and 5 GB. The report leaves out what is not there.
+# Llama-3.2-1B shape 6 and once its hints, scaling 9, lockstep 8. Keeps a random model of that shape and its hints in
+# the cache, 2.5 and 5 GB. The report leaves out what is not there.
 bench: venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-bench.txt
 	$(BIN)/python -m benchmarks.gemm --json $(RESULTS)/gemm.json
@@ -85,9 +85,20 @@ bench: venv
 	$(BIN)/python -m benchmarks.convergence --json $(RESULTS)/convergence.json
 	$(BIN)/python -m benchmarks.step --shape llama-3.2-1b --no-plain --in-flight 1 --updates 1 \
 		--json $(RESULTS)/step-llama.json
-	$(BIN)/python -m benchmarks.scaling --asynchronous --json $(RESULTS)/scaling.json
+	$(BIN)/python -m benchmarks.scaling --json $(RESULTS)/scaling.json
+	$(BIN)/python -m benchmarks.lockstep --json $(RESULTS)/lockstep.json
 	$(BIN)/python -m benchmarks.update_docs
 	$(BIN)/python -m benchmarks.report
+
+# Some three hours; stopped, it goes on where it was.
+LEARN := $(BIN)/python -m benchmarks.corrections --json $(RESULTS)/corrections.json
+bench-learning: venv
+	$(BIN)/python -m benchmarks.asynchrony --json $(RESULTS)/asynchrony.json --updates 20
+	$(BIN)/python -m benchmarks.asynchrony --json $(RESULTS)/asynchrony.json --updates 100 --tokens 512
+	$(LEARN) --updates 20 --staleness 2
+	$(LEARN) --staleness 2
+	$(LEARN) --staleness 1 --corrections prediction plain
+	$(LEARN) --data text --tokens 256 --staleness 2 --corrections prediction plain
 
 clean:
 	rm -rf $(VENV) out build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

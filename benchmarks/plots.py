@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,13 +29,13 @@ def step_parts(encrypted: Mapping[str, Any]) -> dict[str, float]:
 def step(figures: Mapping[str, Any]) -> Figure:
     """Seconds, their parts and memory of a whole update."""
     encrypted, name = figures["encrypted"], figures["engine"]
-    drawing, axes = _panels(1, 3, f"One update of {figures['tokens']} tokens, {figures['shape']}")
-    seconds = {name: encrypted["seconds_per_update"]}
+    drawing, axes = _panels(1, 3, f"A micro-batch of {figures['tokens']} tokens, {figures['shape']}")
+    seconds = {name: encrypted["seconds_per_micro_batch"]}
     memory = {f"{name},\n{side}": encrypted["peak_rss_bytes"][side] / 1e9 for side in ("client", "worker")}
     if "plain_s" in figures:
         seconds = {"plain PEFT": figures["plain_s"], **seconds}
         memory = {"plain PEFT": figures["plain_peak_rss_bytes"] / 1e9, **memory}
-    _bars(axes[0], seconds, "seconds per update")
+    _bars(axes[0], seconds, "seconds per micro-batch")
     below = 0.0
     for part, height in step_parts(encrypted).items():
         axes[1].bar([name], [height], bottom=below, label=part)
@@ -130,6 +131,44 @@ def scaling(figures: Mapping[str, Any]) -> Figure:
             axis.set_ylim(bottom=0)
         efficiency.legend(title="in flight", fontsize="x-small")
     return drawing
+
+
+def lockstep(figures: Mapping[str, Any]) -> Figure:
+    """Throughput of modes here, and the share of free throughput that lock step reaches with a fleet."""
+    drawing, (modes, shares) = _panels(1, 2, "Lock step and overlapping updates", width=12)
+    one = figures["here"]
+    rates = {name: one["micro_batches"] / statistics.median(runs) for name, runs in one["seconds"].items()}
+    modes.barh([_wrapped(name) for name in rates], list(rates.values()))
+    modes.set_xlabel("micro-batches per second, here")
+    for each in figures["fleet"]:
+        counts = [cell["in_flight"] for cell in each["cells"]]
+        ratios = [cell["lock_step_per_s"] / cell["free_per_s"] for cell in each["cells"]]
+        shares.plot(counts, ratios, marker="o", label=f"{each['gbit']:g} Gbit/s")
+    shares.axhline(0.9, color=_GREY, linestyle="--", linewidth=1)
+    shares.set(xlabel="micro-batches of an update", ylabel="lock step / free", ylim=(0, 1.1))
+    shares.legend(fontsize="x-small")
+    return drawing
+
+
+def learning(figures: Mapping[str, Any]) -> Figure:
+    """Training losses update by update, a panel for each data set and size, seed 1; means of five updates."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for name, run in figures["runs"].items():
+        what, seed, rest = name.partition(", seed 1")
+        if seed and rest[:1] in {",", ":"}:
+            groups.setdefault(what, {})[rest[2:]] = run["losses"]
+    drawing, axes = _panels(1, len(groups), "Training loss", width=5 * len(groups))
+    for axis, (what, curves) in zip(axes, groups.items(), strict=True):
+        for how, losses in curves.items():
+            means = [statistics.mean(losses[max(0, end - 5) : end]) for end in range(1, len(losses) + 1)]
+            axis.plot(range(1, len(losses) + 1), means, label=how)
+        axis.set(xlabel="update", ylabel="loss", title=what)
+        axis.legend(fontsize="x-small")
+    return drawing
+
+
+def _wrapped(name: str) -> str:
+    return name.replace(": ", ":\n").replace(", ", ",\n")
 
 
 def convergence(figures: Mapping[str, Any]) -> Figure:

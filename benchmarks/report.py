@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import client, engines, gemm, growth, plots, scaling
+from benchmarks import asynchrony, client, corrections, engines, gemm, growth, lockstep, plots, scaling
 from benchmarks.output import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +52,7 @@ def step(figures: Figures) -> str:
     rows = [
         (
             figures["engine"],
-            f"{one['seconds_per_update']:.2f}",
+            f"{one['seconds_per_micro_batch']:.2f}",
             f"{one['seconds_per_token']:.4f}",
             "" if ratio is None else f"{ratio:.2f}",
             f"{one['mb_per_token']:.2f}",
@@ -65,12 +65,12 @@ def step(figures: Figures) -> str:
         rows.append(
             ("plain PEFT, fp32", f"{plain_s:.2f}", f"{plain_s / figures['tokens']:.4f}", "1", "", memory, "")
         )
-    header = ("", "s per update", "s per token", "× plain", "MB per token", "client, GB", "worker, GB")
+    header = ("", "s per micro-batch", "s per token", "× plain", "MB per token", "client, GB", "worker, GB")
     parts = plots.step_parts(one)
     return "\n\n".join(
         (
-            f"{figures['shape']}, {figures['tokens']} tokens per update; measured updates: {one['updates']}, "
-            f"micro-batches in flight: {one['in_flight']}.",
+            f"{figures['shape']}, {figures['tokens']} tokens per micro-batch; measured updates: "
+            f"{one['updates']}, each of {one['in_flight']} micro-batches.",
             markdown(header, rows),
             "Seconds of one micro-batch, which runs beside the others in flight:",
             markdown(tuple(parts), [tuple(f"{seconds:.2f}" for seconds in parts.values())]),
@@ -130,9 +130,26 @@ SECTIONS = (
         "scaling",
         "One client and many workers",
         "scaling",
-        "--asynchronous",
+        "",
         scaling.table,
         plots.scaling,
+    ),
+    Section("lockstep", "What lock step costs", "lockstep", "", lockstep.table, plots.lockstep),
+    Section(
+        "asynchrony",
+        "Encrypted jobs against stock PEFT",
+        "asynchrony",
+        "",
+        lambda figures: asynchrony.table(figures["runs"]),
+        plots.learning,
+    ),
+    Section(
+        "corrections",
+        "Corrections of staleness",
+        "corrections",
+        "",
+        lambda figures: corrections.table(figures["runs"]),
+        plots.learning,
     ),
     Section(
         "convergence", "Agreement with plain training", "convergence", "", convergence, plots.convergence

@@ -14,8 +14,6 @@ the latter measured first, with workers that do not wait at all. So the ratio of
 client's is that of the model. Efficiency is the modelled time of all products done, over the time that the
 workers were there. Two parts: `transport` sends what is ready, and `client` also encrypts, verifies
 and decrypts.
-
-``--asynchronous`` adds real training on this machine, asynchronous and in lock step (`benchmarks.lockstep`).
 """
 
 from __future__ import annotations
@@ -149,6 +147,28 @@ class Bench:
             "bytes_down_per_s": measured["bytes_down"],
             "busy_cores": {name: (after[name] - before[name]) / (end - begin) for name in after},
         }
+
+    def in_lock_step(self, pace: Pace, workers: int, in_flight: int, products: int, updates: int) -> float:
+        """Products per second when all micro-batches in flight wait for each other after `products` each."""
+        self.fleet.resize(workers, pace)
+        steps, ends = ready_made(self.channel, self.products, pace), list[float]()
+        barrier = threading.Barrier(in_flight, lambda: ends.append(time.perf_counter()))
+
+        def update_repeatedly(first: int) -> None:
+            try:
+                for _ in range(updates + 1):
+                    barrier.wait()
+                    for place in islice(cycle(range(len(steps))), first, first + products):
+                        steps[place]()
+                barrier.wait()
+            except BaseException:
+                barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(in_flight, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for thread in [pool.submit(update_repeatedly, first) for first in range(in_flight)]:
+                thread.result()
+        return updates * in_flight * products / (ends[-1] - ends[1])  # the first update does not count
 
     def _multiply_repeatedly(
         self, steps: Sequence[Step], pace: Pace, first: int, done: list[Done], ended: threading.Event
@@ -386,10 +406,6 @@ def table(figures: Mapping[str, Any]) -> str:
             _efficiencies(one, product["worker_s"]),
             _limits(one, product),
         ]
-    if "asynchronous" in figures:
-        from benchmarks import lockstep
-
-        sections.append(lockstep.table(figures["asynchronous"]))
     return "\n\n".join(sections)
 
 
@@ -475,9 +491,6 @@ def main() -> None:
         "--worker-gbit", type=float, default=WorkerModel().network_bits_per_s / 1e9, help="of each worker"
     )
     parser.add_argument("--dilation", type=float, help="of all modelled times; derived by default")
-    parser.add_argument(
-        "--asynchronous", action="store_true", help="also train here, asynchronously and in lock step"
-    )
     arguments = parser.parse_args()
     if min(*arguments.workers, *arguments.in_flight) < 1 or not 1 <= arguments.tokens <= SLOTS:
         parser.error(f"--workers and --in-flight are at least 1, --tokens is 1 to {SLOTS}")
@@ -486,10 +499,6 @@ def main() -> None:
     keep_freed_memory()  # as `hetrain submit` does
     try:
         figures = measure(arguments)
-        if arguments.asynchronous:
-            from benchmarks import lockstep
-
-            figures["asynchronous"] = lockstep.measure(lockstep.Run(micro_batches=8, repeats=2))
     except HetrainError as error:
         raise SystemExit(str(error)) from error
     print(table(figures))

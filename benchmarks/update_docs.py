@@ -1,7 +1,7 @@
 """Writes figures into the documentation: ``python -m benchmarks.update_docs``.
 
-A generated part of docs/scaling.md stands between ``<!-- begin: COMMAND -->`` and ``<!-- end -->``, where the
-command is what makes its figures.
+A generated part of a document stands between ``<!-- begin: COMMAND -->`` and ``<!-- end -->``, where the
+command is what makes its figures. ``docs/figures/asynchrony.svg`` is drawn from the same.
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from benchmarks import projection, scaling
+import matplotlib as mpl
+
+from benchmarks import asynchrony, corrections, lockstep, plots, projection, scaling
 from benchmarks.hardware import ClientModel, WorkerModel
 from benchmarks.report import RESULTS
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENTS = (DOCS / "scaling.md", DOCS / "asynchronous.md")
 _PART = re.compile(r"<!-- begin: (?P<name>.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def _scaling() -> str:
-    return scaling.table(json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8")))
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 PARTS: Mapping[str, Callable[[], str]] = MappingProxyType(
     {
         "python -m benchmarks.projection": lambda: projection.table(WorkerModel(), ClientModel()),
-        "python -m benchmarks.scaling --asynchronous --json benchmarks/results/scaling.json": _scaling,
+        "python -m benchmarks.scaling": lambda: scaling.table(_results("scaling")),
+        "python -m benchmarks.asynchrony": lambda: asynchrony.table(_results("asynchrony")["runs"]),
+        "python -m benchmarks.corrections": lambda: corrections.table(_results("corrections")["runs"]),
+        "python -m benchmarks.lockstep": lambda: lockstep.table(_results("lockstep")),
     }
 )
 
@@ -43,9 +50,13 @@ def rewritten(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrites the document."""
-    DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    print(DOCUMENT)
+    """Rewrites the documents and draws their pictures."""
+    for document in DOCUMENTS:
+        document.write_text(rewritten(document.read_text(encoding="utf-8")), encoding="utf-8")
+        print(document)
+    mpl.rcParams["svg.hashsalt"] = "hetrain"  # the same figures make the same file
+    picture = DOCS / "figures" / "asynchrony.svg"
+    plots.learning(_results("asynchrony")).savefig(picture, metadata={"Date": None})
 
 
 if __name__ == "__main__":

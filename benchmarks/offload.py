@@ -1,0 +1,180 @@
+"""How much processor time outsourcing takes off the client: ``python -m benchmarks.offload --json FILE``.
+
+Client: `hetrain.finetune` with default settings over running text, in a process of its own. Its broker and
+worker are other processes, whose time is not counted, though they share its cores. Plain: the same updates
+with stock peft, in fp32 and in bfloat16, on all cores. Both are measured between the ends of the first and of
+the last update: processor time, user and system, and page faults are those of the process (getrusage); memory
+is its largest resident set from its start on. The offload ratio is the processor time of stock peft in fp32
+over that of the client, for the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data import write_text_rows
+from benchmarks.environment import environment
+from benchmarks.output import add_json_option, markdown, write
+from benchmarks.shapes import MODELS, SMOLLM2
+from benchmarks.step import ROW_TOKENS, run_watched
+
+PLAIN = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of this process until now: seconds, and page faults that needed no disk."""
+
+    wall_s: float
+    user_s: float
+    system_s: float
+    faults: int
+
+    @staticmethod
+    def now() -> Usage:
+        """Reads it."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return Usage(time.perf_counter(), used.ru_utime, used.ru_stime, used.ru_minflt)
+
+
+def report(readings: Sequence[Usage], tokens: int, **more: float) -> None:
+    """Prints means over the updates between the first reading and the last, and the largest resident set."""
+    first, last, updates = asdict(readings[0]), asdict(readings[-1]), len(readings) - 1
+    means = {name: (last[name] - first[name]) / updates for name in first}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    print(json.dumps({**means, "tokens": tokens, "peak_rss_bytes": peak, **more}))
+
+
+def client(model: str, updates: int) -> None:
+    """Trains and reports on this process."""
+    import hetrain
+    from hetrain.public.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as the command line does
+    readings: list[Usage] = []
+    wire = 0
+
+    def on_step(metrics: Any) -> None:
+        nonlocal wire
+        wire += metrics.bytes_up + metrics.bytes_down
+        if metrics.step > len(readings):
+            readings.append(Usage.now())
+
+    config = hetrain.TrainingConfig(max_steps=updates + 1, max_length=ROW_TOKENS)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.jsonl"
+        write_text_rows(data, rows=config.batch_tokens // ROW_TOKENS, tokens=ROW_TOKENS)
+        result = hetrain.finetune(
+            data, model=model, output_dir=Path(scratch) / "out", training=config, on_step=on_step
+        )
+    report(readings, result.tokens // (updates + 1), wire_bytes=wire / (updates + 1))
+
+
+def plain(model: str, updates: int, dtype: str) -> None:
+    """Trains with stock peft and reports on this process."""
+    import torch
+
+    from benchmarks.plain import plain_model, plain_step
+    from hetrain.config import LoraConfig, TrainingConfig
+    from hetrain.data.packing import epochs
+    from hetrain.data.tokenization import read_rows
+    from hetrain.nn.lora import adapter_parameters
+    from hetrain.train.session import open_base
+
+    config, base = TrainingConfig(), open_base(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.jsonl"
+        write_text_rows(data, rows=config.batch_tokens // ROW_TOKENS, tokens=ROW_TOKENS)
+        rows = read_rows(data, base.tokenizer, ROW_TOKENS)
+    batches = list(epochs(rows, config.tokens_per_micro_batch, 0, 1))
+    adapted = plain_model(base.files.directory, LoraConfig(), dtype=getattr(torch, dtype))
+    optimizer = torch.optim.AdamW(adapter_parameters(adapted).values(), lr=1e-4)
+    readings = []
+    for _ in range(updates + 1):
+        for batch in batches:
+            for name, gradient in plain_step(adapted, batch)[1].items():
+                parameter = adapter_parameters(adapted)[name]
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        readings.append(Usage.now())
+    report(readings, sum(batch.n_tokens for batch in batches))
+
+
+def measure(shape: str, updates: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """The client and the plain trainings of a shape, one after the other."""
+    model = MODELS[shape]()
+    run_watched([sys.executable, "-m", "cli", "prepare", model, "--quiet"])
+    calls: dict[str, Callable[[], str]] = {"client": lambda: f"client({model!r}, {updates})"}
+    calls |= {kind: lambda kind=kind: f"plain({model!r}, {updates}, {kind!r})" for kind in kinds}  # type: ignore[misc]
+    return {"shape": shape, "updates": updates, "runs": {name: _run(call()) for name, call in calls.items()}}
+
+
+def _run(call: str) -> dict[str, float]:
+    command = [sys.executable, "-c", f"from benchmarks.offload import client, plain; {call}"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    figures: dict[str, float] = json.loads(output.splitlines()[-1])
+    print(
+        f"{call}: {figures['user_s'] + figures['system_s']:.1f} CPU-s an update", file=sys.stderr, flush=True
+    )
+    return figures
+
+
+def offload_ratio(runs: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Processor time a token of stock peft in fp32 over that of the client."""
+    if "float32" not in runs:
+        return None
+    cost = {name: (run["user_s"] + run["system_s"]) / run["tokens"] for name, run in runs.items()}
+    return cost["float32"] / cost["client"]
+
+
+def table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """A row for every training."""
+    rows = []
+    for one in measured:
+        ratio = offload_ratio(one["runs"])
+        for name, run in one["runs"].items():
+            cpu = run["user_s"] + run["system_s"]
+            rows.append(
+                (
+                    one["shape"],
+                    "client" if name == "client" else f"stock PEFT, {name}",
+                    f"{1e3 * cpu / run['tokens']:.2f}",
+                    f"{run['system_s'] / cpu:.0%}",
+                    f"{run['faults'] / run['tokens']:.0f}",
+                    f"{run['wall_s']:.1f}",
+                    f"{run['peak_rss_bytes'] / 1e9:.2f}",
+                    f"{run['wire_bytes'] / run['tokens'] / 1e6:.2f}" if "wire_bytes" in run else "",
+                    f"{ratio:.2f}" if ratio and name == "client" else "",
+                )
+            )
+    header = ("", "", "CPU-ms a token", "of it system", "page faults a token", "s an update")
+    return markdown((*header, "memory, GB", "MB a token", "offload ratio"), rows)
+
+
+def main() -> None:
+    """Parses arguments, measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_json_option(parser)
+    parser.add_argument("--shapes", nargs="+", choices=MODELS, default=[SMOLLM2])
+    parser.add_argument("--updates", type=int, default=3, help="measured ones; one more comes before")
+    parser.add_argument("--plain", nargs="*", choices=PLAIN, default=list(PLAIN))
+    arguments = parser.parse_args()
+    before = environment()
+    measured = [measure(shape, arguments.updates, arguments.plain) for shape in arguments.shapes]
+    print(table(measured))
+    write({"shapes": measured, "environment": before}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
