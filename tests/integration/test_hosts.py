@@ -243,7 +243,7 @@ def clean_environment() -> dict[str, str]:
 
 def submit(model: Path, output: Path, *more: object) -> list[object]:
     place = ("--model-name-or-path", model, "--output-dir", output, "--quiet")
-    what = ("--engine", "clear", "--batch-tokens", 64, "--max-length", 32)
+    what = ("--engine", "clear", "--batch-tokens", 128, "--micro-batch-tokens", 64, "--max-length", 32)
     return [*HETRAIN, "submit", HANDBOOK, *place, *what, *more]
 
 
