@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,8 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.corrections import RATES, Run, held_out_loss, set_up, train
 from benchmarks.data import HANDBOOK
-from benchmarks.environment import environment
-from benchmarks.output import add_json_option, markdown, read_runs, write
+from benchmarks.output import add_json_option, complete_runs, markdown
 from benchmarks.step import run_watched
 from hetrain.train.session import BaseModelFiles, open_base
 
@@ -43,8 +43,6 @@ JOBS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "--max-staleness 2": ("--max-staleness", "2", "--in-flight", "3"),
     }
 )
-
-
 MODES = (PEFT, PEFT_AGAIN, *JOBS)
 
 
@@ -109,19 +107,15 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     arguments = parser.parse_args()
     base = open_base("smollm2-135m")
-    runs, before = read_runs(arguments.json), environment()
-    for seed in arguments.seeds:
-        for updates in arguments.updates:
-            run = Run("handbook", updates, arguments.tokens, seed)
-            what = f"{updates} updates of {arguments.tokens} tokens, seed {seed}"
-            for how in arguments.modes:
-                if f"{what}: {how}" in runs:
-                    continue
-                figures = figures_of(base, run, how)
-                runs[f"{what}: {how}"] = figures
-                print(f"{what}: {how}: {figures['held_out']:.4f}", file=sys.stderr, flush=True)
-                write({"runs": runs, "environment": before}, arguments.json)
-    print(table(runs))
+    trainings = {
+        f"{updates} updates of {arguments.tokens} tokens, seed {seed}: {how}": partial(
+            figures_of, base, Run("handbook", updates, arguments.tokens, seed), how
+        )
+        for seed in arguments.seeds
+        for updates in arguments.updates
+        for how in arguments.modes
+    }
+    print(table(complete_runs(trainings, arguments.json)))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -36,8 +36,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from benchmarks.data import CORPUS, HANDBOOK, HANDBOOK_EVAL
-from benchmarks.environment import environment
-from benchmarks.output import add_json_option, markdown, read_runs, write
+from benchmarks.output import add_json_option, complete_runs, markdown
 from benchmarks.plain import lean_step, plain_model
 from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, epochs, micro_batches, pack
@@ -240,16 +239,13 @@ def main() -> None:
     parser.add_argument("--corrections", nargs="+", choices=CORRECTIONS, default=CORRECTIONS)
     arguments = parser.parse_args()
     base = open_base("smollm2-135m")
-    runs, before = read_runs(arguments.json), environment()
+    stale = [(n, how) for n in arguments.staleness for how in arguments.corrections]
+    trainings = {}
     for seed in arguments.seeds:
         lock_step = Run(arguments.data, arguments.updates, arguments.tokens, seed)
-        stale = [(n, how) for n in arguments.staleness for how in arguments.corrections]
         for run in (lock_step, *(replace(lock_step, staleness=n, correction=how) for n, how in stale)):
-            if run.name not in runs:
-                runs[run.name] = train(base, run)
-                print(f"{run.name}: {runs[run.name]['held_out']:.4f}", file=sys.stderr, flush=True)
-                write({"runs": runs, "environment": before}, arguments.json)
-    print(table(runs))
+            trainings[run.name] = partial(train, base, run)
+    print(table(complete_runs(trainings, arguments.json)))
 
 
 if __name__ == "__main__":

@@ -98,12 +98,13 @@ def plain(model: str, updates: int, dtype: str) -> None:
         rows = read_rows(data, base.tokenizer, ROW_TOKENS)
     batches = list(epochs(rows, config.tokens_per_micro_batch, 0, 1))
     adapted = plain_model(base.files.directory, LoraConfig(), dtype=getattr(torch, dtype))
-    optimizer = torch.optim.AdamW(adapter_parameters(adapted).values(), lr=1e-4)
+    parameters = adapter_parameters(adapted)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4)
     readings = []
     for _ in range(updates + 1):
         for batch in batches:
             for name, gradient in plain_step(adapted, batch)[1].items():
-                parameter = adapter_parameters(adapted)[name]
+                parameter = parameters[name]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         optimizer.step()
         optimizer.zero_grad()

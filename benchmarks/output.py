@@ -1,4 +1,4 @@
-"""Shared by all measurements: the option --json, rounds over cases, tables."""
+"""Shared by all measurements: the option --json, rounds over cases, resumable runs, tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from benchmarks.environment import environment
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -33,11 +35,20 @@ def write(figures: Mapping[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_runs(path: Path | None) -> dict[str, Any]:
-    """The ``runs`` of a file that `write` has written; none if it is not there."""
-    if path is None or not path.exists():
-        return {}
-    runs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+def complete_runs(trainings: Mapping[str, Callable[[], dict[str, Any]]], path: Path | None) -> dict[str, Any]:
+    """Figures by name: those that the file at `path` has, then those of the trainings that it lacks.
+
+    The file is written anew after each.
+    """
+    runs: dict[str, Any] = {}
+    if path is not None and path.exists():
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    before = environment()
+    for name, training in trainings.items():
+        if name not in runs:
+            runs[name] = training()
+            print(f"{name}: {runs[name]['held_out']:.4f}", file=sys.stderr, flush=True)
+            write({"runs": runs, "environment": before}, path)
     return runs
 
 

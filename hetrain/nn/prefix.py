@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import IO, Any
 
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -53,9 +54,12 @@ class PrefixStore:
         self._held: dict[int, torch.Tensor] = {}
         self._held_bytes = 0
         self._places: dict[int, _Place] = {}
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the store
         self._end = 0
         self._cipher = AESGCM(AESGCM.generate_key(256))
+
+    @cached_property
+    def _file(self) -> IO[bytes]:
+        return tempfile.TemporaryFile()
 
     def has(self, rows: Sequence[int]) -> bool:
         """Whether the states of all `rows` are kept."""

@@ -41,10 +41,11 @@ def train(
     """Trains until `batches` is exhausted, yielding every update after it was applied or skipped.
 
     Args:
-        updater: owns the adapter. replicas: ``config.replicas`` of them. batches: micro-batches, drawn as
-        replicas become free, from the first of an update on. config: micro-batches of an update, by how much
-        updates may overlap, how many in a row may be skipped, and
-            the seed of LoRA dropout.
+        updater: owns the adapter.
+        replicas: ``config.replicas`` of them.
+        batches: micro-batches, drawn as replicas become free, from the first of an update on.
+        config: micro-batches of an update, by how much updates may overlap, how many in a row may be skipped,
+            and the seed of LoRA dropout.
         abort: called when the loop ends early; see `step_threads`.
         stop: called between updates; once it returns true no update begins any more, and training ends when
             those that have begun are made.
