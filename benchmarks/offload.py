@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, write
 from benchmarks.shapes import MODELS, SMOLLM2
 from benchmarks.step import ROW_TOKENS, run_watched
+from hetrain.public.allocator import keep_freed_memory, tuned_environment
 
 PLAIN = ("float32", "bfloat16")
 
@@ -58,9 +60,8 @@ def report(readings: Sequence[Usage], tokens: int, **more: float) -> None:
 def client(model: str, updates: int) -> None:
     """Trains and reports on this process."""
     import hetrain
-    from hetrain.public.allocator import keep_freed_memory
 
-    keep_freed_memory()  # as the command line does
+    keep_freed_memory()  # as the command line does, which also starts in `tuned_environment`
     readings: list[Usage] = []
     wire = 0
 
@@ -123,7 +124,8 @@ def measure(shape: str, updates: int, kinds: Sequence[str]) -> dict[str, Any]:
 
 def _run(call: str) -> dict[str, float]:
     command = [sys.executable, "-c", f"from benchmarks.offload import client, plain; {call}"]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    environment = tuned_environment(os.environ) if call.startswith("client") else None
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     figures: dict[str, float] = json.loads(output.splitlines()[-1])
     print(
         f"{call}: {figures['user_s'] + figures['system_s']:.1f} CPU-s an update", file=sys.stderr, flush=True

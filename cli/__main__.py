@@ -1,5 +1,17 @@
-"""`python -m cli` is `hetrain`."""
+"""The program `hetrain`, and `python -m cli`."""
 
-from cli.main import main
+from __future__ import annotations
 
-main()
+from hetrain.public.allocator import restart_tuned
+
+
+def start() -> None:
+    """Entry point of the console script."""
+    restart_tuned()
+    from cli.main import main
+
+    main()
+
+
+if __name__ == "__main__":
+    start()

@@ -66,7 +66,7 @@ class _OptionNames(logging.Formatter):
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command of `sys.argv`."""
     add_commands()
     stderr = Console(stderr=True)
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)

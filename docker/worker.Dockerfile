@@ -50,6 +50,8 @@ COPY tasks tasks/
 RUN useradd --create-home --uid 1000 worker && install -d -o worker -g worker /home/worker/.cache
 USER 1000:1000
 ENV PYTHONPATH=/opt/hetrain PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# As hetrain/public/allocator.py has it: memory in large pages, and found again.
+ENV GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=0 THP_MEM_ALLOC_ENABLE=1
 # Whether a worker of this host takes part in remote control: the same thread takes tasks.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import socket, sys; from tasks import app; sys.exit(not app.control.inspect(pattern='*@' + socket.gethostname(), matcher='glob', limit=1, timeout=15).ping())"]
