@@ -1,4 +1,4 @@
-"""Adapters by peft on a split model, with dropout that depends on the micro-batch alone."""
+"""Adapters by peft on a split model: their parameters, names and files."""
 
 from __future__ import annotations
 
@@ -8,31 +8,16 @@ from pathlib import Path
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hetrain.config import ALL_LINEAR, LoraConfig
+from hetrain.nn.dropout import SeededDropout
 from hetrain.nn.families import Linear
+from hetrain.nn.lora_branches import LoraBranch
 from hetrain.nn.split import SplitModel
 from hetrain.public.errors import UsageError
-
-
-class SeededDropout(nn.Module):
-    """Inverted dropout with its own generator: x·mask/(1-p). Does nothing while `generator` is None.
-
-    Micro-batches run in several threads: masks from torch's global generator would depend on their order.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.generator: torch.Generator | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.generator is None:
-            return x
-        kept = torch.rand(x.shape, generator=self.generator) >= self.p
-        return x * kept.to(x.device, x.dtype) / (1 - self.p)
 
 
 def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -102,6 +87,36 @@ def load_adapter(split: SplitModel, directory: Path) -> PeftModel:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class GroupedLoraLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
+    """peft's linear with an adapter, which its group adds: see `hetrain.nn.lora_branches`."""
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """Base layer and adapter."""
+        y: torch.Tensor = self.base_layer(x)
+        return y
+
+
+def take_branch(linear: nn.Module, columns: slice) -> LoraBranch | None:
+    """The adapter of a linear that peft has wrapped, which no longer adds it itself; None if there is none.
+
+    Args:
+        linear: any linear of a replica.
+        columns: those of its group's result that are the linear's.
+    """
+    if not isinstance(linear, PeftLinear):
+        return None
+    linear.__class__ = GroupedLoraLinear  # the same module, so that names and state stay
+    (name,) = linear.active_adapters
+    dropout = linear.lora_dropout[name]
+    return LoraBranch(
+        columns=columns,
+        a=linear.lora_A[name].weight,
+        b=linear.lora_B[name].weight,
+        scale=float(linear.scaling[name]),
+        dropout=dropout if isinstance(dropout, SeededDropout) else None,
+    )
 
 
 def _targets(split: SplitModel, lora: LoraConfig) -> str | list[str]:

@@ -1,13 +1,13 @@
 """Linears whose frozen product runs on a worker, as the client's model holds them.
 
-forward   y  = x·Wᵀ + bias          x·Wᵀ on the worker
-backward  dx = dy·W                 on the worker, with the gradients of the whole group side by side
+forward   y  = x·Wᵀ + adapter + bias          x·Wᵀ on the worker
+backward  dx = dy·W + that of the adapter     dy·W on the worker, the gradients of a group side by side
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hetrain.nn.lora_branches import Branches, LoraBranch
 from hetrain.public.errors import ResultRejected, UnsupportedArchitecture
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
@@ -126,36 +127,62 @@ class RemoteMatmul:
 
 
 class _GroupProduct(torch.autograd.Function):
-    """(y_1, ..., y_m) = split(((x·diag(c))·Qᵀ)·diag(s)); dx = ((cat(dy_i)·diag(s))·Q)·diag(c)."""
+    """(y_1, ..., y_m) = split(((x·diag(c))·Qᵀ)·diag(s)); dx = ((cat(dy_i)·diag(s))·Q)·diag(c).
+
+    `LoraBranch`es are added to both.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, remote: RemoteGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
-        ctx.remote, ctx.shape = remote, x.shape
-        flat = x.reshape(-1, x.shape[-1]) * remote.scales.inputs
-        y = remote.matmul.multiply(Product(remote.group, "forward"), flat).to(x.device)
-        y *= remote.scales.outputs
-        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(remote.widths, dim=1))
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: torch.Tensor, group: RemoteGroup, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1])
+        y = group.matmul.multiply(Product(group.group, "forward"), flat * group.scales.inputs).to(x.device)
+        y *= group.scales.outputs
+        ctx.group, ctx.branches = group, None
+        if group.branches:
+            ctx.branches = Branches(group.branches)
+            ctx.save_for_backward(x, ctx.branches.add(y, flat))
+        ctx.shape = x.shape
+        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(group.widths, dim=1))
 
     @staticmethod
-    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        group, branches, found = ctx.group, ctx.branches, []
+        dy = torch.cat([each.reshape(-1, each.shape[-1]) for each in gradients], dim=1)
+        if branches is not None:
+            x, h = ctx.saved_tensors
+            g, found = branches.gradients(dy, x.reshape(len(dy), -1), h)
+            del x
         if not ctx.needs_input_grad[0]:
-            return None, None
-        remote = ctx.remote
-        g = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in gradients], dim=1)
-        g *= remote.scales.outputs
-        dx = remote.matmul.multiply(Product(remote.group, "backward"), g).to(g.device)
-        dx *= remote.scales.inputs
-        return dx.view(ctx.shape), None
+            return None, None, *found
+        dy *= group.scales.outputs
+        dx = group.matmul.multiply(Product(group.group, "backward"), dy).to(dy.device)
+        dx *= group.scales.inputs
+        if branches is not None:
+            branches.add_input_gradient(dx, g)
+        return dx.view(ctx.shape), None, *found
 
 
 class RemoteGroup:
-    """The linears of one group in one replica: the first to be called evaluates for all."""
+    """The linears of one group in one replica: the first to be called evaluates for all.
 
-    def __init__(self, group: Group, scales: Scales, matmul: RemoteMatmul) -> None:
+    Args:
+        group: of the plan.
+        scales: of its int8 matrix.
+        matmul: the way to the workers.
+        branches: the adapters of those linears that have one.
+    """
+
+    def __init__(
+        self, group: Group, scales: Scales, matmul: RemoteMatmul, branches: Sequence[LoraBranch] = ()
+    ) -> None:
         self.group = group
         self.scales = scales
         self.matmul = matmul
+        self.branches = tuple(branches)
         self.widths = [member.out_features for member in group.members]
+        self._parameters = [value for branch in self.branches for value in (branch.a, branch.b)]
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 
@@ -163,7 +190,7 @@ class RemoteGroup:
         """Member `index` of the product of x; the others are kept until asked for with the same x."""
         if self._input is not x or index not in self._outputs:
             self._input = x
-            self._outputs = dict(enumerate(_GroupProduct.apply(x, self)))  # type: ignore[no-untyped-call]
+            self._outputs = dict(enumerate(_GroupProduct.apply(x, self, *self._parameters)))  # type: ignore[no-untyped-call]
         y = self._outputs.pop(index)
         if not self._outputs:
             self._input = None

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from hetrain.nn.attention import RowLayout
-from hetrain.nn.lora import SeededDropout, adapter_parameters
+from hetrain.nn.dropout import SeededDropout
+from hetrain.nn.lora import adapter_parameters, take_branch
 from hetrain.nn.loss import OutputHead, summed_loss
 from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.nn.prefix import FrozenPrefix, PrefixStore
@@ -90,16 +91,18 @@ class Replica:
         return gradients
 
     def _bind(self, split: SplitModel, matmul: RemoteMatmul) -> None:
-        """Gives every `RemoteLinear` its group. peft may have wrapped it, but keeps it as ``base_layer``."""
-        remotes = {
-            name.removesuffix(".base_layer"): module
-            for name, module in self._causal.named_modules()
-            if isinstance(module, RemoteLinear)
-        }
+        """Gives every `RemoteLinear` its group, and the group the adapters of its linears."""
         for group in split.plan.groups:
-            bound = RemoteGroup(group, split.scales[group.name].to(self._device), matmul)
-            for index, member in enumerate(group.members):
-                remotes[member.module].group, remotes[member.module].index = bound, index
+            branches, end = [], 0
+            linears = [self._causal.get_submodule(member.module) for member in group.members]
+            for linear, member in zip(linears, group.members, strict=True):
+                branch = take_branch(linear, slice(end, end := end + member.out_features))
+                branches += [] if branch is None else [branch]
+            bound = RemoteGroup(group, split.scales[group.name].to(self._device), matmul, branches)
+            for index, linear in enumerate(linears):
+                remote = getattr(linear, "base_layer", linear)
+                assert isinstance(remote, RemoteLinear)
+                remote.group, remote.index = bound, index
 
 
 def _share_frozen_copy(model: PeftModel) -> PeftModel:
