@@ -24,7 +24,7 @@ chromium:
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
 		|| test "$$CI" != true
 
-SOURCES_IN_C := $(wildcard hetrain/*/*/native/*.[ch] hetrain/*/*/*/native/*.[ch] worker_gpu/native/*.[ch])
+SOURCES_IN_C := $(wildcard hetrain/*/native/*.[ch] hetrain/*/*/native/*.[ch] hetrain/*/*/*/native/*.[ch] worker_gpu/native/*.[ch])
 
 $(READY): requirements.txt requirements-dev.txt pyproject.toml $(SOURCES_IN_C) | compiler
 	$(PYTHON) -m venv $(VENV)

@@ -2,17 +2,20 @@
 
 Everything else follows from transformers' own modules, and a trial run (`hetrain.nn.trial_run`) checks it. A
 family may need an entry for how its linears store their matrices, which of its layers attention computes
-faithfully, how it makes logits of hidden states, or why it cannot be split. A tiny configuration of it in
+faithfully, how it makes logits of hidden states, or why it cannot be split. Its norms and MLPs need one to be
+computed in fewer passes over memory (`hetrain.nn.fused`). A tiny configuration of it in
 `FAMILIES` of tests/harness/split_model.py has it compared with stock transformers and peft.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from hetrain.public.errors import UnsupportedArchitecture
@@ -20,12 +23,105 @@ from hetrain.public.errors import UnsupportedArchitecture
 Linear: TypeAlias = nn.Linear | Conv1D
 """GPT-2 and GPT-BigCode have a `Conv1D`, which stores its matrix as [in, out]."""
 
+Activation: TypeAlias = Literal["silu", "gelu"]
+"""Of gates; GELU is the approximation by tanh."""
+
 OWN_ATTENTION = "its attention does not use transformers' attention interface, so packed rows would meet"
 """Why Falcon, GPT-J, CodeGen and BLOOM are refused."""
 
 # Layers that `row_attention` computes. On the few tokens of a trial others (Llama 4's) may look like these.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _BLOCK_HINT = "mixtures of experts, convolutions and state-space blocks cannot be split yet"
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """A norm (w + offset)∘x/sqrt(mean(x²) + epsilon).
+
+    Attributes:
+        epsilon: the module's attribute that holds it.
+        offset: what is added to the weight.
+    """
+
+    epsilon: str = "variance_epsilon"
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """An MLP down_proj(act(g)∘u).
+
+    Attributes:
+        activation: act.
+        stacked: whether g and u are the halves of ``gate_up_proj(x)`` rather than ``gate_proj(x)`` and
+            ``up_proj(x)``.
+    """
+
+    activation: Activation
+    stacked: bool
+
+
+_GEMMA_NORM = RmsNorm("eps", offset=1.0)
+_NORMS = {
+    "LlamaRMSNorm": RmsNorm(),
+    "MistralRMSNorm": RmsNorm(),
+    "MinistralRMSNorm": RmsNorm(),
+    "Qwen2RMSNorm": RmsNorm(),
+    "Qwen3RMSNorm": RmsNorm(),
+    "Phi3RMSNorm": RmsNorm(),
+    "GraniteRMSNorm": RmsNorm(),
+    "SmolLM3RMSNorm": RmsNorm(),
+    "Glm4RMSNorm": RmsNorm(),
+    "Exaone4RMSNorm": RmsNorm(),
+    "DeepseekV3RMSNorm": RmsNorm(),
+    "Olmo2RMSNorm": RmsNorm(),
+    "Olmo3RMSNorm": RmsNorm(),
+    "GemmaRMSNorm": _GEMMA_NORM,
+    "Gemma2RMSNorm": _GEMMA_NORM,
+    "Gemma3RMSNorm": _GEMMA_NORM,
+}
+_SEPARATE_MLPS = frozenset(
+    {
+        "LlamaMLP",
+        "MistralMLP",
+        "MinistralMLP",
+        "Qwen2MLP",
+        "Qwen3MLP",
+        "GraniteMLP",
+        "SmolLM3MLP",
+        "Exaone4MLP",
+        "DeepseekV3MLP",
+        "Olmo2MLP",
+        "Olmo3MLP",
+        "CohereMLP",
+        "GemmaMLP",
+        "Gemma2MLP",
+        "Gemma3MLP",
+    }
+)
+_STACKED_MLPS = frozenset({"Phi3MLP", "Glm4MLP"})
+
+
+def rms_norm_of(module: nn.Module) -> RmsNorm | None:
+    """What norm the module computes; None if that is not known."""
+    return _NORMS.get(_name_in_transformers(module))
+
+
+def gated_mlp(module: nn.Module) -> GatedMlp | None:
+    """What gated MLP the module computes; None if that is not known."""
+    name = _name_in_transformers(module)
+    if name not in _SEPARATE_MLPS | _STACKED_MLPS:
+        return None
+    stacked = name in _STACKED_MLPS
+    activation = module.activation_fn if stacked else module.act_fn
+    if isinstance(activation, SiLUActivation | nn.SiLU):
+        return GatedMlp("silu", stacked)
+    return GatedMlp("gelu", stacked) if isinstance(activation, GELUTanh) else None
+
+
+def _name_in_transformers(module: nn.Module) -> str:
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
 
 
 def shape_of(linear: Linear) -> tuple[int, int]:

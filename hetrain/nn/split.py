@@ -2,7 +2,7 @@
 
 The architecture comes from transformers and is built without weights. Linears inside the decoder's blocks
 that are to be outsourced are replaced by `RemoteLinear`; everything else is loaded. A trial on a few tokens
-then shows which of them share an input, and that the model gives the same logits.
+then shows which of them share an input, and that the model gives the same logits, its norms and gates fused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hetrain.nn.checkpoint_io.checkpoint_names import tensor_names
 from hetrain.nn.checkpoint_io.loading import load_kept, skeleton, tensor_of
 from hetrain.nn.families import Linear, block_linears, is_transposed, shape_of
+from hetrain.nn.fused import fuse_layers
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.trial_run import shared_inputs
 from hetrain.public.errors import ModelError, UsageError, WireError
@@ -79,6 +80,7 @@ def split_model(
     remotes = {name: _replace(causal, name, linear) for name, linear in outsourced.items()}
     load_kept(causal, checkpoint, tensors)
     causal.eval()
+    fuse_layers(causal)
     groups, scales = [], {}
     for names in shared_inputs(causal, remotes):
         group, scale = _plan_group([members[name] for name in names], checkpoint, on_matrix)

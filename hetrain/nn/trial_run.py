@@ -2,8 +2,8 @@
 
 The outsourced matrices are not there, so their linears return features of their input, picked at random but
 always the same ones; the client's own linears compute their products. So the model must give the same logits
-twice: from packed rows, as training runs it, and from each row alone, with the original attention, positions
-and output head.
+twice: from packed rows, as training runs it, and from each row alone, with the original attention, positions,
+norms, gates and output head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hetrain.nn.attention import RowLayout, packed_rows
 from hetrain.nn.families import OWN_ATTENTION
+from hetrain.nn.fused import as_in_transformers
 from hetrain.nn.loss import OutputHead
 from hetrain.nn.remote import RemoteLinear
 from hetrain.public.errors import UnsupportedArchitecture
@@ -134,7 +135,8 @@ def _original_logits(causal: PreTrainedModel, row: torch.Tensor) -> torch.Tensor
     config = causal.config
     ours, config._attn_implementation = config._attn_implementation, "eager"
     try:
-        logits: torch.Tensor = causal(input_ids=row, use_cache=False, return_dict=True).logits[0]
+        with as_in_transformers(causal):
+            logits: torch.Tensor = causal(input_ids=row, use_cache=False, return_dict=True).logits[0]
         return logits.to(torch.float32)
     finally:
         config._attn_implementation = ours

@@ -78,6 +78,7 @@ def test_it_is_a_manylinux_wheel_with_kernels_types_and_licence(wheel: Path) -> 
     for extension in (
         "hetrain/public/lattice/native/_masks",
         "hetrain/secret/engines/rlwe/native/_ring",
+        "hetrain/nn/native/_layers",
         "worker_gpu/native/_epilogue",
     ):
         assert f"{extension}{suffix}" in files

@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from hetrain.nn.fused import gated_gelu, gated_silu, rms_norm
+
 _MOST_OPERATIONS = 8
 
 # Deterministic, and bound by memory rather than by arithmetic.
@@ -30,6 +32,9 @@ _CHEAP: frozenset[Callable[..., Any]] = frozenset(
         functional.relu,
         functional.layer_norm,
         functional.rms_norm,
+        rms_norm,
+        gated_silu,
+        gated_gelu,
         torch.Tensor.index_select,
         torch.cat,
     }

@@ -1,0 +1,1 @@
+"""Norms and gates of a decoder's blocks, in C."""
