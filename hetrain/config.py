@@ -147,6 +147,12 @@ class OutsourcingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outsource", _names(self.outsource))
+        _require(
+            AUTO not in self.outsource,
+            "outsource",
+            f"{AUTO} is no pattern of a job",
+            "`hetrain plan` with auto and `link` prints the patterns to give",
+        )
         _require(8 <= self.verify_rows <= 64, "verify_rows", f"{self.verify_rows} does not lie in 8..64")
 
 

@@ -52,7 +52,8 @@ def measure_crypto() -> CryptoCosts:
         hints.keep(product, [torch.zeros(_WIDTH // LANES, SLOTS, LANES, dtype=torch.int32)])
         verification = Verification(kept_rows(product.group, matrix), lambda product: matrix)
         sealer = RlweSealer(verification, hints)
-        rounds, end = [], perf_counter() + _BUDGET_S
+        rounds: list[tuple[float, float]] = []
+        end = perf_counter() + _BUDGET_S
         while not rounds or (len(rounds) < _ROUNDS and perf_counter() < end):
             rounds.append(_round(sealer, product, x, scales))
     values = SLOTS * _WIDTH
