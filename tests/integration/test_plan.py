@@ -103,6 +103,7 @@ def test_auto_names_patterns_that_take_just_its_groups(
         block_weights=30_000,
         local_block_s=0.1,
         client_block_s=0.0,
+        weight_s=3e-6,
         local_head_s=0.0,
         client_head_s=0.0,
         local_saved=0.0,
@@ -195,6 +196,7 @@ def test_a_probe_scales_with_the_model(tiny_llama: Path) -> None:
     assert found.block_weights == sum(linear.weight.numel() for linear in linears)
     assert found.client_block_s > 0
     assert found.local_block_s > 0
+    assert 0 < found.weight_s < 1e-8
     assert 0 < found.crypto.seal_s < 1e-5
     assert 0 < found.crypto.open_s < 1e-5
     # A hundred values a token and linear, of 4 bytes here and 2 there.
