@@ -102,7 +102,7 @@ def plan(
     _print(console, found)
     if AUTO in outsource:
         options = " ".join(f"--outsource '{pattern}'" for pattern in chosen)
-        console.print(f"What pays at this link: {options or 'nothing'}", highlight=False)
+        console.print(f"To outsource at this link: {options or 'nothing'}", highlight=False, soft_wrap=True)
     if found.comparison is not None:
         comparison.print_comparison(console, found.comparison, found.hint_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from hetrain.public.model.files import ModelFiles
 from hetrain.public.protocol.plan import Group
 from hetrain.public.system import available_cores
 from hetrain.secret.verification.rows import KEPT_ROWS
+
+_log = logging.getLogger(__name__)
 
 WITHOUT_DATA = 1_000_000
 """Tokens that are compared where there is no data set."""
@@ -247,6 +250,7 @@ def _probe(
     """This machine, or why it was not measured."""
     if not config.probes:
         return None, ""
+    _log.info("measuring this machine for about 20 seconds")
     row = _ROW_TOKENS if course is None or not course.rows else course.epoch_tokens // course.rows
     try:
         return probe(files, max(min(row, training.longest_row), 1), training.tokens_per_micro_batch), ""

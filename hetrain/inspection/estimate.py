@@ -250,7 +250,7 @@ def _of_memory(verdict: Verdict, found: Estimate, memory: Memory) -> str:
         )
     return (
         f"Neither fits: training here would take about {local} of memory, the client {client}, and {limit} "
-        "are there; lower `micro_batch_tokens`, or outsource more."
+        "are there; lower `micro_batch_tokens`, or outsource more if linears stay."
     )
 
 
