@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from hetrain.config import EvaluationSpec, JobSpec, LoraConfig
+from hetrain.config import ComparisonConfig, EvaluationSpec, JobSpec, LoraConfig
 
 _NAMES = {  # where an option is not called as its field
     "model": ("--model-name-or-path", "-m"),
@@ -62,7 +62,7 @@ def as_options(text: str) -> str:
 def _option_names() -> dict[str, str]:
     return {
         setting.name: _flags(config, setting, kind)[0].partition("/")[0]
-        for spec in (JobSpec, EvaluationSpec)
+        for spec in (JobSpec, EvaluationSpec, ComparisonConfig)
         for config, setting, kind in _settings(spec)
         if setting.default is not MISSING
     }

@@ -1,4 +1,4 @@
-"""`hetrain plan`: what would be outsourced."""
+"""`hetrain plan`: what would be outsourced, and whether that pays."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from cli import comparison
 from cli.options import AsJson, as_options, option
 from hetrain import api
-from hetrain.config import OutsourcingConfig, TrainingConfig
+from hetrain.config import AUTO, ComparisonConfig, JobSpec, OutsourcingConfig, TrainingConfig
 
 _ALL = list(OutsourcingConfig.outsource)
 _TRAINING = TrainingConfig()
+_COMPARISON = ComparisonConfig()
 
 
 def plan(
@@ -37,9 +39,24 @@ def plan(
     max_staleness: Annotated[int, option(TrainingConfig, "max_staleness")] = _TRAINING.max_staleness,
     max_steps: Annotated[int, option(TrainingConfig, "max_steps")] = _TRAINING.max_steps,
     num_train_epochs: Annotated[int, option(TrainingConfig, "num_train_epochs")] = _TRAINING.num_train_epochs,
+    link: Annotated[str | None, option(ComparisonConfig, "link")] = None,
+    broker_url: Annotated[str | None, option(JobSpec, "workers")] = None,
+    round_trip_ms: Annotated[float | None, option(ComparisonConfig, "round_trip_ms")] = None,
+    worker_speed: Annotated[float, option(ComparisonConfig, "worker_speed")] = _COMPARISON.worker_speed,
+    egress_price: Annotated[float, option(ComparisonConfig, "egress_price")] = _COMPARISON.egress_price,
+    client_memory: Annotated[int | None, option(ComparisonConfig, "client_memory")] = None,
+    probe: Annotated[bool | None, option(ComparisonConfig, "probe")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which matrices would leave, what each token would cost on the wire, and what an update is."""
+    """Show which matrices would leave, what a token costs on the wire, and whether outsourcing pays."""
+    compared = ComparisonConfig(
+        link=link,
+        round_trip_ms=round_trip_ms,
+        worker_speed=worker_speed,
+        egress_price=egress_price,
+        client_memory=client_memory,
+        probe=probe,
+    )
     training = TrainingConfig(
         max_length=max_length,
         batch_tokens=batch_tokens,
@@ -49,11 +66,19 @@ def plan(
         max_steps=max_steps,
         num_train_epochs=num_train_epochs,
     )
-    found = api.plan(model, outsource=outsource, training=training, dataset=dataset)
+    found = api.plan(
+        model,
+        outsource=outsource,
+        training=training,
+        dataset=dataset,
+        comparison=compared,
+        workers=broker_url,
+    )
+    chosen = _patterns(found) if AUTO in outsource else outsource
     if as_json:
         report = {
             "model": model,
-            "outsource": outsource,
+            "outsource": chosen,
             "digest": found.plan.digest,
             "share": found.share,
             "outsourced_parameters": found.outsourced_parameters,
@@ -68,14 +93,28 @@ def plan(
                 "max_staleness": training.max_staleness,
             },
             "course": None if found.course is None else asdict(found.course),
+            "comparison": found.comparison and comparison.as_json(found.comparison),
             "groups": [asdict(group) | {"group": group.group.model_dump()} for group in found.groups],
         }
         typer.echo(json.dumps(report))
-    else:
-        _print(found)
+        return
+    console = Console()
+    _print(console, found)
+    if AUTO in outsource:
+        options = " ".join(f"--outsource '{pattern}'" for pattern in chosen)
+        console.print(f"To outsource at this link: {options or 'nothing'}", highlight=False, soft_wrap=True)
+    if found.comparison is not None:
+        comparison.print_comparison(console, found.comparison, found.hint_bytes)
 
 
-def _print(found: api.PlanReport) -> None:
+def _patterns(found: api.PlanReport) -> list[str]:
+    """Patterns that take just these groups: one for alike linears of all layers, else their names."""
+    kept = {_starred(name) for name in found.kept}
+    names = [member.module for row in found.groups for member in row.group.members]
+    return list(dict.fromkeys(name if _starred(name) in kept else _starred(name) for name in names))
+
+
+def _print(console: Console, found: api.PlanReport) -> None:
     title = f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}"
     table = Table(title=title, caption="forward / backward", box=SIMPLE)
     table.add_column("linears that share an input", min_width=26, overflow="fold")
@@ -90,7 +129,6 @@ def _print(found: api.PlanReport) -> None:
             f"{min(row.forward_bits for row in rows):.1f} / {min(row.backward_bits for row in rows):.1f}",
             f"{sum(row.forward_bytes for row in rows):,} / {sum(row.backward_bytes for row in rows):,}",
         )
-    console = Console()
     console.print(table)
     forward = sum(row.forward_bytes for row in found.groups)
     backward = sum(row.backward_bytes for row in found.groups)

@@ -19,7 +19,8 @@ __version__ = "0.1.0"
 # By name, not by an import statement: a worker imports this package too, and has neither of these modules.
 _HOMES = dict.fromkeys(("finetune", "evaluate", "prepare", "plan", "doctor"), "hetrain.api")
 _HOMES |= dict.fromkeys(
-    ("LoraConfig", "OutsourcingConfig", "BatchingConfig", "TrainingConfig"), "hetrain.config"
+    ("LoraConfig", "OutsourcingConfig", "BatchingConfig", "TrainingConfig", "ComparisonConfig"),
+    "hetrain.config",
 )
 
 __all__ = ["__version__", *_HOMES]

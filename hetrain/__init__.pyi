@@ -4,6 +4,7 @@ from hetrain.api import finetune as finetune
 from hetrain.api import plan as plan
 from hetrain.api import prepare as prepare
 from hetrain.config import BatchingConfig as BatchingConfig
+from hetrain.config import ComparisonConfig as ComparisonConfig
 from hetrain.config import LoraConfig as LoraConfig
 from hetrain.config import OutsourcingConfig as OutsourcingConfig
 from hetrain.config import TrainingConfig as TrainingConfig
@@ -11,6 +12,7 @@ from hetrain.config import TrainingConfig as TrainingConfig
 __version__: str
 __all__ = [
     "BatchingConfig",
+    "ComparisonConfig",
     "LoraConfig",
     "OutsourcingConfig",
     "TrainingConfig",

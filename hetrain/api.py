@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetrain import config
-from hetrain.config import BatchingConfig, LoraConfig, OutsourcingConfig, TrainingConfig
+from hetrain.config import BatchingConfig, ComparisonConfig, LoraConfig, OutsourcingConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from hetrain.data.updates import Course as Course
+    from hetrain.inspection.comparison import Comparison as Comparison
     from hetrain.inspection.doctor import DoctorReport as DoctorReport
     from hetrain.inspection.plan_report import GroupReport as GroupReport
     from hetrain.inspection.plan_report import PlanReport as PlanReport
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from hetrain.train.finetune import JobResult as JobResult
     from hetrain.train.metrics import MicroBatchMetrics as MicroBatchMetrics
     from hetrain.train.preparation import Preparation as Preparation
+
+_COMPARISON = ComparisonConfig()
 
 
 def finetune(
@@ -154,25 +157,33 @@ def plan(
     outsource: Sequence[str] = OutsourcingConfig.outsource,
     training: TrainingConfig = config.JobSpec.training,
     dataset: str | PathLike[str] | None = None,
+    comparison: ComparisonConfig = _COMPARISON,
+    workers: str | None = None,
 ) -> PlanReport:
     """The matrices that would leave for the workers, bytes on the wire, and the updates of a training.
 
-    Starts nothing.
+    With a link also the job's hours and costs beside those of the same training on this machine, which is
+    measured for about 20 seconds. Starts no job.
 
     Args:
         model: as of `finetune`.
-        outsource: see `OutsourcingConfig`.
+        outsource: see `OutsourcingConfig`; ``auto`` alone chooses the groups that pay at the link of
+            `comparison`.
         training: as of `finetune`.
         dataset: as of `finetune`; None leaves the number of updates open.
+        comparison: the link, and what is measured and assumed.
+        workers: URL of a broker against which the link is to be measured.
 
     Raises:
-        UsageError: a pattern has no match.
+        UsageError: a pattern has no match, or what is to be measured cannot be.
+        BrokerError: the broker, against which the link is to be measured, cannot be reached.
         ModelError: the model cannot be found, read or split.
         DatasetError: the data set cannot be read.
     """
     from hetrain.inspection.plan_report import plan_report
 
-    return plan_report(model, outsource, training, None if dataset is None else Path(dataset))
+    path = None if dataset is None else Path(dataset)
+    return plan_report(model, outsource, training, path, comparison, workers)
 
 
 def doctor(workers: str | None = None) -> DoctorReport:

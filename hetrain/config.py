@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hetrain.public.errors import UsageError
+from hetrain.public.quantities import parse_bits_per_second
 
 T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"
 LATEST = "latest"
+AUTO = "auto"
+MEASURED = "measured"
 DEFAULT_MODEL = "smollm2-135m"
 
 # Those of transformers' schedules that need nothing but warm-up and the number of updates.
@@ -137,12 +140,19 @@ class OutsourcingConfig:
     outsource: tuple[str, ...] = _setting(
         ("*",),
         "Glob on full module names, as in 'model.layers.*.mlp.*', repeatable: only matching linears of the "
-        "decoder blocks go to workers, the others run on the client, with adapters all the same.",
+        "decoder blocks go to workers, the others run on the client, with adapters all the same. "
+        "`hetrain plan` also takes auto: what pays at its link.",
         metavar="PATTERN",
     )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outsource", _names(self.outsource))
+        _require(
+            AUTO not in self.outsource,
+            "outsource",
+            f"{AUTO} is no pattern of a job",
+            "`hetrain plan` with auto and `link` prints the patterns to give",
+        )
         _require(8 <= self.verify_rows <= 64, "verify_rows", f"{self.verify_rows} does not lie in 8..64")
 
 
@@ -283,6 +293,73 @@ class TrainingConfig(BatchingConfig):
     def staleness_bound(self, update: int) -> int:
         """The most staleness of an update, counted from 0: none during warm-up."""
         return self.max_staleness if update >= self.warmup_steps else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """What a job over a link is compared with: the same training on this machine.
+
+    Raises:
+        UsageError: a value makes no sense; `field` names it.
+    """
+
+    link: str | None = _setting(
+        None,
+        "Compare the job over this link with training on this machine. Bits per second each way between "
+        "client and broker, as 100mbit or 2.5gbit; measured: send and fetch some MB over the broker of "
+        "`workers`.",
+        metavar=f"RATE|{MEASURED}",
+    )
+    round_trip_ms: float | None = _setting(
+        None,
+        "Milliseconds of a round trip between client and broker.",
+        default=f"0, or what `link` {MEASURED} finds",
+        least=0,
+    )
+    worker_speed: float = _setting(
+        990.0,
+        "int8 operations per second of all workers together, in 10^12; a weight and a token take 12 in "
+        "training. The default assumes one H100 at half of its data sheet; two cores with AVX-512 reach 1.7.",
+    )
+    egress_price: float = _setting(
+        # AWS, EC2 on demand, data transfer out to the Internet, first 10 TB a month, us-east-1:
+        # https://aws.amazon.com/ec2/pricing/on-demand/
+        0.09,
+        "USD for a GB that leaves the workers' side for the client. The default is a list price of AWS.",
+        least=0,
+    )
+    client_memory: int | None = _setting(
+        None,
+        "Memory that the client, or local training, may take, e.g. 8GB.",
+        default="what this machine has free",
+        metavar="SIZE",
+        least=1,
+    )
+    probe: bool | None = _setting(
+        None,
+        "Measure this machine for about 20 seconds: a block of the model trained locally, the client's own "
+        "layers, and its encryption. Without, nothing is said about times on this machine.",
+        default="with `link`",
+    )
+
+    @property
+    def bits_per_s(self) -> float | None:
+        """The rate that `link` gives; None where there is none or it is to be measured."""
+        if self.link is None or self.link == MEASURED:
+            return None
+        return parse_bits_per_second(self.link, field="link")
+
+    @property
+    def probes(self) -> bool:
+        """Whether to measure this machine."""
+        return self.link is not None if self.probe is None else self.probe
+
+    def __post_init__(self) -> None:
+        _require_least(self)
+        _ = self.bits_per_s
+        _require(self.worker_speed > 0, "worker_speed", f"{self.worker_speed} is not positive")
+        needs_link = bool(self.probe) and self.link is None
+        _require(not needs_link, "probe", "there is nothing to compare with", "give `link` too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
-from hetrain.config import TrainingConfig
+from hetrain.config import AUTO, ComparisonConfig, TrainingConfig
 from hetrain.data.tokenization import load_tokenizer, read_rows
 from hetrain.data.updates import Course
-from hetrain.nn.split import split_model
+from hetrain.inspection.comparison import Comparison, ModelFacts, Surroundings, survey
+from hetrain.nn.families import shape_of
+from hetrain.nn.split import SplitModel, split_model
+from hetrain.public.errors import UsageError
 from hetrain.public.lattice.bounds import LARGEST_ENTRY, operand_bound
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.public.lattice.result_format import GROUP, ResultFormat
@@ -47,6 +50,7 @@ class PlanReport:
         hint_bytes: disk that hints take; a training micro-batch reads all of them once.
         training: the settings that it is for.
         course: what they make of a data set; None without one.
+        comparison: the job beside training on this machine; None without a link.
     """
 
     bytes_up: ClassVar[float] = _FORMAT.operand_bytes(1) / SLOTS
@@ -61,6 +65,7 @@ class PlanReport:
     hint_bytes: int
     training: TrainingConfig = field(repr=False)
     course: Course | None = None
+    comparison: Comparison | None = field(default=None, repr=False)
 
     @property
     def bytes_per_token(self) -> int:
@@ -74,31 +79,79 @@ class PlanReport:
 
 
 def plan_report(
-    model: str, outsource: Sequence[str], training: TrainingConfig, dataset: Path | None
+    model: str,
+    outsource: Sequence[str],
+    training: TrainingConfig,
+    dataset: Path | None,
+    comparison: ComparisonConfig | None = None,
+    workers: str | None = None,
 ) -> PlanReport:
     """Splits `model` and reports.
 
     Raises:
-        UsageError: a pattern has no match.
+        UsageError: a pattern has no match, or what is to be measured cannot be.
         ModelError: the model cannot be found, read or split.
         DatasetError: the data set cannot be read.
+        BrokerError: the broker, against which the link is to be measured, cannot be reached.
     """
+    comparison, is_auto = comparison or ComparisonConfig(), AUTO in outsource
+    if is_auto and (len(outsource) > 1 or comparison.link is None):
+        raise UsageError(
+            "auto needs a link to judge groups by, and no other pattern beside it",
+            field="outsource",
+            hint="give `link`, as in 1gbit, and auto alone",
+        )
     files = resolve(model)
     course = None
     if dataset is not None:
         rows = read_rows(dataset, load_tokenizer(files), training.longest_row)
         course = Course.of(rows, training)
-    split = split_model(files, outsource)
-    leaving = {member.module for group in split.plan.groups for member in group.members}
+    split = split_model(files, ("*",) if is_auto else outsource)
+    report = _report(split, split.plan, training, course)
+    if comparison.link is None:
+        return report
+    surroundings = survey(files, _facts(split, report), comparison, training, course, workers)
+    return _compared(split, report, surroundings, choosing=is_auto)
+
+
+def _report(split: SplitModel, plan: Plan, training: TrainingConfig, course: Course | None) -> PlanReport:
+    """The report for a part of the groups that `split` has, or all."""
+    leaving = {member.module for group in plan.groups for member in group.members}
+    all_weights, weights = _weights(split.plan), _weights(plan)
     return PlanReport(
-        plan=split.plan,
-        groups=tuple(_group_report(group) for group in split.plan.groups),
+        plan=plan,
+        groups=tuple(_group_report(group) for group in plan.groups),
         kept=tuple(name for name in split.block_linears if name not in leaving),
-        outsourced_parameters=sum(group.in_features * group.out_features for group in split.plan.groups),
-        client_parameters=split.client_parameters,
-        hint_bytes=hint_bytes_of(split.plan),
+        outsourced_parameters=weights,
+        client_parameters=split.client_parameters + all_weights - weights,
+        hint_bytes=hint_bytes_of(plan),
         training=training,
         course=course,
+    )
+
+
+def _compared(
+    split: SplitModel, report: PlanReport, surroundings: Surroundings, *, choosing: bool
+) -> PlanReport:
+    """`report` with a comparison, of the groups that pay if they are to be chosen."""
+    if choosing:
+        plan = Plan(model=split.plan.model, groups=surroundings.choose(split.plan.groups))
+        report = _report(split, plan, report.training, report.course)
+    return replace(report, comparison=surroundings.compare(report.plan.groups))
+
+
+def _weights(plan: Plan) -> int:
+    return sum(group.in_features * group.out_features for group in plan.groups)
+
+
+def _facts(split: SplitModel, report: PlanReport) -> ModelFacts:
+    embeddings = split.causal.get_input_embeddings().weight
+    linears = [shape_of(split.causal.get_submodule(name)) for name in split.block_linears]
+    return ModelFacts(
+        parameters=report.outsourced_parameters + report.client_parameters,
+        linear_weights=sum(k * n for k, n in linears),
+        vocabulary=split.causal.config.get_text_config().vocab_size,
+        stored_bytes=embeddings.element_size(),
     )
 
 

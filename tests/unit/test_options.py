@@ -22,6 +22,7 @@ from hetrain import api
 from hetrain.config import (
     FEW_UPDATES,
     BatchingConfig,
+    ComparisonConfig,
     EvaluationSpec,
     JobSpec,
     LoraConfig,
@@ -136,6 +137,13 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
+        (OutsourcingConfig, "outsource", "auto"),
+        (ComparisonConfig, "link", "1MB"),
+        (ComparisonConfig, "worker_speed", 0),
+        (ComparisonConfig, "egress_price", -1),
+        (ComparisonConfig, "round_trip_ms", -1),
+        (ComparisonConfig, "client_memory", 0),
+        (ComparisonConfig, "probe", True),
         (LoraConfig, "r", 0),
         (LoraConfig, "alpha", 0),
         (LoraConfig, "dropout", 1.0),

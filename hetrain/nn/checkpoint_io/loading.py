@@ -20,8 +20,12 @@ from hetrain.public.model.files import ModelFiles
 _ROWS_AT_ONCE = 8192
 
 
-def skeleton(checkpoint: ModelFiles) -> PreTrainedModel:
+def skeleton(checkpoint: ModelFiles, layers: int | None = None) -> PreTrainedModel:
     """The checkpoint's architecture in float32 with parameters on the meta device and real buffers.
+
+    Args:
+        checkpoint: of which only the configuration is read.
+        layers: decoder layers, the first ones; None takes all.
 
     Raises:
         ModelError: config.json cannot be used.
@@ -29,6 +33,8 @@ def skeleton(checkpoint: ModelFiles) -> PreTrainedModel:
             checkpoint is quantised already.
     """
     config = _config(checkpoint)
+    if layers is not None:
+        _shorten(config.get_text_config(), layers)
     try:
         # Buffers (rotary frequencies, for one) are computed for real: no checkpoint has them.
         with init_empty_weights(include_buffers=False):
@@ -111,6 +117,12 @@ def _config(checkpoint: ModelFiles) -> PretrainedConfig:
             hint="give the original weights: bf16, fp16 or fp32",
         )
     return config
+
+
+def _shorten(config: PretrainedConfig, layers: int) -> None:
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def _first_line(error: Exception) -> str:
