@@ -51,10 +51,8 @@ def files(store: HintStore) -> list[Path]:
 def test_a_hint_is_the_product_with_the_mask(harness: EngineHarness) -> None:
     for product in products_of(harness.plan):
         hint = harness.hints.hint(product)
-        blocks = -(-product.n // LANES)
-        got = torch.empty(blocks, SLOTS, LANES, dtype=torch.int32)
-        with hint.opened() as read:
-            read(0, got)
+        with hint.opened() as got:
+            assert got.shape == (-(-product.n // LANES), SLOTS, LANES)
         masks = expand_masks(hint.seed, product.k).to(torch.int64).transpose(0, 1).reshape(SLOTS, -1)
         expected = masks[:, : product.k] @ harness.weights(product).to(torch.int64).t() % MODULUS
         assert torch.equal(got.transpose(0, 1).reshape(SLOTS, -1)[:, : product.n].to(torch.int64), expected)

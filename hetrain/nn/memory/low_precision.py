@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hetrain.nn.memory.bfloat16 import add_product, halves, has_bfloat16_tiles
+
 _ROWS = 4096
 
 
@@ -34,22 +36,43 @@ class StoredHead(nn.Linear):
 
 
 class _ProductByRows(torch.autograd.Function):
-    """x·Wᵀ, with few rows of W in float32 at any time; dx = dy·W."""
+    """x·Wᵀ, with few rows of W in float32 at any time; dx = dy·W.
+
+    Where the processor has tiles for bfloat16, weights of that type stay as they are, and x and dy become two
+    values each of that type (17 bits).
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.weight = weight
+        ctx.weight = weight.detach()
+        ctx.has_tiles = _suit_tiles(x, weight)
         y = x.new_empty(len(x), len(weight))
-        for columns, rows in zip(y.split(_ROWS, dim=1), weight.detach().split(_ROWS), strict=True):
-            torch.mm(x, rows.to(x.dtype).t(), out=columns)
+        blocks = zip(y.split(_ROWS, dim=1), ctx.weight.split(_ROWS), strict=True)
+        if ctx.has_tiles:
+            high, low = halves(x.contiguous())
+            for columns, rows in blocks:
+                add_product(columns, high, rows.t(), keep=False)
+                add_product(columns, low, rows.t())
+        else:
+            for columns, rows in blocks:
+                torch.mm(x, rows.to(x.dtype).t(), out=columns)
         return y
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
         dx = dy.new_zeros(len(dy), ctx.weight.shape[1])
-        for columns, rows in zip(dy.split(_ROWS, dim=1), ctx.weight.detach().split(_ROWS), strict=True):
-            dx.addmm_(columns, rows.to(dy.dtype))
+        for columns, rows in zip(dy.split(_ROWS, dim=1), ctx.weight.split(_ROWS), strict=True):
+            if ctx.has_tiles:
+                for half in halves(columns):
+                    add_product(dx, half, rows)
+            else:
+                dx.addmm_(columns, rows.to(dy.dtype))
         return dx, None
+
+
+def _suit_tiles(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    types = (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+    return types and x.device.type == "cpu" and has_bfloat16_tiles()
 
 
 def keep_as_stored(causal: PreTrainedModel) -> None:

@@ -40,6 +40,7 @@ from hetrain.secret.verification.rows import CheckRows
 from hetrain.secret.verification.verdict import is_near
 
 _BLOCK = (SLOTS, LANES)
+_OPENED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,13 @@ class RlweOpening:
         """Y = X·Wᵀ, float32 [T, n]."""
         verified = self.parts.results()
         y = unaligned_empty((len(self.scales), verified[-1].rows[1]), torch.float32)
-        with self.hint.opened() as read:
+        with self.hint.opened() as hint:
             for each in verified:
                 start, stop = each.rows
-                for first in range(0, stop - start, GROUP):
-                    count = -(-min(GROUP, stop - start - first) // LANES)
-                    hint = workspace("hint", (count, *_BLOCK), torch.int32)
-                    read((start + first) // LANES, hint)
+                for first in range(start, stop, _OPENED_AT_ONCE):
+                    blocks = hint[first // LANES : -(-min(first + _OPENED_AT_ONCE, stop) // LANES)]
                     ring_kernels().decrypt(
-                        y, start + first, each.values, first, hint, self.scales, self.secret
+                        y, first, each.values, first - start, blocks, self.scales, self.secret
                     )
         return y
 
