@@ -27,7 +27,7 @@ from hetrain.public.lattice.result_format import packed_bytes
 from hetrain.public.lattice.ring import LANES
 from hetrain.public.lattice.uniform_masks import MaskBlocks, expand_masks
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
-from hetrain.secret.engines.rlwe.torch_ring import Message
+from hetrain.secret.engines.rlwe.torch_ring import Message, ResultScales
 from hetrain.secret.randomness import SecretStream, sample_ternary
 
 CHECK_ROWS = 16
@@ -44,11 +44,11 @@ def contestant(kernels: NativeRing, k: int, blocks: int) -> Seconds:
     masks, hint = torch.empty(blocks, SLOTS, LANES, dtype=torch.int32), expand_masks(PublicSeed.fresh(), k)
     keystream = torch.empty(2 * masks.numel(), dtype=torch.uint8)
     mask_blocks, noise = MaskBlocks(PublicSeed.fresh()), SecretStream("benchmark")
-    message = Message(torch.randn(SLOTS, k), torch.full((SLOTS,), 1000.0), 1 << 15)
+    message = Message(torch.randn(SLOTS, k), torch.rand(k), torch.full((SLOTS,), 1000.0), 1 << 15)
     planes, y, scales = (
         torch.zeros(3, SLOTS, k, dtype=torch.int8),
         torch.zeros(SLOTS, k),
-        torch.rand(SLOTS),
+        ResultScales(torch.rand(SLOTS), torch.rand(k)),
     )
     packed = torch.randint(0, 256, (SLOTS, packed_bytes(k)), dtype=torch.uint8)
     u = torch.zeros(SLOTS, k, dtype=torch.int16)

@@ -43,6 +43,7 @@ from hetrain.data.packing import MicroBatch, epochs, micro_batches, pack
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.split import split_model
+from hetrain.public.protocol.plan import stack_group
 from hetrain.train.session import BaseModelFiles, open_base
 from hetrain.train.updater import Tensors
 from hetrain.train.weight_prediction import predicted
@@ -185,11 +186,17 @@ def rows_of(base: BaseModelFiles, data: str) -> tuple[list[Row], list[Row]]:
 
 
 def train(
-    base: BaseModelFiles, run: Run, micro_batch_tokens: int = 2048, change: float = 0.0
+    base: BaseModelFiles,
+    run: Run,
+    micro_batch_tokens: int = 2048,
+    change: float = 0.0,
+    *,
+    on_int8: bool = False,
 ) -> dict[str, Any]:
     """Losses of all updates, and the held-out loss after the last.
 
-    The initial adapter is multiplied by normal numbers of mean 1 and standard deviation `change`.
+    The initial adapter is multiplied by normal numbers of mean 1 and standard deviation `change`. With
+    `on_int8` the linears' weights are those that workers have, until the held-out loss is computed.
     """
     setup = set_up(base, run, micro_batch_tokens)
     random = torch.Generator().manual_seed(run.seed)
@@ -198,9 +205,29 @@ def train(
         for name, value in setup.values.items()
     }
     model = plain_model(base.files.directory, LoraConfig(), values)
+    stored = round_to_int8(model, base) if on_int8 else {}
     training = DelayedTraining(model, run)
     losses = [training.update(batches) for batches in setup.updates]
+    with torch.no_grad():
+        for parameter, value in stored.items():
+            parameter.copy_(value)
     return {"held_out": held_out_loss(model, setup.held_out), "losses": losses}
+
+
+@torch.no_grad()
+def round_to_int8(model: PeftModel, base: BaseModelFiles) -> dict[nn.Parameter, torch.Tensor]:
+    """Gives the linears diag(s)·Q·diag(c) for weights, by groups as in a plan. Returns what they had."""
+    stored = {}
+    causal = model.get_base_model()
+    for group in split_model(base.files).plan.groups:
+        matrix = stack_group(group.members, base.files.read)
+        rounded = matrix.scales.outputs[:, None] * matrix.values * matrix.scales.inputs
+        widths = [member.out_features for member in group.members]
+        for member, weight in zip(group.members, rounded.split(widths), strict=True):
+            parameter = causal.get_submodule(member.module).base_layer.weight
+            stored[parameter] = parameter.clone()
+            parameter.copy_(weight)
+    return stored
 
 
 def held_out_loss(model: PeftModel, batches: Sequence[MicroBatch]) -> float:

@@ -16,7 +16,7 @@ import torch
 
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.lattice.ring import LANES
-from hetrain.public.model.quantization import Norms
+from hetrain.public.model.quantization import Norms, Scales
 from hetrain.public.protocol.plan import Group, Member
 from hetrain.public.protocol.product import Part, Product
 from hetrain.secret.engines.rlwe.hints import HintStore
@@ -82,13 +82,12 @@ def _round(
 ) -> tuple[float, float]:
     """Seconds to scale and seal an operand, and to verify, open and scale its result."""
     begin = process_time()
-    sealed = sealer.seal(x * scales, product)
+    sealed = sealer.seal(x, product, Scales(scales, scales))
     middle = process_time()
     zeros = memoryview(bytearray(sealed.operand.result_bytes))
     received = process_time()
     sealed.opening.check(Part((0, product.n), zeros))
-    y = sealed.opening.open()
-    y *= scales
+    sealed.opening.open()
     return middle - begin, process_time() - received
 
 

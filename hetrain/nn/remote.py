@@ -71,29 +71,30 @@ class RemoteMatmul:
     sealer: Sealer
     stats: ProductStats
 
-    def multiply(self, product: Product, x: torch.Tensor) -> torch.Tensor:
-        """Y = X·Wᵀ. Block i+1 is sealed while block i is away.
+    def multiply(self, product: Product, x: torch.Tensor, channels: Scales | None = None) -> torch.Tensor:
+        """Y = ((X·diag(c))·Wᵀ)·diag(s). Block i+1 is sealed while block i is away.
 
         Args:
             product: the matrix and its direction.
             x: [T, K]; every 2048 tokens travel as one ciphertext.
+            channels: s and c; None: all are one.
 
         Returns:
             float32 [T, n] on the CPU.
         """
         # The recorder of cheap operations would note hundreds of calls here that it cannot use.
         with torch._C.DisableTorchFunction():
-            return self._multiply(product, x)
+            return self._multiply(product, x, channels)
 
-    def _multiply(self, product: Product, x: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, product: Product, x: torch.Tensor, channels: Scales | None) -> torch.Tensor:
         blocks = x.split(SLOTS)
         if len(blocks) == 1:
-            return self._open(*self._exchange(self._seal(product, x), product))
+            return self._open(*self._exchange(self._seal(product, x, channels), product))
         results = []
         with ThreadPoolExecutor(1, "remote-matmul", flush_denormals) as thread:
             away = None
             for block in blocks:
-                sealed = self._seal(product, block)
+                sealed = self._seal(product, block, channels)
                 if away is not None:
                     results.append(self._open(*away.result()))
                 away = thread.submit(self._exchange, sealed, product)
@@ -101,9 +102,9 @@ class RemoteMatmul:
             results.append(self._open(*away.result()))
         return torch.cat(results)
 
-    def _seal(self, product: Product, x: torch.Tensor) -> Sealed:
+    def _seal(self, product: Product, x: torch.Tensor, channels: Scales | None) -> Sealed:
         begin = time.perf_counter()
-        sealed = self.sealer.seal(x, product)
+        sealed = self.sealer.seal(x, product, channels)
         self.stats.encrypt_s += time.perf_counter() - begin
         return sealed
 
@@ -142,8 +143,7 @@ class _GroupProduct(torch.autograd.Function):
         ctx, x: torch.Tensor, group: RemoteGroup, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        y = group.matmul.multiply(Product(group.group, "forward"), flat * group.scales.inputs).to(x.device)
-        y *= group.scales.outputs
+        y = group.matmul.multiply(Product(group.group, "forward"), flat, group.scales).to(x.device)
         ctx.group, ctx.branches = group, None
         if group.branches:
             ctx.branches = Branches(group.branches)
@@ -161,9 +161,9 @@ class _GroupProduct(torch.autograd.Function):
             del x
         if not ctx.needs_input_grad[0]:
             return None, None, *found
-        dy *= group.scales.outputs
-        dx = group.matmul.multiply(Product(group.group, "backward"), dy).to(dy.device)
-        dx *= group.scales.inputs
+        dx = group.matmul.multiply(Product(group.group, "backward"), dy, group.scales.transposed).to(
+            dy.device
+        )
         if branches is not None:
             branches.add_input_gradient(dx, g)
         return dx.view(ctx.shape), None, *found

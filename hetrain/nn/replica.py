@@ -98,7 +98,7 @@ class Replica:
             for linear, member in zip(linears, group.members, strict=True):
                 branch = take_branch(linear, slice(end, end := end + member.out_features))
                 branches += [] if branch is None else [branch]
-            bound = RemoteGroup(group, split.scales[group.name].to(self._device), matmul, branches)
+            bound = RemoteGroup(group, split.scales[group.name], matmul, branches)
             for index, linear in enumerate(linears):
                 remote = getattr(linear, "base_layer", linear)
                 assert isinstance(remote, RemoteLinear)

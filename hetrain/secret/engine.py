@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from hetrain.public.errors import UsageError
+from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import Header
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import Operand, Part, Product
@@ -39,7 +40,7 @@ class Opening(Protocol):
         ...
 
     def open(self) -> torch.Tensor:
-        """Y = X·Wᵀ: float32 [T, n], from the parts that were verified.
+        """Y = ((X·diag(c))·Wᵀ)·diag(s): float32 [T, n], from the parts that were verified.
 
         Raises:
             WireError: the product was not verified.
@@ -68,12 +69,13 @@ class Sealer(Protocol):
         """The sealer of one micro-batch: with keys of its own where keys serve several operands."""
         ...
 
-    def seal(self, x: torch.Tensor, product: Product) -> Sealed:
-        """Quantises and encrypts one operand.
+    def seal(self, x: torch.Tensor, product: Product, channels: Scales | None = None) -> Sealed:
+        """Quantises and encrypts one operand of Y = ((X·diag(c))·Wᵀ)·diag(s), which the opening gives.
 
         Args:
             x: activations or gradients, floating point [T, K], T ≤ 2048.
             product: gives W, by which x will be multiplied.
+            channels: s and c; None: all are one.
 
         Raises:
             ParameterError: x does not fit.

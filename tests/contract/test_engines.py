@@ -12,6 +12,7 @@ import torch
 
 from hetrain.public.errors import HetrainError, NotFinite, ParameterError, ResultRejected, WireError
 from hetrain.public.lattice.bounds import accepted_error
+from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import Direction
 from hetrain.secret.engine import ENGINES
 from tests.harness.engine import GUARANTEES, EngineHarness, open_checked
@@ -84,6 +85,15 @@ def test_ranges_of_rows_join(harness: EngineHarness, direction: Direction) -> No
     x = random_operand(7, width(harness, "ragged", direction))
     y = harness.multiply("ragged", direction, x, RANGES[n])
     assert not harness.excess("ragged", direction, x, y).any()
+
+
+@BOTH
+def test_channels_scale_operand_and_result(harness: EngineHarness, direction: Direction) -> None:
+    product = harness.product("ragged", direction)
+    x, inputs, outputs = torch.randn(9, product.k), torch.rand(product.k) + 0.5, torch.rand(product.n) + 0.5
+    sealed = harness.sealer.seal(x, product, Scales(outputs, inputs))
+    y = open_checked(sealed, harness.answer("ragged", direction, sealed)) / outputs
+    assert not harness.excess("ragged", direction, x * inputs, y).any()
 
 
 def test_another_operands_results_are_refused(harness: EngineHarness) -> None:

@@ -23,6 +23,7 @@ from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
 from hetrain.public.lattice.bounds import operand_bound
 from hetrain.public.model.files import resolve
+from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.plan import Group
 from hetrain.public.protocol.product import Product, ProductKey
 from hetrain.secret.activation_quantization import quantize_operand
@@ -99,9 +100,9 @@ class RecordingSealer:
     def for_micro_batch(self) -> RecordingSealer:
         return self
 
-    def seal(self, x: torch.Tensor, product: Product):  # type: ignore[no-untyped-def]
-        sealed = self._sealer.seal(x, product)
-        operand = quantize_operand(x, operand_bound(product.norms, product.n))
+    def seal(self, x: torch.Tensor, product: Product, channels: Scales):  # type: ignore[no-untyped-def]
+        sealed = self._sealer.seal(x, product, channels)
+        operand = quantize_operand(x, operand_bound(product.norms, product.n), columns=channels.inputs)
         self.secrets += [x.detach().float(), operand.values, operand.scales]
         self.secrets += digit_planes(operand.values).unbind()
         opening, secrets = sealed.opening, self.secrets

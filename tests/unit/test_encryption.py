@@ -142,7 +142,7 @@ def test_a_wrong_secret_opens_nothing(harness: EngineHarness) -> None:
     right = open_checked(mine, harness.answer("m", "forward", mine))
     wrong = RlweOpening(mine.opening.parts, mine.opening.hint, other.opening.secret, mine.opening.scales)
     for y, is_uniform in ((wrong.open(), True), (right, False)):
-        integers = (y / mine.opening.scales[:, None]).to(torch.float64) % MODULUS
+        integers = (y / mine.opening.scales.tokens[:, None]).to(torch.float64) % MODULUS
         assert (abs(excess_of_high_bits(integers, MODULUS)) < 8) == is_uniform
 
 

@@ -25,7 +25,7 @@ from hetrain.public.lattice.ring import LANES, MODULUS
 from hetrain.public.lattice.uniform_masks import MaskBlocks, accept, expand_masks
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
 from hetrain.secret.engines.rlwe.ring_kernels import RingKernels, ring_kernels
-from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, Message, TorchRing
+from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, Message, ResultScales, TorchRing
 from hetrain.secret.randomness import SecretStream, sample_ternary
 from tests.golden import regenerate as golden
 from tests.harness import plain_ring as plain
@@ -107,7 +107,19 @@ def operand(tokens: int, features: int, limit: int) -> Message:
         if row < tokens:
             x[row], inverse[row] = (torch.arange(features) - 7) / 2, factor
     x[-1], inverse[-1] = torch.arange(features) - features / 2, float(limit)
-    return Message(x, inverse, limit)
+    columns = torch.rand(features) * torch.rand(features).mul(4).exp()
+    columns[::3] = 1.0
+    return Message(x, columns, inverse, limit)
+
+
+def plain_message(x: torch.Tensor, limit: int) -> Message:
+    """Nothing is scaled."""
+    return Message(x, torch.ones(x.shape[1]), torch.ones(len(x)), limit)
+
+
+def ones(tokens: int, width: int) -> ResultScales:
+    """Nothing is scaled."""
+    return ResultScales(torch.ones(tokens), torch.ones(width))
 
 
 # ---- The ring ----
@@ -238,6 +250,7 @@ def test_the_reference_encrypts_as_plain_integers_do() -> None:
     degree, rank, features, limit = 256, 8, 3, 1 << 24
     masks, noise = words(1, rank * degree, LANES), keystream(1, degree)
     message = operand(degree - 1, features, limit)
+    x = message.x * message.columns
     planes = torch.empty(3, degree, features, dtype=torch.int8)
     for secret in secrets(rank, degree)[:2]:
         TORCH.encrypt(planes, 0, masks, noise, message, TORCH.spectrum(secret))
@@ -246,7 +259,7 @@ def test_the_reference_encrypts_as_plain_integers_do() -> None:
             for t in range(degree):
                 b[t] += plain.noise(bytes(noise.view(degree, LANES, 2)[t, k].tolist()))
                 if t < degree - 1:
-                    b[t] += plain.scaled(float(message.x[t, k]), float(message.inverse[t]), limit)
+                    b[t] += plain.scaled(float(x[t, k]), float(message.inverse[t]), limit)
             assert [tuple(one) for one in planes[:, :, k].t().tolist()] == [plain.digits(one) for one in b]
 
 
@@ -256,7 +269,7 @@ def test_what_travels_is_b_within_half_of_what_was_dropped(kernels: RingKernels)
     near = torch.arange(-200, 200)
     edges = [centre + near for centre in (0, MODULUS // 2 - (1 << 24) * 31, 64 * 0x7F7F7F % (1 << 24))]
     x = torch.cat(edges).clamp(-(1 << 24), 1 << 24).to(torch.float32).repeat(55)[: degree * features]
-    message = Message(x.reshape(degree, features), torch.ones(degree), 1 << 24)
+    message = plain_message(x.reshape(degree, features), 1 << 24)
     planes = torch.empty(3, degree, features, dtype=torch.int8)
     even = torch.full((64 * degree,), 255, dtype=torch.uint8)  # noise of zero
     spectrum = kernels.spectrum(torch.zeros(1, degree, dtype=torch.int8))
@@ -279,7 +292,7 @@ def test_decryption_equals_the_reference(
     natives: list[NativeRing], degree: int, rank: int, features: int, missing: int
 ) -> None:
     tokens = degree - missing
-    scales = torch.rand(tokens).mul(40).sub(20).exp()
+    scales = ResultScales(torch.rand(tokens).mul(40).sub(20).exp(), torch.rand(features + 5))
     hint = words(-(-features // LANES), rank * degree, LANES)
     u = torch.randint(-(1 << 15), 1 << 15, (degree, features)).to(torch.int16)
     u.view(-1)[::5], u.view(-1)[1::5], u.view(-1)[2::5] = 0, -1, -(1 << 15)
@@ -302,7 +315,7 @@ def test_every_result_is_opened_as_plain_integers_are(kernels: RingKernels) -> N
             for rows in zip(u.tolist(), a.tolist(), strict=True)
         ]
         y = torch.empty(2048, 32)
-        kernels.decrypt(y, 0, u, 0, hint, torch.ones(2048), kernels.spectrum(secret))
+        kernels.decrypt(y, 0, u, 0, hint, ones(2048, 32), kernels.spectrum(secret))
         assert torch.equal(y, torch.tensor(expected).to(torch.float32))
 
 
@@ -310,7 +323,7 @@ def test_a_matrix_can_be_done_in_pieces(native: NativeRing) -> None:
     degree, rank, features = 256, 8, 150
     blocks = -(-features // LANES)
     masks, noise = words(blocks, rank * degree, LANES), keystream(blocks, degree)
-    message, scales = operand(250, features, 1000), torch.rand(250)
+    message, scales = operand(250, features, 1000), ResultScales(torch.rand(250), torch.rand(features))
     u = torch.randint(-(1 << 15), 1 << 15, (degree, features)).to(torch.int16)
     spectrum = native.spectrum(secrets(rank, degree)[0])
     planes = [torch.zeros(3, degree, features, dtype=torch.int8) for _ in range(2)]
@@ -460,7 +473,7 @@ def test_a_product_comes_back_and_passes_its_check(native: NativeRing, degree: i
     weights = torch.randint(-127, 128, (n, features))
     spectrum = native.spectrum(secrets(rank, degree)[0])
     planes = torch.empty(3, degree, features, dtype=torch.int8)
-    native.encrypt(planes, 0, masks, noise, Message(x, torch.ones(tokens), limit), spectrum)
+    native.encrypt(planes, 0, masks, noise, plain_message(x, limit), spectrum)
     products = [plane.to(torch.int32) @ weights.t().to(torch.int32) for plane in planes]
     packed, u = torch.empty(degree, 112, dtype=torch.uint8), torch.empty(degree, n, dtype=torch.int16)
     epilogue_of(native).switch(torch.stack(products), packed)
@@ -470,7 +483,7 @@ def test_a_product_comes_back_and_passes_its_check(native: NativeRing, degree: i
     hint[:n] = weights @ by_feature % MODULUS
     blocks = hint.view(3, LANES, -1).transpose(1, 2).to(torch.int32).contiguous()
     y = torch.empty(tokens, n)
-    native.decrypt(y, 0, u, 0, blocks, torch.ones(tokens), spectrum)
+    native.decrypt(y, 0, u, 0, blocks, ones(tokens, n), spectrum)
     exact = x.to(torch.int64) @ weights.t()
     largest = weights.abs().sum(dim=1).max() * (8 + 32) + MODULUS // (2 * plain.LEVELS) + 1
     assert int((y.to(torch.float64) - exact).abs().max()) <= int(largest)
@@ -496,23 +509,26 @@ def test_operands_that_do_not_fit_never_reach_the_kernels(native: NativeRing) ->
     spectrum = native.spectrum(secrets(8, 256)[0])
     planes, masks = torch.zeros(3, 256, 20, dtype=torch.int8), torch.zeros(2, 2048, 16, dtype=torch.int32)
     noise, x, inverse = torch.zeros(2 * 32 * 256, dtype=torch.uint8), torch.zeros(9, 20), torch.ones(9)
-    native.encrypt(planes, 0, masks, noise, Message(x, inverse, 5), spectrum)
+    columns = torch.ones(20)
+    native.encrypt(planes, 0, masks, noise, Message(x, columns, inverse, 5), spectrum)
     for arguments in (
-        (planes, 16, masks, noise, Message(x, inverse, 5)),
-        (planes, 8, masks[:1], noise[: 32 * 256], Message(x, inverse, 5)),
-        (planes, -16, masks, noise, Message(x, inverse, 5)),
-        (planes[:2], 0, masks, noise, Message(x, inverse, 5)),
-        (planes, 0, masks[:, :256], noise, Message(x, inverse, 5)),
-        (planes, 0, masks, noise[1:], Message(x, inverse, 5)),
-        (planes, 0, masks, noise, Message(x.double(), inverse, 5)),
-        (planes, 0, masks, noise, Message(x, inverse[:8], 5)),
-        (planes, 0, masks, noise, Message(x, inverse, (1 << 24) + 1)),
-        (planes, 0, masks, noise, Message(torch.zeros(257, 20), torch.ones(257), 5)),
-        (planes, 0, masks, noise, Message(torch.zeros(20, 9).t(), inverse, 5)),
+        (planes, 16, masks, noise, Message(x, columns, inverse, 5)),
+        (planes, 8, masks[:1], noise[: 32 * 256], Message(x, columns, inverse, 5)),
+        (planes, -16, masks, noise, Message(x, columns, inverse, 5)),
+        (planes[:2], 0, masks, noise, Message(x, columns, inverse, 5)),
+        (planes, 0, masks[:, :256], noise, Message(x, columns, inverse, 5)),
+        (planes, 0, masks, noise[1:], Message(x, columns, inverse, 5)),
+        (planes, 0, masks, noise, Message(x.double(), columns, inverse, 5)),
+        (planes, 0, masks, noise, Message(x, columns, inverse[:8], 5)),
+        (planes, 0, masks, noise, Message(x, columns[:19], inverse, 5)),
+        (planes, 0, masks, noise, Message(x, columns.double(), inverse, 5)),
+        (planes, 0, masks, noise, Message(x, columns, inverse, (1 << 24) + 1)),
+        (planes, 0, masks, noise, plain_message(torch.zeros(257, 20), 5)),
+        (planes, 0, masks, noise, Message(torch.zeros(20, 9).t(), columns, inverse, 5)),
     ):
         with pytest.raises(ParameterError):
             native.encrypt(*arguments, spectrum)
-    y, u, scales = torch.zeros(9, 25), torch.zeros(256, 20, dtype=torch.int16), torch.ones(9)
+    y, u, scales = torch.zeros(9, 25), torch.zeros(256, 20, dtype=torch.int16), ones(9, 25)
     native.decrypt(y, 5, u, 0, masks, scales, spectrum)
     for arguments in (
         (y, 6, u, 0, masks, scales),
@@ -521,8 +537,9 @@ def test_operands_that_do_not_fit_never_reach_the_kernels(native: NativeRing) ->
         (y, 0, u[:255], 0, masks, scales),
         (y, 0, u.to(torch.int32), 0, masks, scales),
         (y, 0, u, 0, masks[:, :, :8], scales),
-        (y, 0, u, 0, masks, scales[:8]),
-        (torch.zeros(257, 25), 0, u, 0, masks, torch.ones(257)),
+        (y, 0, u, 0, masks, ResultScales(torch.ones(8), torch.ones(25))),
+        (y, 0, u, 0, masks, ResultScales(torch.ones(9), torch.ones(24))),
+        (torch.zeros(257, 25), 0, u, 0, masks, ones(257, 25)),
     ):
         with pytest.raises(ParameterError):
             native.decrypt(*arguments, spectrum)
@@ -630,7 +647,8 @@ def test_known_products(index: int, kernels: RingKernels) -> None:
     weights, tokens = case["weights"], len(case["x"])
 
     planes = torch.empty(3, degree, features, dtype=torch.int8)
-    kernels.encrypt(planes, 0, masks, case["keystream"], Message(case["x"], case["inverse"], limit), spectrum)
+    message = Message(case["x"], torch.ones(features), case["inverse"], limit)
+    kernels.encrypt(planes, 0, masks, case["keystream"], message, spectrum)
     assert planes[:, 0, 0].tolist() == vectors["wire"]["first"]
     assert golden.digest(planes.numpy(), "<i1") == vectors["wire"]["digest"]
 
@@ -647,7 +665,7 @@ def test_known_products(index: int, kernels: RingKernels) -> None:
     assert golden.digest(hint[: golden.WEIGHTS].numpy(), "<u4") == vectors["hint"]["digest"]
     y = torch.empty(tokens, golden.WEIGHTS)
     block = hint.t().to(torch.int32).contiguous()[None]
-    kernels.decrypt(y, 0, u, 0, block, torch.ones(tokens), spectrum)
+    kernels.decrypt(y, 0, u, 0, block, ones(tokens, golden.WEIGHTS), spectrum)
     assert y[0].tolist() == [float(np.float32(value)) for value in vectors["opened"]["first"]]
     assert golden.digest(y.numpy(), "<f4") == vectors["opened"]["digest"]
 

@@ -32,9 +32,10 @@ class Scales:
     outputs: torch.Tensor
     inputs: torch.Tensor
 
-    def to(self, device: torch.device) -> Scales:
-        """The same scales on `device`."""
-        return Scales(self.outputs.to(device), self.inputs.to(device))
+    @property
+    def transposed(self) -> Scales:
+        """Those of Wᵀ."""
+        return Scales(outputs=self.inputs, inputs=self.outputs)
 
 
 @dataclass(frozen=True)

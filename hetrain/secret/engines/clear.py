@@ -15,6 +15,7 @@ from hetrain.public.errors import WireError
 from hetrain.public.lattice.bounds import operand_bound
 from hetrain.public.lattice.parameters import require_tokens
 from hetrain.public.lattice.ring import DIGIT_OFFSET, LANES
+from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.public.workspace import unaligned_empty
@@ -57,10 +58,11 @@ class ClearClaim:
 
 @dataclass(frozen=True)
 class ClearOpening:
-    """The scales of the tokens."""
+    """The scales of the tokens and of W's rows."""
 
     parts: PartsCheck[CheckRows, torch.Tensor]
     scales: torch.Tensor
+    outputs: torch.Tensor | None
 
     def check(self, part: Part) -> None:
         """Verifies the product once it is complete; see `hetrain.secret.engine.Opening.check`."""
@@ -69,7 +71,7 @@ class ClearOpening:
     def open(self) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
         values = torch.cat([each.values for each in self.parts.results()], dim=1)
-        return dequantize_result(values, self.scales)
+        return dequantize_result(values, self.scales, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,11 @@ class ClearSealer:
         """Itself."""
         return self
 
-    def seal(self, x: torch.Tensor, product: Product) -> ClearSealed:
+    def seal(self, x: torch.Tensor, product: Product, channels: Scales | None = None) -> ClearSealed:
         """Quantises one operand as `rlwe` does; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(len(x))
-        quantized = quantize_operand(x, operand_bound(product.norms, product.n), self.bits)
+        columns = None if channels is None else channels.inputs
+        quantized = quantize_operand(x, operand_bound(product.norms, product.n), self.bits, columns)
         planes = digit_planes(quantized.values)
         parts = PartsCheck(
             product,
@@ -111,7 +114,9 @@ class ClearSealer:
             [planes.numpy().data.cast("B")],
             result_bytes=4 * len(x) * product.n,
         )
-        return ClearSealed(operand, ClearOpening(parts, quantized.scales))
+        return ClearSealed(
+            operand, ClearOpening(parts, quantized.scales, None if channels is None else channels.outputs)
+        )
 
 
 def digit_planes(values: torch.Tensor) -> torch.Tensor:

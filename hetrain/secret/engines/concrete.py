@@ -26,6 +26,7 @@ from hetrain.public.concrete.package import package_version, unswitch
 from hetrain.public.errors import WireError
 from hetrain.public.lattice.bounds import LARGEST_ENTRY, OperandBound
 from hetrain.public.lattice.parameters import require_tokens
+from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import Header
 from hetrain.public.protocol.plan import Plan
 from hetrain.public.protocol.product import Operand, Part, Product, products_of
@@ -101,10 +102,11 @@ class ConcreteClaim:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ConcreteOpening:
-    """The parts of one product, which know the keys, and the scales of the tokens."""
+    """The parts of one product, which know the keys, and the scales of the tokens and of W's rows."""
 
     parts: PartsCheck[CheckRows, torch.Tensor]
     scales: torch.Tensor
+    outputs: torch.Tensor | None
 
     def check(self, part: Part) -> None:
         """Decrypts the part, and verifies the product once it is complete."""
@@ -113,7 +115,7 @@ class ConcreteOpening:
     def open(self) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]; see `hetrain.secret.engine.Opening`."""
         values = torch.cat([each.values for each in self.parts.results()], dim=1)
-        return dequantize_result(values, self.scales)
+        return dequantize_result(values, self.scales, self.outputs)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,10 +160,11 @@ class ConcreteSealer:
         sealer._keys = _draw_keys(self._circuits)
         return sealer
 
-    def seal(self, x: torch.Tensor, product: Product) -> ConcreteSealed:
+    def seal(self, x: torch.Tensor, product: Product, channels: Scales | None = None) -> ConcreteSealed:
         """Encrypts one operand; see `hetrain.secret.engine.Sealer.seal`."""
         require_tokens(x.shape[0])
-        operand = quantize_operand(x, OperandBound(LARGEST_ENTRY, norm=0.0), self._bits)
+        columns = None if channels is None else channels.inputs
+        operand = quantize_operand(x, OperandBound(LARGEST_ENTRY, norm=0.0), self._bits, columns)
         circuit = self._compile(product)
         keys, spec = self._keys[circuit.spec], circuit.spec
         values = operand.values.to(torch.int64)
@@ -183,7 +186,11 @@ class ConcreteSealer:
                 result_bytes=len(padded) * circuit.value_bytes() * product.n,
                 row_step=spec.columns,
             ),
-            ConcreteOpening(PartsCheck(product, claim, self._verification.weights), operand.scales),
+            ConcreteOpening(
+                PartsCheck(product, claim, self._verification.weights),
+                operand.scales,
+                None if channels is None else channels.outputs,
+            ),
         )
 
     def _compile(self, product: Product) -> Circuit:

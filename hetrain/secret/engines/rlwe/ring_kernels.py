@@ -1,8 +1,8 @@
 """The client's operations on a block of features, and which version of them this machine has.
 
-    encrypt      b_k = a_k·s + e_k + round(x_k / scale) mod q,  c_k = round(b_k / 2^6)
+    encrypt      b_k = a_k·s + e_k + round(x_k·column_k / scale) mod q,  c_k = round(b_k / 2^6)
     unpack       u of a result, from 14 bits each to 16
-    decrypt      y_j = scale·(round(u_j·q / 2^14) − (W·a)_j·s mod q, signed)
+    decrypt      y_j = scale·column_j·(round(u_j·q / 2^14) − (W·a)_j·s mod q, signed)
     check_up     2^6·(R·W)·c mod q
     check_down   R·u mod 2^14
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
-from hetrain.secret.engines.rlwe.torch_ring import Message, TorchRing
+from hetrain.secret.engines.rlwe.torch_ring import Message, ResultScales, TorchRing
 
 
 class RingKernels(Protocol):
@@ -69,7 +69,7 @@ class RingKernels(Protocol):
         u: torch.Tensor,
         first: int,
         hint: torch.Tensor,
-        scales: torch.Tensor,
+        scales: ResultScales,
         secret: Any,
     ) -> None:
         """Decrypts columns first .. first + 16·blocks of u.
@@ -80,7 +80,7 @@ class RingKernels(Protocol):
             u: int16 [N, n], residues modulo 2^14.
             first: the first column of u.
             hint: int32 [blocks, d·N, 16], (W·â)_j mod q of those columns.
-            scales: float32 [T].
+            scales: of the tokens and of all columns of `out`.
             secret: from `spectrum`.
         """
         ...

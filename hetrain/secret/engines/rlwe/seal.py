@@ -26,13 +26,14 @@ from hetrain.public.lattice.parameters import SLOTS, ParameterSet, parameters_fo
 from hetrain.public.lattice.result_format import GROUP, ResultFormat
 from hetrain.public.lattice.ring import LANES
 from hetrain.public.lattice.uniform_masks import MaskBlocks
+from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
 from hetrain.public.workspace import unaligned_empty, workspace
 from hetrain.secret.activation_quantization import largest_entry, token_scales
 from hetrain.secret.engines.rlwe.hints import Hint, HintStore
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
-from hetrain.secret.engines.rlwe.torch_ring import Message
+from hetrain.secret.engines.rlwe.torch_ring import Message, ResultScales
 from hetrain.secret.randomness import SecretStream, sample_ternary
 from hetrain.secret.verification.job import Verification
 from hetrain.secret.verification.parts import PartsCheck
@@ -79,12 +80,12 @@ class RlweClaim:
 
 @dataclass(frozen=True, repr=False)
 class RlweOpening:
-    """The secret of one ciphertext matrix and the scales of its tokens: see `hetrain.secret.engine`."""
+    """The secret of one ciphertext matrix and the scales of its results: see `hetrain.secret.engine`."""
 
     parts: PartsCheck[CheckRows, torch.Tensor]
     hint: Hint
     secret: Any
-    scales: torch.Tensor
+    scales: ResultScales
 
     def check(self, part: Part) -> None:
         """Verifies the product once it is complete."""
@@ -93,7 +94,7 @@ class RlweOpening:
     def open(self) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]."""
         verified = self.parts.results()
-        y = unaligned_empty((len(self.scales), verified[-1].rows[1]), torch.float32)
+        y = unaligned_empty((len(self.scales.tokens), verified[-1].rows[1]), torch.float32)
         with self.hint.opened() as hint:
             for each in verified:
                 start, stop = each.rows
@@ -136,15 +137,16 @@ class RlweSealer:
         """Itself."""
         return self
 
-    def seal(self, x: torch.Tensor, product: Product) -> RlweSealed:
+    def seal(self, x: torch.Tensor, product: Product, channels: Scales | None = None) -> RlweSealed:
         """Encrypts X under a fresh secret; see `hetrain.secret.engine.Sealer.seal`.
 
         Token t takes coefficient t; the coefficients from T on carry noise alone.
         """
         parameters = parameters_for(x.shape[0])
         x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        scales = token_scales(x, operand_bound(product.norms, product.n), self.bits)
-        message = Message(x, scales.reciprocal(), largest_entry(self.bits))
+        channels = channels or Scales(torch.ones(product.n), torch.ones(product.k))
+        scales = token_scales(x, operand_bound(product.norms, product.n), self.bits, channels.inputs)
+        message = Message(x, channels.inputs, scales.reciprocal(), largest_entry(self.bits))
         secret, hint = _fresh_secret(parameters), self.hints.hint(product)
         planes = encrypt(message, hint, secret, parameters)
         result_format = ResultFormat(parameters)
@@ -158,7 +160,7 @@ class RlweSealer:
                 result_bytes=result_format.result_bytes(product.n),
                 row_step=GROUP,
             ),
-            RlweOpening(parts, hint, secret, scales),
+            RlweOpening(parts, hint, secret, ResultScales(scales, channels.outputs)),
         )
 
 

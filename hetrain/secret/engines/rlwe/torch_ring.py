@@ -28,11 +28,20 @@ LARGEST_IMAGE = 0x7F7F7F
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """round(x[t, k]·inverse[t]), no further than `limit` from zero: float32 [T, K] and [T], limit ≤ 2^24."""
+    """round(x[t, k]·columns[k]·inverse[t]), no further than `limit` ≤ 2^24 from zero; all float32."""
 
     x: torch.Tensor
+    columns: torch.Tensor
     inverse: torch.Tensor
     limit: int
+
+
+@dataclass(frozen=True, eq=False)
+class ResultScales:
+    """y[t, j] is a decrypted integer times tokens[t]·columns[j]: float32 [T] and [width]."""
+
+    tokens: torch.Tensor
+    columns: torch.Tensor
 
 
 class TorchSpectrum:
@@ -75,7 +84,8 @@ class TorchRing:
         b = secret.dot(masks)
         b += noise(keystream).view(-1, len(b), LANES).transpose(0, 1).reshape(len(b), -1)
         out = planes[:, :, first : first + b.shape[1]]
-        x = message.x[:, first : first + b.shape[1]] * message.inverse[:, None]
+        columns = slice(first, first + b.shape[1])
+        x = message.x[:, columns] * message.columns[columns] * message.inverse[:, None]
         b = b[:, : out.shape[2]]
         b[: len(x)] += x.round().clamp(-message.limit, message.limit).to(torch.int64)
         # Half of 2^6 rounds; the digits of c are bytes with their top bits flipped.
@@ -95,17 +105,18 @@ class TorchRing:
         u: torch.Tensor,
         first: int,
         hint: torch.Tensor,
-        scales: torch.Tensor,
+        scales: ResultScales,
         secret: TorchSpectrum,
     ) -> None:
         """See `RingKernels.decrypt`."""
-        tokens = len(scales)
+        tokens = len(scales.tokens)
         a = secret.dot(hint)[:tokens]
         u = u[:tokens, first : first + a.shape[1]].to(torch.int64) & RESULT_MASK
         b = (u * MODULUS + (1 << (RESULT_BITS - 1))) >> RESULT_BITS
         half = MODULUS // 2
         values = (b - a[:, : u.shape[1]] + half) % MODULUS - half
-        out[:, column : column + u.shape[1]] = values.to(torch.float32) * scales[:, None]
+        to = slice(column, column + u.shape[1])
+        out[:, to] = values.to(torch.float32) * scales.tokens[:, None] * scales.columns[to]
 
     def check_up(self, image: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
         """See `RingKernels.check_up`. |sums| ≤ K·2^47: exact for K ≤ 2^16."""

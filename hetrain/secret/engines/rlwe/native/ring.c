@@ -1,9 +1,9 @@
 /* The client's kernels over R_q = Z_q[X]/(X^N + 1), q = 2^30 - 49151, for three instruction sets.
  *
  *     spectrum     NTT(s)/N of a secret
- *     encrypt      b_k = a_k·s + e_k + round(x_k / scale) modulo q, rounded to 24 bits, as three digit planes
+ *     encrypt      b_k = a_k·s + e_k + round(x_k·column_k / scale) modulo q, rounded to 24 bits, as three digit planes
  *     unpack       u of a result, from 14 bits each to 16
- *     decrypt      y_j = scale·(round(u_j·q / 2^14) - (W·a)_j·s) modulo q, signed
+ *     decrypt      y_j = scale·column_j·(round(u_j·q / 2^14) - (W·a)_j·s) modulo q, signed
  *     check_up     (R·W)·c modulo q      check_down   R·u modulo 2^14
  *
  * Matrices are token-major: a vector holds features 16i, 16i+1, ... of one token, so nothing is ever transposed. Masks
@@ -50,8 +50,8 @@ typedef struct {
     int64_t tokens, width, first, features; /* T, K; columns first .. first+features are encrypted */
     const uint32_t *masks;                  /* [blocks][rank·N][16] */
     const uint16_t *noise;                  /* [blocks][N][16], a keystream */
-    const float *x, *inverse;               /* [T, K], [T] */
-    float limit;                            /* of |x·inverse|, an integer */
+    const float *x, *columns, *inverse;     /* [T, K], [K], [T] */
+    float limit;                            /* of |x·column·inverse|, an integer */
     int8_t *planes;                         /* [3, N, K], columns written */
 } encrypt_arguments;
 
@@ -61,7 +61,7 @@ typedef struct {
     int64_t tokens, n, first, features, width, column; /* columns first .. of u go to columns `column` .. of y */
     const uint16_t *u;                                 /* [N, n] */
     const uint32_t *hint;                              /* [blocks][rank·N][16] */
-    const float *scales;                               /* [T] */
+    const float *scales, *columns;                     /* [T], [width] */
     float *y;                                          /* [T, width], columns written */
 } decrypt_arguments;
 
@@ -181,5 +181,5 @@ int hetrain_best_level(void)
 /* Changes with every structure above: ring_library.py refuses another one. */
 int hetrain_interface(void)
 {
-    return 2;
+    return 3;
 }

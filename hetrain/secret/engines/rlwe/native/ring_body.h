@@ -134,10 +134,10 @@ INLINE ints noise_of(const uint16_t *stream)
 #endif
 }
 
-/* round(x·inverse), half to even, no further than limit from zero */
-INLINE ints message_of(const float *x, float inverse, float limit)
+/* round(x·column·inverse), half to even, no further than limit from zero */
+INLINE ints message_of(const float *x, floats column, float inverse, float limit)
 {
-    const floats scaled = (floats)load(x) * inverse;
+    const floats scaled = (floats)load(x) * column * inverse;
 #if LEVEL == 2
     const __m512 top = _mm512_set1_ps(limit), bottom = _mm512_set1_ps(-limit);
     return (ints)_mm512_cvtps_epi32(_mm512_max_ps(bottom, _mm512_min_ps(top, (__m512)scaled)));
@@ -186,7 +186,7 @@ typedef struct {
     const spectrum *secret;
     const uint32_t *masks;
     const uint16_t *noise;
-    const float *x, *inverse;
+    const float *x, *columns, *inverse;
     int64_t tokens, x_stride;
     float limit;
     int8_t *tile; /* [3][N][TILE_FEATURES] */
@@ -197,6 +197,7 @@ INLINE void encrypt_lanes(const sealing *s, int64_t rank)
     words z[MAX_DEGREE];
     const ahead x = {(const char *)s->x, 4 * s->x_stride, s->tokens};
     const roots *r = s->secret->roots;
+    const floats column = (floats)load(s->columns);
     const int64_t degree = r->degree, quarter = degree / 4;
     for (int64_t base = 0; base < degree; base += quarter)
         product_quarter(z, s->masks, s->secret, base, rank, x);
@@ -207,7 +208,7 @@ INLINE void encrypt_lanes(const sealing *s, int64_t rank)
             const int64_t token = j + k * quarter;
             ints added = noise_of(s->noise + BLOCK * token);
             if (token < s->tokens)
-                added += message_of(s->x + token * s->x_stride, s->inverse[token], s->limit);
+                added += message_of(s->x + token * s->x_stride, column, s->inverse[token], s->limit);
             /* b + 2^6·0x808080, which is about q/2: from (0, 3q) to [0, q) */
             const words b = v[k] + (words)added + (DIGIT_OFFSET << DROPPED_BITS);
             const words shifted = reduced(reduced(b, 2 * Q), Q);
@@ -242,7 +243,7 @@ static void AT_LEVEL(encrypt)(const encrypt_arguments *a)
 {
     const int64_t degree = a->secret->roots->degree, rank = a->secret->rank;
     int8_t tile[3 * MAX_DEGREE * TILE_FEATURES] __attribute__((aligned(64)));
-    float ragged[MAX_DEGREE * BLOCK];
+    float ragged[MAX_DEGREE * BLOCK], last_columns[BLOCK] = {0};
     sealing s = {
         .secret = a->secret,
         .masks = a->masks,
@@ -254,15 +255,17 @@ static void AT_LEVEL(encrypt)(const encrypt_arguments *a)
     for (int64_t done = 0; done < a->features; done += BLOCK) {
         const int64_t features = least(BLOCK, a->features - done), in_tile = done % TILE_FEATURES;
         s.x = a->x + a->first + done, s.x_stride = a->width, s.tile = tile + in_tile;
+        s.columns = a->columns + a->first + done;
         if (features < BLOCK) {
             memset(ragged, 0, sizeof ragged);
             for (int64_t token = 0; token < a->tokens; token++)
                 memcpy(ragged + BLOCK * token, s.x + a->width * token, sizeof(float) * (size_t)features);
-            s.x = ragged, s.x_stride = BLOCK;
+            memcpy(last_columns, s.columns, sizeof(float) * (size_t)features);
+            s.x = ragged, s.x_stride = BLOCK, s.columns = last_columns;
         }
         for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
             encrypt_lanes(&s, rank);
-            s.masks += LANES, s.noise += LANES, s.x += LANES, s.tile += LANES;
+            s.masks += LANES, s.noise += LANES, s.x += LANES, s.columns += LANES, s.tile += LANES;
         }
         s.masks += BLOCK * (rank * degree - 1), s.noise += BLOCK * (degree - 1);
         if (in_tile + BLOCK == TILE_FEATURES || done + BLOCK >= a->features)
@@ -279,7 +282,7 @@ typedef struct {
     const spectrum *secret;
     const uint32_t *hint;
     const uint16_t *u;
-    const float *scales;
+    const float *scales, *columns;
     int64_t tokens, u_stride, y_stride;
     float *y;
 } opening;
@@ -289,6 +292,7 @@ INLINE void decrypt_lanes(const opening *o, int64_t rank)
     words z[MAX_DEGREE];
     const ahead u = {(const char *)o->u, 2 * o->u_stride, o->tokens};
     const roots *r = o->secret->roots;
+    const floats column = (floats)load(o->columns);
     const int64_t quarter = r->degree / 4;
     for (int64_t base = 0; base < r->degree; base += quarter)
         product_quarter(z, o->hint, o->secret, base, rank, u);
@@ -305,7 +309,7 @@ INLINE void decrypt_lanes(const opening *o, int64_t rank)
             /* round(u·q / 2^14), since q = 2^30 - 49151 */
             const words b = (switched << (30 - RESULT_BITS)) - ((switched * 49151 + RESULT_MASK / 2) >> RESULT_BITS);
             const words shifted = reduced(reduced(b - v[k] + (2 * Q + HALF_Q), 2 * Q), Q);
-            const floats y = __builtin_convertvector((ints)(shifted - HALF_Q), floats) * o->scales[token];
+            const floats y = __builtin_convertvector((ints)(shifted - HALF_Q), floats) * o->scales[token] * column;
             store(o->y + token * o->y_stride, (words)y);
         }
     }
@@ -315,7 +319,7 @@ static void AT_LEVEL(decrypt)(const decrypt_arguments *a)
 {
     const int64_t rank = a->secret->rank, block_words = BLOCK * rank * a->secret->roots->degree;
     uint16_t ragged[MAX_DEGREE * BLOCK];
-    float tile[MAX_DEGREE * BLOCK];
+    float tile[MAX_DEGREE * BLOCK], last_columns[BLOCK] = {0};
     for (int64_t done = 0; done < a->features; done += BLOCK) {
         const int64_t features = least(BLOCK, a->features - done);
         const int whole = features == BLOCK;
@@ -325,6 +329,7 @@ static void AT_LEVEL(decrypt)(const decrypt_arguments *a)
             .hint = a->hint + done / BLOCK * block_words,
             .u = a->u + a->first + done,
             .scales = a->scales,
+            .columns = a->columns + a->column + done,
             .tokens = a->tokens,
             .u_stride = a->n,
             .y_stride = whole ? a->width : BLOCK,
@@ -334,11 +339,12 @@ static void AT_LEVEL(decrypt)(const decrypt_arguments *a)
             memset(ragged, 0, sizeof ragged);
             for (int64_t token = 0; token < a->tokens; token++)
                 memcpy(ragged + BLOCK * token, o.u + a->n * token, sizeof(uint16_t) * (size_t)features);
-            o.u = ragged, o.u_stride = BLOCK;
+            memcpy(last_columns, o.columns, sizeof(float) * (size_t)features);
+            o.u = ragged, o.u_stride = BLOCK, o.columns = last_columns;
         }
         for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
             decrypt_lanes(&o, rank);
-            o.hint += LANES, o.u += LANES, o.y += LANES;
+            o.hint += LANES, o.u += LANES, o.columns += LANES, o.y += LANES;
         }
         for (int64_t token = 0; !whole && token < a->tokens; token++)
             memcpy(y + token * a->width, tile + BLOCK * token, sizeof(float) * (size_t)features);

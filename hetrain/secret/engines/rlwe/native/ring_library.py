@@ -20,9 +20,9 @@ from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
 from hetrain.public.lattice import ring
 from hetrain.public.lattice.result_format import packed_bytes
 from hetrain.public.lattice.ring import LANES, companions
-from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, RESULT_MASK, Message
+from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, RESULT_MASK, Message, ResultScales
 
-_INTERFACE = 2
+_INTERFACE = 3
 _KERNELS = ("spectrum", "encrypt", "unpack", "decrypt", "check_up", "check_down")
 
 
@@ -30,10 +30,12 @@ _Roots = structure("degree forward* forward_companions* inverse* inverse_compani
 _Spectrum = structure("rank roots* values* companions*")
 _SpectrumArguments = structure("level rank roots* secret* values* companions*")
 _EncryptArguments = structure(
-    "level secret* tokens width first features masks* noise* x* inverse* limit~ planes*"
+    "level secret* tokens width first features masks* noise* x* columns* inverse* limit~ planes*"
 )
 _UnpackArguments = structure("level tokens features stride packed* u*")
-_DecryptArguments = structure("level secret* tokens n first features width column u* hint* scales* y*")
+_DecryptArguments = structure(
+    "level secret* tokens n first features width column u* hint* scales* columns* y*"
+)
 _CheckArguments = structure("level rows features tokens left* right* out*")
 """Of both checks: `left` is R·W or R, `right` the digit planes or u."""
 
@@ -115,10 +117,12 @@ class NativeRing:
             first >= 0 and first % LANES == 0 and first + LANES * (blocks - 1) < width,
             tokens <= degree,
             message.inverse.shape == (tokens,),
+            message.columns.shape == (width,),
             0 < message.limit <= 1 << 24,
             (planes.dtype, masks.dtype, keystream.dtype) == (torch.int8, torch.int32, torch.uint8),
-            message.x.dtype == message.inverse.dtype == torch.float32,
-            all(one.is_contiguous() for one in (planes, masks, keystream, message.x, message.inverse)),
+            message.x.dtype == message.inverse.dtype == message.columns.dtype == torch.float32,
+            all(one.is_contiguous() for one in (planes, masks, keystream)),
+            all(one.is_contiguous() for one in (message.x, message.columns, message.inverse)),
         )
         self.found.hetrain_encrypt(
             ctypes.byref(
@@ -132,6 +136,7 @@ class NativeRing:
                     masks.data_ptr(),
                     keystream.data_ptr(),
                     message.x.data_ptr(),
+                    message.columns.data_ptr(),
                     message.inverse.data_ptr(),
                     message.limit,
                     planes.data_ptr(),
@@ -160,7 +165,7 @@ class NativeRing:
         u: torch.Tensor,
         first: int,
         hint: torch.Tensor,
-        scales: torch.Tensor,
+        scales: ResultScales,
         secret: NativeSpectrum,
     ) -> None:
         """See `RingKernels.decrypt`."""
@@ -172,10 +177,11 @@ class NativeRing:
             0 <= first < n and first + LANES * (blocks - 1) < n,
             0 <= column <= width - features,
             tokens <= secret.degree,
-            scales.shape == (tokens,),
+            scales.tokens.shape == (tokens,),
+            scales.columns.shape == (width,),
             (u.dtype, hint.dtype) == (torch.int16, torch.int32),
-            out.dtype == scales.dtype == torch.float32,
-            all(one.is_contiguous() for one in (out, u, hint, scales)),
+            out.dtype == scales.tokens.dtype == scales.columns.dtype == torch.float32,
+            all(one.is_contiguous() for one in (out, u, hint, scales.tokens, scales.columns)),
         )
         self.found.hetrain_decrypt(
             ctypes.byref(
@@ -190,7 +196,8 @@ class NativeRing:
                     column,
                     u.data_ptr(),
                     hint.data_ptr(),
-                    scales.data_ptr(),
+                    scales.tokens.data_ptr(),
+                    scales.columns.data_ptr(),
                     out.data_ptr(),
                 )
             )
