@@ -87,6 +87,8 @@ bench: venv
 		--json $(RESULTS)/step-llama.json
 	$(BIN)/python -m benchmarks.scaling --json $(RESULTS)/scaling.json
 	$(BIN)/python -m benchmarks.lockstep --json $(RESULTS)/lockstep.json
+	$(BIN)/python -m benchmarks.offload --json $(RESULTS)/offload.json
+	$(BIN)/python -m benchmarks.micro_batch --json $(RESULTS)/micro_batch.json
 	$(BIN)/python -m benchmarks.update_docs
 	$(BIN)/python -m benchmarks.report
 

@@ -111,6 +111,7 @@ def test_auto_names_patterns_that_take_just_its_groups(
         crypto=crypto,
     )
     monkeypatch.setattr(comparison, "probe", lambda *given: slow_here)
+    monkeypatch.setattr(comparison, "available_cores", lambda: 1)
     monkeypatch.delenv("HETRAIN_BROKER_URL", raising=False)
     sizes = set()
     for link in ("1kbit", "30kbit", "100kbit", "300kbit", "1mbit", "1tbit"):
