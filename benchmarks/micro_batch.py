@@ -8,9 +8,7 @@ what that takes is subtracted (getrusage). `benchmarks.offload` has whole update
 from __future__ import annotations
 
 import argparse
-import os
 import resource
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +20,21 @@ from benchmarks.data import write_text_rows
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, write
 from benchmarks.shapes import MODELS, SMOLLM2
+from benchmarks.step import ROW_TOKENS
 from hetrain.config import LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import split_model
-from hetrain.public.allocator import keep_freed_memory, tuned_environment
+from hetrain.public.allocator import keep_freed_memory, restart_tuned
 from hetrain.public.protocol.messages import EvaluateTask
-from hetrain.public.protocol.plan import stack_group
-from hetrain.public.protocol.product import Product
 from hetrain.public.system import flush_denormals
 from hetrain.secret.engine import JobOptions, client_engine
 from hetrain.secret.engines.rlwe.hints import client_hints
 from hetrain.secret.verification.job import Verification, kept_rows
 from hetrain.train.hints import ignore_progress, make_hints
-from hetrain.train.session import BaseModelFiles, open_base
+from hetrain.train.session import BaseModelFiles, open_base, weights_of
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
 from hetrain.transport.in_process import InProcessChannel
@@ -45,8 +42,6 @@ from worker_gpu.device import Compute
 from worker_gpu.kernels import KERNELS
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
-
-ROW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -91,11 +86,7 @@ class MeteredWorker:
         self._service = Service(
             Compute(cpu, "int8", KERNELS["int8"]), WeightStore(cpu, {plan.model: str(base.files.directory)})
         )
-
-        def weights(product: Product) -> torch.Tensor:
-            matrix = stack_group(product.group.members, base.files.read).values
-            return matrix if product.direction == "forward" else matrix.t()
-
+        weights = weights_of(base.files)
         verification = Verification(kept, weights)
         self.sealer = client_engine("rlwe").open(plan, JobOptions(verification, hints=hints))
         self.channel = InProcessChannel(
@@ -177,8 +168,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="measured ones; one more comes before")
     parser.add_argument("--environment", choices=["tuned", "plain"], default="tuned")
     arguments = parser.parse_args()
-    if arguments.environment == "tuned" and tuned_environment(os.environ) != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], tuned_environment(os.environ))
+    if arguments.environment == "tuned":
+        restart_tuned()
     before = environment()
     keep_freed_memory()
     flush_denormals()

@@ -53,19 +53,18 @@ def gated_silu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """
     if not _fits(g, u) or g.shape != u.shape:
         return reference_gated_silu(g, u)
-    if has_torch_function((g, u)):
-        return _seen(gated_silu, g, u)
-    y: torch.Tensor = _Gate.apply(g, u, "silu")  # type: ignore[no-untyped-call]
-    return y
+    return _seen(gated_silu, g, u) if has_torch_function((g, u)) else _gated(g, u, "silu")
 
 
 def gated_gelu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """gelu(g)∘u, approximated by tanh; see `gated_silu`."""
     if not _fits(g, u) or g.shape != u.shape:
         return reference_gated_gelu(g, u)
-    if has_torch_function((g, u)):
-        return _seen(gated_gelu, g, u)
-    y: torch.Tensor = _Gate.apply(g, u, "gelu")  # type: ignore[no-untyped-call]
+    return _seen(gated_gelu, g, u) if has_torch_function((g, u)) else _gated(g, u, "gelu")
+
+
+def _gated(g: torch.Tensor, u: torch.Tensor, activation: Activation) -> torch.Tensor:
+    y: torch.Tensor = _Gate.apply(g, u, activation)  # type: ignore[no-untyped-call]
     return y
 
 

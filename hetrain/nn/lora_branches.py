@@ -75,10 +75,10 @@ class Branches:
         found: list[torch.Tensor] = []
         g = torch.cat([branch.scale * (dy[:, branch.columns] @ branch.b) for branch in self._branches], dim=1)
         stacked = (g.t() @ x).split(self._ranks) if self._are_alike else None
-        for index, branch in enumerate(self._branches):
-            of = slice(sum(self._ranks[:index]), sum(self._ranks[: index + 1]))
-            da = g[:, of].t() @ self._dropped(x, index) if stacked is None else stacked[index]
-            found += [da, branch.scale * (dy[:, branch.columns].t() @ h[:, of])]
+        parts = zip(self._branches, g.split(self._ranks, dim=1), h.split(self._ranks, dim=1), strict=True)
+        for index, (branch, g_i, h_i) in enumerate(parts):
+            da = g_i.t() @ self._dropped(x, index) if stacked is None else stacked[index]
+            found += [da, branch.scale * (dy[:, branch.columns].t() @ h_i)]
         return g, found
 
     def add_input_gradient(self, dx: torch.Tensor, g: torch.Tensor) -> None:

@@ -137,7 +137,7 @@ def open_session(
             lambda group, matrix: kept.update(kept_rows(group, matrix)),
         )
         split.causal.to(target)
-        plan, verification = split.plan, Verification(kept, _weights(base.files), outsourcing.verify_rows)
+        plan, verification = split.plan, Verification(kept, weights_of(base.files), outsourcing.verify_rows)
         sealer = engine.open(plan, JobOptions(verification, outsourcing.activation_bits, hints))
         worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
         _log.info("worker %s on %s serves %s", worker.worker, worker.device, plan.model)
@@ -146,7 +146,7 @@ def open_session(
         yield Session(split, channel, sealer, worker)
 
 
-def _weights(files: ModelFiles) -> Weights:
+def weights_of(files: ModelFiles) -> Weights:
     """Loads the matrix of a product; both directions of a group, one after the other, load it once."""
 
     @lru_cache(maxsize=1)

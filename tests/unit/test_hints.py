@@ -51,8 +51,8 @@ def files(store: HintStore) -> list[Path]:
 def test_a_hint_is_the_product_with_the_mask(harness: EngineHarness) -> None:
     for product in products_of(harness.plan):
         hint = harness.hints.hint(product)
-        with hint.opened() as got:
-            assert got.shape == (-(-product.n // LANES), SLOTS, LANES)
+        got = hint.mapped()
+        assert got.shape == (-(-product.n // LANES), SLOTS, LANES)
         masks = expand_masks(hint.seed, product.k).to(torch.int64).transpose(0, 1).reshape(SLOTS, -1)
         expected = masks[:, : product.k] @ harness.weights(product).to(torch.int64).t() % MODULUS
         assert torch.equal(got.transpose(0, 1).reshape(SLOTS, -1)[:, : product.n].to(torch.int64), expected)

@@ -9,39 +9,10 @@ typedef struct {
     uint8_t *out;
 } switch_arguments;
 
-#define LEVEL 0
-#include "epilogue_body.h"
-#undef LEVEL
+#define BODY "epilogue_body.h"
+#include "levels.h"
 
-#if HETRAIN_X86
-BEGIN_AVX2
-#define LEVEL 1
-#include "epilogue_body.h"
-#undef LEVEL
-END_TARGET
-BEGIN_AVX512
-#define LEVEL 2
-#include "epilogue_body.h"
-#undef LEVEL
-END_TARGET
-#endif
-
-void hetrain_switch(const switch_arguments *a)
-{
-#if HETRAIN_X86
-    if (a->level == 2)
-        switch_2(a);
-    else if (a->level == 1)
-        switch_1(a);
-    else
-#endif
-        switch_0(a);
-}
-
-int hetrain_best_level(void)
-{
-    return best_level();
-}
+DISPATCH(switch)
 
 /* Changes with the structure above. */
 int hetrain_interface(void)

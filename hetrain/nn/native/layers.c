@@ -48,47 +48,13 @@ typedef struct {
     float *both; /* [rows, 2·width], contiguous, written: dg beside du */
 } gate_backward_arguments;
 
-#define LEVEL 0
-#include "layers_body.h"
-#undef LEVEL
-
-#if HETRAIN_X86
-BEGIN_AVX2
-#define LEVEL 1
-#include "layers_body.h"
-#undef LEVEL
-END_TARGET
-
-BEGIN_AVX512
-#define LEVEL 2
-#include "layers_body.h"
-#undef LEVEL
-END_TARGET
-
-#define DISPATCH(kernel)                                     \
-    void hetrain_##kernel(const kernel##_arguments *a)       \
-    {                                                        \
-        (a->level == 2   ? kernel##_2                        \
-         : a->level == 1 ? kernel##_1                        \
-                         : kernel##_0)(a);                   \
-    }
-#else
-#define DISPATCH(kernel)                               \
-    void hetrain_##kernel(const kernel##_arguments *a) \
-    {                                                  \
-        kernel##_0(a);                                 \
-    }
-#endif
+#define BODY "layers_body.h"
+#include "levels.h"
 
 DISPATCH(rms_norm)
 DISPATCH(rms_norm_backward)
 DISPATCH(gate)
 DISPATCH(gate_backward)
-
-int hetrain_best_level(void)
-{
-    return best_level();
-}
 
 /* Changes with every structure above: layers_library.py refuses another one. */
 int hetrain_interface(void)

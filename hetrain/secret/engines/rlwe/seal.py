@@ -42,6 +42,7 @@ from hetrain.secret.verification.verdict import is_near
 
 _BLOCK = (SLOTS, LANES)
 _OPENED_AT_ONCE = 1024
+"""Features: they bound the memory of the reference, whose words have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,12 @@ class RlweOpening:
         """Y = X·Wᵀ, float32 [T, n]."""
         verified = self.parts.results()
         y = unaligned_empty((len(self.scales.tokens), verified[-1].rows[1]), torch.float32)
-        with self.hint.opened() as hint:
-            for each in verified:
-                start, stop = each.rows
-                for first in range(start, stop, _OPENED_AT_ONCE):
-                    blocks = hint[first // LANES : -(-min(first + _OPENED_AT_ONCE, stop) // LANES)]
-                    ring_kernels().decrypt(
-                        y, first, each.values, first - start, blocks, self.scales, self.secret
-                    )
+        hint = self.hint.mapped()
+        for each in verified:
+            start, stop = each.rows
+            for first in range(start, stop, _OPENED_AT_ONCE):
+                blocks = hint[first // LANES : -(-min(first + _OPENED_AT_ONCE, stop) // LANES)]
+                ring_kernels().decrypt(y, first, each.values, first - start, blocks, self.scales, self.secret)
         return y
 
 

@@ -135,48 +135,14 @@ void hetrain_spectrum(const spectrum_arguments *a)
     }
 }
 
-#define LEVEL 0
-#include "ring_body.h"
-#undef LEVEL
-
-#if HETRAIN_X86
-BEGIN_AVX2
-#define LEVEL 1
-#include "ring_body.h"
-#undef LEVEL
-END_TARGET
-
-BEGIN_AVX512
-#define LEVEL 2
-#include "ring_body.h"
-#undef LEVEL
-END_TARGET
-
-#define DISPATCH(kernel)                                     \
-    void hetrain_##kernel(const kernel##_arguments *a)       \
-    {                                                        \
-        (a->level == 2   ? kernel##_2                        \
-         : a->level == 1 ? kernel##_1                        \
-                         : kernel##_0)(a);                   \
-    }
-#else
-#define DISPATCH(kernel)                               \
-    void hetrain_##kernel(const kernel##_arguments *a) \
-    {                                                  \
-        kernel##_0(a);                                 \
-    }
-#endif
+#define BODY "ring_body.h"
+#include "levels.h"
 
 DISPATCH(encrypt)
 DISPATCH(decrypt)
 DISPATCH(unpack)
 DISPATCH(check_up)
 DISPATCH(check_down)
-
-int hetrain_best_level(void)
-{
-    return best_level();
-}
 
 /* Changes with every structure above: ring_library.py refuses another one. */
 int hetrain_interface(void)
