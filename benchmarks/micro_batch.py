@@ -38,8 +38,7 @@ from hetrain.train.session import BaseModelFiles, open_base, weights_of
 from hetrain.train.step import run_step
 from hetrain.train.updater import Snapshot
 from hetrain.transport.in_process import InProcessChannel
-from worker_gpu.device import Compute
-from worker_gpu.kernels import KERNELS
+from worker_gpu.device import choose_compute
 from worker_gpu.service import Service
 from worker_gpu.weights.store import WeightStore
 
@@ -84,7 +83,7 @@ class MeteredWorker:
         self._plan = plan.to_bytes
         cpu = torch.device("cpu")
         self._service = Service(
-            Compute(cpu, "int8", KERNELS["int8"]), WeightStore(cpu, {plan.model: str(base.files.directory)})
+            choose_compute(cpu), WeightStore(cpu, {plan.model: str(base.files.directory)})
         )
         weights = weights_of(base.files)
         verification = Verification(kept, weights)

@@ -154,7 +154,7 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[no-untyped-def]
         group, branches, found = ctx.group, ctx.branches, []
-        dy = torch.cat([each.reshape(-1, each.shape[-1]) for each in gradients], dim=1)
+        dy = _side_by_side([each.reshape(-1, each.shape[-1]) for each in gradients])
         if branches is not None:
             x, h = ctx.saved_tensors
             g, found = branches.gradients(dy, x.reshape(len(dy), -1), h)
@@ -167,6 +167,18 @@ class _GroupProduct(torch.autograd.Function):
         if branches is not None:
             branches.add_input_gradient(dx, g)
         return dx.view(ctx.shape), None, *found
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Matrices [T, n_i] as one [T, Σ n_i]; not copied where they are its columns already, as a gate's are."""
+    first, width = parts[0], sum(part.shape[1] for part in parts)
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        place = (part.untyped_storage().data_ptr(), part.storage_offset(), part.stride())
+        if place != (storage, offset, (width, 1)):
+            return torch.cat(parts, dim=1)
+        offset += part.shape[1]
+    return first.as_strided((len(first), width), (width, 1))
 
 
 class RemoteGroup:

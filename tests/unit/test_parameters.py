@@ -37,7 +37,7 @@ from hetrain.public.protocol.messages import Blob, Direction, EvaluateTask, Prep
 from hetrain.public.protocol.plan import Member, Plan, group_of, parse_plan, stack_group
 from hetrain.public.protocol.product import Product
 from hetrain.public.system import flush_denormals
-from hetrain.secret.activation_quantization import quantize_operand, token_scales
+from hetrain.secret.activation_quantization import quantize_operand, token_norms, token_scales
 from hetrain.secret.engines.clear import digit_planes
 from worker_gpu.device import Compute
 from worker_gpu.epilogue import REFERENCE
@@ -148,7 +148,7 @@ def test_the_second_bound_gains_bits_on_tokens_like_those_of_a_model() -> None:
     x = torch.randn(50, 2048, generator=torch.Generator().manual_seed(1))
     bound = operand_bound(norms_of(matrix)[0], len(matrix))
     first_alone = x.abs().amax(dim=1) / bound.largest
-    assert float((first_alone / token_scales(x, bound)).log2().min()) > 1
+    assert float((first_alone / token_scales(token_norms(x), bound)).log2().min()) > 1
 
 
 def test_fewer_bits_bound_every_entry() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -338,6 +339,25 @@ def test_a_matrix_can_be_done_in_pieces(native: NativeRing) -> None:
     assert torch.equal(*y)
 
 
+# ---- Norms ----
+
+
+@pytest.mark.parametrize("features", [1, 31, 32, 33, 576, 1000])
+def test_norms_equal_the_reference(native: NativeRing, features: int) -> None:
+    x = torch.randn(40, features) * torch.logspace(-30, 15, 40)[:, None]
+    x[3], x[5, -1], x[6, 0], x[7, -1] = 0, math.inf, -math.inf, math.nan
+    columns = torch.randn(features)
+    found, expected = native.token_norms(x, columns), TORCH.token_norms(x, columns)
+    assert found.features == expected.features == features
+    torch.testing.assert_close(found.largest, expected.largest, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found.squares, expected.squares, rtol=0, atol=0, equal_nan=True)
+    assert torch.isfinite(found.largest).logical_not().nonzero().flatten().tolist() == [5, 6, 7]
+    assert bool(found.squares[7].isnan())
+    finite = torch.isfinite(expected.squares)
+    exact = (x.double() * columns.double()).square().sum(dim=1)
+    torch.testing.assert_close(found.squares[finite].double(), exact[finite], rtol=1e-5, atol=1e-44)
+
+
 # ---- Checks ----
 
 
@@ -556,6 +576,16 @@ def test_operands_that_do_not_fit_never_reach_the_kernels(native: NativeRing) ->
     ):
         with pytest.raises(ParameterError):
             native.unpack(*arguments)
+    native.token_norms(x, columns)
+    for arguments in (
+        (x, columns[:19]),
+        (x.double(), columns),
+        (x, columns.double()),
+        (torch.zeros(20, 9).t(), columns),
+        (torch.zeros(9, 0), torch.zeros(0)),
+    ):
+        with pytest.raises(ParameterError):
+            native.token_norms(*arguments)
     image, signs = torch.zeros(3, 20, dtype=torch.int32), torch.zeros(3, 20, dtype=torch.int8)
     native.check_up(image, planes)
     native.check_down(signs, u)

@@ -1,5 +1,6 @@
 """The client's operations on a block of features, and which version of them this machine has.
 
+    token_norms  ‖x_t∘columns‖∞ and ‖x_t∘columns‖₂²
     encrypt      b_k = a_k·s + e_k + round(x_k·column_k / scale) mod q,  c_k = round(b_k / 2^6)
     unpack       u of a result, from 14 bits each to 16
     decrypt      y_j = scale·column_j·(round(u_j·q / 2^14) − (W·a)_j·s mod q, signed)
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hetrain.secret.activation_quantization import TokenNorms
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
 from hetrain.secret.engines.rlwe.torch_ring import Message, ResultScales, TorchRing
 
@@ -30,6 +32,10 @@ class RingKernels(Protocol):
 
     def spectrum(self, secret: torch.Tensor) -> Any:
         """A secret int8 [d, N] in {−1, 0, 1}, made ready for the other two; it cannot be serialised."""
+        ...
+
+    def token_norms(self, x: torch.Tensor, columns: torch.Tensor) -> TokenNorms:
+        """The norms of each token of x·diag(columns), float32 [T, K] and [K]."""
         ...
 
     def encrypt(

@@ -20,6 +20,7 @@ from hetrain.public.lattice.ring import (
     forward,
     inverse,
 )
+from hetrain.secret.activation_quantization import TokenNorms, token_norms
 
 RESULT_MASK = (1 << RESULT_BITS) - 1
 LARGEST_IMAGE = 0x7F7F7F
@@ -70,6 +71,10 @@ class TorchRing:
     def spectrum(self, secret: torch.Tensor) -> TorchSpectrum:
         """See `RingKernels.spectrum`."""
         return TorchSpectrum(secret)
+
+    def token_norms(self, x: torch.Tensor, columns: torch.Tensor) -> TokenNorms:
+        """See `RingKernels.token_norms`."""
+        return token_norms(x, columns)
 
     def encrypt(
         self,

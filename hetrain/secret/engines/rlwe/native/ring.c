@@ -1,6 +1,7 @@
 /* The client's kernels over R_q = Z_q[X]/(X^N + 1), q = 2^30 - 49151, for three instruction sets.
  *
  *     spectrum     NTT(s)/N of a secret
+ *     token_norms  |x_t·column|, its largest and the sum of its squares
  *     encrypt      b_k = a_k·s + e_k + round(x_k·column_k / scale) modulo q, rounded to 24 bits, as three digit planes
  *     unpack       u of a result, from 14 bits each to 16
  *     decrypt      y_j = scale·column_j·(round(u_j·q / 2^14) - (W·a)_j·s) modulo q, signed
@@ -17,6 +18,7 @@
 
 #define MAX_DEGREE 2048
 #define TILE_FEATURES 64 /* encrypted before they are written: a cache line of each row of a plane */
+#define SUMS 32          /* parts of a sum of squares, whatever a vector's width */
 #define CHUNK 512 /* features of a check at a time: a panel of 16 rows stays in the innermost cache */
 
 /* c = round(b / 2^6): digits are bytes of b/2^6 + 0x808080, each with its top bit flipped. */
@@ -43,6 +45,12 @@ typedef struct {
     const int8_t *secret;         /* [rank, N], in {-1, 0, 1} */
     uint32_t *values, *companions; /* [rank·N], written */
 } spectrum_arguments;
+
+typedef struct {
+    int64_t level, tokens, features;
+    const float *x, *columns;  /* [T, K], [K] */
+    float *largest, *squares; /* [T], written; NaN where x has one */
+} token_norms_arguments;
 
 typedef struct {
     int64_t level;
@@ -138,6 +146,7 @@ void hetrain_spectrum(const spectrum_arguments *a)
 #define BODY "ring_body.h"
 #include "levels.h"
 
+DISPATCH(token_norms)
 DISPATCH(encrypt)
 DISPATCH(decrypt)
 DISPATCH(unpack)
@@ -147,5 +156,5 @@ DISPATCH(check_down)
 /* Changes with every structure above: ring_library.py refuses another one. */
 int hetrain_interface(void)
 {
-    return 3;
+    return 4;
 }

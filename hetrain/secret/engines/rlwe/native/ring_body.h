@@ -12,6 +12,7 @@
 #define masked_product AT_LEVEL(masked_product)
 #define product_quarter AT_LEVEL(product_quarter)
 #define last_stages AT_LEVEL(last_stages)
+#define larger AT_LEVEL(larger)
 #define noise_of AT_LEVEL(noise_of)
 #define message_of AT_LEVEL(message_of)
 #define store_digits AT_LEVEL(store_digits)
@@ -105,6 +106,58 @@ INLINE void last_stages(words v[4], const words *z, const roots *r, int64_t j)
     for (int64_t k = 0; k < 4; k++)
         v[k] = z[j + k * (r->degree / 4)];
     radix_four(v, r, 2, 1);
+}
+
+/* ---- Norms ---- */
+
+INLINE words larger(words a, words b)
+{
+#if LEVEL == 2
+    return (words)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif LEVEL == 1
+    return (words)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+    const words above = (words)(a > b);
+    return (a & above) | (b & ~above);
+#endif
+}
+
+/* Sizes are compared by their bits: in that order NaN is the largest. */
+static void AT_LEVEL(token_norms)(const token_norms_arguments *a)
+{
+    const uint32_t size = 0x7fffffff;
+    for (int64_t token = 0; token < a->tokens; token++) {
+        const float *const x = a->x + token * a->features, *const columns = a->columns;
+        words tops[SUMS / LANES] = {{0}};
+        floats sums[SUMS / LANES] = {{0}};
+        uint32_t top[SUMS], largest = 0;
+        float sum[SUMS];
+        int64_t i = 0;
+        for (; i + SUMS <= a->features; i += SUMS)
+            for (int64_t k = 0; k < SUMS / LANES; k++) {
+                const int64_t at = i + k * LANES;
+                const floats value = (floats)load(x + at) * (floats)load(columns + at);
+                tops[k] = larger(tops[k], (words)value & size);
+                sums[k] += value * value;
+            }
+        memcpy(top, tops, sizeof top);
+        memcpy(sum, sums, sizeof sum);
+        for (int64_t k = 0; i + k < a->features; k++) {
+            const float value = x[i + k] * columns[i + k];
+            uint32_t bits;
+            memcpy(&bits, &value, sizeof bits);
+            bits &= size;
+            top[k] = top[k] > bits ? top[k] : bits;
+            sum[k] += value * value;
+        }
+        for (int64_t half = SUMS / 2; half; half /= 2)
+            for (int64_t k = 0; k < half; k++)
+                sum[k] += sum[k + half];
+        for (int64_t k = 0; k < SUMS; k++)
+            largest = largest > top[k] ? largest : top[k];
+        memcpy(a->largest + token, &largest, sizeof largest);
+        a->squares[token] = sum[0];
+    }
 }
 
 /* ---- Encryption ---- */

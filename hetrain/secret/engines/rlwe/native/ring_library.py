@@ -20,15 +20,17 @@ from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
 from hetrain.public.lattice import ring
 from hetrain.public.lattice.result_format import packed_bytes
 from hetrain.public.lattice.ring import LANES, companions
+from hetrain.secret.activation_quantization import TokenNorms
 from hetrain.secret.engines.rlwe.torch_ring import LARGEST_IMAGE, RESULT_MASK, Message, ResultScales
 
-_INTERFACE = 3
-_KERNELS = ("spectrum", "encrypt", "unpack", "decrypt", "check_up", "check_down")
+_INTERFACE = 4
+_KERNELS = ("spectrum", "token_norms", "encrypt", "unpack", "decrypt", "check_up", "check_down")
 
 
 _Roots = structure("degree forward* forward_companions* inverse* inverse_companions*")
 _Spectrum = structure("rank roots* values* companions*")
 _SpectrumArguments = structure("level rank roots* secret* values* companions*")
+_TokenNormsArguments = structure("level tokens features x* columns* largest* squares*")
 _EncryptArguments = structure(
     "level secret* tokens width first features masks* noise* x* columns* inverse* limit~ planes*"
 )
@@ -97,6 +99,15 @@ class NativeRing:
     def spectrum(self, secret: torch.Tensor) -> NativeSpectrum:
         """See `RingKernels.spectrum`."""
         return NativeSpectrum(secret, self.found)
+
+    def token_norms(self, x: torch.Tensor, columns: torch.Tensor) -> TokenNorms:
+        """See `RingKernels.token_norms`."""
+        require(x.dim() == 2, columns.shape == x.shape[1:], x.shape[1] > 0)
+        require(x.dtype == columns.dtype == torch.float32, x.is_contiguous(), columns.is_contiguous())
+        largest, squares = torch.empty(2, len(x)).unbind()
+        pointers = (one.data_ptr() for one in (x, columns, largest, squares))
+        self.found.hetrain_token_norms(ctypes.byref(_TokenNormsArguments(self.level, *x.shape, *pointers)))
+        return TokenNorms(largest, squares, x.shape[1])
 
     def encrypt(
         self,
