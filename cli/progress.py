@@ -89,6 +89,8 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What ends before the first update leaves its error alone on the screen.
+        self._progress.live.transient = error is not None and self._begin is None
         self._progress.stop()
 
     def on_prepare(self, done: int, total: int) -> None:

@@ -73,7 +73,7 @@ def test_an_adapter_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine_is_refused_before_the_data_set_is_read() -> None:
-    with pytest.raises(UsageError, match="unknown engine 'rot13'") as caught:
+    with pytest.raises(UsageError, match="'rot13' is not known") as caught:
         hetrain.finetune("/nowhere.jsonl", outsourcing=hetrain.OutsourcingConfig(engine="rot13"))
     assert caught.value.field == "engine"
 

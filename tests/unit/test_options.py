@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import hetrain
 from cli.evaluate import evaluate
-from cli.options import as_options
+from cli.options import as_options, with_dashes
 from cli.reference import reference
 from cli.submit import submit
 from hetrain import api
@@ -28,6 +28,7 @@ from hetrain.config import (
     LoraConfig,
     OutsourcingConfig,
     TrainingConfig,
+    TrainingDataConfig,
 )
 from hetrain.public.errors import UsageError
 
@@ -46,7 +47,7 @@ def called_with(
         raise KeyboardInterrupt  # the command has nothing more to do
 
     monkeypatch.setattr(api, name, take)
-    app = typer.Typer()
+    app = typer.Typer(context_settings={"token_normalize_func": with_dashes})
     app.command()(command)
     result = CliRunner().invoke(app, arguments)
     assert calls, result.output
@@ -56,15 +57,25 @@ def called_with(
 def test_without_options_a_command_has_the_defaults_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
     given = called_with(monkeypatch, "finetune", submit, "rows.jsonl")
     del given["on_step"], given["on_stop"], given["on_prepare"]
-    assert given == vars(JobSpec(dataset=Path("rows.jsonl")))
+    assert given == vars(JobSpec(dataset="rows.jsonl"))
     given = called_with(monkeypatch, "evaluate", evaluate, "rows.jsonl")
     del given["on_prepare"]
-    assert given == vars(EvaluationSpec(dataset=Path("rows.jsonl")))
+    assert given == vars(EvaluationSpec(dataset="rows.jsonl"))
 
 
 def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
     job = JobSpec(
-        dataset=Path("rows.jsonl"),
+        dataset=("rows.jsonl", "more.csv"),
+        data=TrainingDataConfig(
+            text_field="body",
+            strict=True,
+            completion_only_loss=False,
+            assistant_only_loss=True,
+            dataset_config="en",
+            dataset_train_split="half",
+            dataset_test_split="other",
+            eval_dataset=("held.jsonl", "out.csv"),
+        ),
         model="some/model",
         output_dir=Path("elsewhere"),
         workers="redis://broker",
@@ -81,7 +92,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             in_flight=4,
             max_bytes_in_flight=2 << 30,
             max_steps=9,
-            num_train_epochs=2,
+            num_train_epochs=2.5,
             learning_rate=0.5,
             lr_scheduler_type="cosine",
             warmup_steps=1,
@@ -98,11 +109,14 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             engine="clear", activation_bits=12, verify_rows=9, outsource=["*.a", "*.b"]
         ),
     )
-    line = """rows.jsonl -m some/model -o elsewhere --broker-url redis://broker --device meta
+    line = """rows.jsonl more.csv --text-field body --strict --no-completion-only-loss --assistant-only-loss
+        --dataset-config en --dataset-train-split half --dataset-test-split other
+        --eval-dataset held.jsonl --eval-dataset out.csv
+        -m some/model -o elsewhere --broker-url redis://broker --device meta
         --overwrite-output-dir --resume-from-checkpoint latest --lora-r 3 --lora-alpha 5 --lora-dropout 0.25
         --lora-layers 1,3-4 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
         --max-length 7 --batch-tokens 210 --micro-batch-tokens 70 --in-flight 4
-        --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2
+        --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2.5
         --learning-rate 0.5 --lr-scheduler-type cosine --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2
         --max-skipped-updates 4 --seed 8 --max-staleness 1 --staleness-correction none --save-steps 6
         --save-total-limit 11 --engine clear --activation-bits 12 --verify-rows 9 --outsource *.a --outsource
@@ -110,14 +124,17 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
     given = called_with(monkeypatch, "finetune", submit, *line.split())
     del given["on_step"], given["on_stop"], given["on_prepare"]
     assert given == vars(job)
-    defaults = JobSpec(dataset=Path("other"))
+    defaults = JobSpec(dataset="other")
     for mine, default in (
         (job, defaults),
-        *((getattr(job, n), getattr(defaults, n)) for n in ("lora", "training", "outsourcing")),
+        *((getattr(job, n), getattr(defaults, n)) for n in ("lora", "training", "outsourcing", "data")),
     ):
-        assert all(vars(mine)[name] != value for name, value in vars(default).items()), (
-            "not every field is tried"
-        )
+        alike = {name for name, value in vars(default).items() if vars(mine)[name] == value}
+        # A row is either a text or a pair, and rows to evaluate on are given in one of two ways.
+        assert alike <= {"prompt_field", "completion_field", "validation_split"}, "not every field is tried"
+    pair = ("--prompt_field", "q", "--completion-field=a_b", "--validation-split", "0.25")
+    data = called_with(monkeypatch, "finetune", submit, "rows.jsonl", *pair)["data"]
+    assert data == TrainingDataConfig(prompt_field="q", completion_field="a_b", validation_split=0.25)
 
 
 def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() -> None:
@@ -160,6 +177,14 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         (OutsourcingConfig, "verify_rows", 7),
         (OutsourcingConfig, "verify_rows", 65),
         (TrainingConfig, "num_train_epochs", 0),
+        (TrainingConfig, "num_train_epochs", float("nan")),
+        (TrainingConfig, "max_steps", 0),
+        (TrainingConfig, "max_steps", -2),
+        (OutsourcingConfig, "engine", "rlew"),
+        (TrainingDataConfig, "text_field", ""),
+        (TrainingDataConfig, "validation_split", 1.0),
+        (TrainingDataConfig, "validation_split", -0.1),
+        (JobSpec, "dataset", ()),
         (TrainingConfig, "learning_rate", 0.0),
         (TrainingConfig, "learning_rate", float("nan")),
         (TrainingConfig, "lr_scheduler_type", "bumpy"),
