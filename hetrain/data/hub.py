@@ -48,7 +48,7 @@ def _rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]
             )
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=split)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, TypeError) as error:
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, TypeError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise DatasetError(
             f"there is no such file, and on the hub it cannot be read: {type(error).__name__}: {first_line}",

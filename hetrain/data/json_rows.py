@@ -78,12 +78,13 @@ def read_json_array(stream: BinaryIO, name: str) -> Iterator[Item]:
     text, parser = _Text(stream), _Parser()
     try:
         text.skip("[")
-        while not text.at("]"):
+        is_next = not text.at("]")
+        while is_next:
+            text.more()
             number = text.line
             yield parser.item(text.value(parser), name, number)
-            if not text.at(","):
-                break
-            text.skip(",")
+            if is_next := text.at(","):
+                text.skip(",")
         text.skip("]")
         if text.more():
             raise json.JSONDecodeError("Extra data", text.rest, 0)

@@ -71,7 +71,8 @@ def _has_data_suffix(path: Path) -> bool:
 def _files_in(folder: Path) -> list[Path]:
     """Its files of rows, in the order of their names; what lies in folders below is not among them."""
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_file() and _has_data_suffix(path))
+        shown = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        found = sorted(filter(_has_data_suffix, shown))
     except OSError as error:
         raise _cannot_read(folder, error) from error
     if not found:
