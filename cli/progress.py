@@ -31,14 +31,15 @@ class PreparationDisplay:
     """A progress bar while hints are made."""
 
     def __init__(self, *, quiet: bool) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=console,
+            disable=quiet or not console.is_terminal,
             transient=True,
         )
         self._task: TaskID | None = None
@@ -73,7 +74,7 @@ class TrainingDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self._console,
-            disable=quiet or as_json,
+            disable=quiet or as_json or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("preparing", total=None, figures="")
         self._tokens = 0

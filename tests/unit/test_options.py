@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import hetrain
 from cli.evaluate import evaluate
@@ -135,6 +136,117 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
     pair = ("--prompt_field", "q", "--completion-field=a_b", "--validation-split", "0.25")
     data = called_with(monkeypatch, "finetune", submit, "rows.jsonl", *pair)["data"]
     assert data == TrainingDataConfig(prompt_field="q", completion_field="a_b", validation_split=0.25)
+
+
+def typed(*arguments: str) -> Result:
+    """What `hetrain submit` answers."""
+    app = typer.Typer(context_settings={"token_normalize_func": with_dashes})
+    app.command()(submit)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_underscores_and_short_names_are_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "rows.jsonl --model-name-or-path x --learning-rate 0.5 --num-train-epochs 0.5 --batch-tokens 64"
+    short = "rows.jsonl --model x --lr 0.5 --epochs 0.5 --batch_tokens=64"
+    given = [called_with(monkeypatch, "finetune", submit, *line.split()) for line in (long, short)]
+    for each in given:
+        del each["on_step"], each["on_stop"], each["on_prepare"]
+    assert given[0] == given[1]
+    assert given[0]["training"].longest_row == 64  # follows from the micro-batch
+
+
+def test_what_is_printed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "a.csv b.csv --epochs 1.5 --lora-target-modules q,v --strict --no-completion-only-loss -o x"
+    printed = typed(*line.split(), "--print-config")
+    assert printed.exit_code == 0, printed.output
+    file = tmp_path / "job.yaml"
+    file.write_text(printed.stdout)
+    assert typed("--config", str(file), "--print-config").stdout == printed.stdout
+    changed = called_with(monkeypatch, "finetune", submit, "c.csv", "--config", str(file), "--lora-r=3")
+    assert changed["dataset"] == ("c.csv",)
+    assert changed["lora"] == LoraConfig(r=3, target_modules=["q", "v"])
+    assert changed["training"].num_train_epochs == 1.5
+    assert changed["data"] == TrainingDataConfig(strict=True, completion_only_loss=False)
+
+
+def test_a_password_is_not_printed() -> None:
+    url = "rediss://:hunter2@broker/0"
+    assert "hunter2" not in typed("x", "--broker-url", url, "--print-config").output
+    assert "redis://broker" in typed("x", "--broker-url", "redis://broker", "--print-config").output
+
+
+def test_a_file_of_trl_has_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(
+        "# trl sft\nmodel_name_or_path: some/model\ndataset_name: owner/rows\n"
+        "dataset_train_split: train_sft\n"
+        "dataset_text_field: body\nlearning_rate: 2.0e-4\nnum_train_epochs: 1\nmax_length: 512\n"
+        "lora-r: 32\nlora_alpha: 16\nlora_target_modules: [q_proj, v_proj]\noutput_dir: sft\nseed: 7\n"
+    )
+    given = called_with(monkeypatch, "finetune", submit, "--config", str(file))
+    assert (given["dataset"], given["model"]) == (("owner/rows",), "some/model")
+    assert given["data"] == TrainingDataConfig(text_field="body", dataset_train_split="train_sft")
+    assert given["training"] == TrainingConfig(num_train_epochs=1, max_length=512, seed=7)
+    assert given["lora"] == LoraConfig(r=32, alpha=16, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("lerning_rate: 3", r"lerning_rate is not known \(did you mean learning_rate\?\)"),
+        (
+            "per_device_train_batch_size: 4\nbf16: true",
+            r"per_device_.* no meaning here: .*tokens.*; bf16 has no",
+        ),
+        ("lora: {r: 4}", "lora is not known"),
+        ("lora_r: {x: 4}", "lora_r holds further keys"),
+        ("seed: 1\nseed: 2", "seed stands there twice"),
+        ("max_steps: 1\nmax-steps: 2", "max_steps stands there twice"),
+        ("- a\n- b", "holds no keys"),
+        ("a: [", "no YAML"),
+        ("print_config: true", "print_config is not known"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(content: str | None, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=says) as caught:
+        raise typed("rows.jsonl", "--config", str(file)).exception or AssertionError
+    assert caught.value.where.startswith(str(file))
+    file.write_text("learning_rate: fast")
+    assert typed("rows.jsonl", "--config", str(file)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("nowhere.jsonl",), 3, "nowhere.jsonl"),
+        (("bad.csv",), 3, "bad.csv:2"),
+        (("good.csv", "--engine", "rwle"), 2, "did you mean rlwe?"),
+        (("good.csv", "-m", "smolm2-135m"), 4, "did you mean smollm2-135m?"),
+        (("good.csv", "--max-steps", "0"), 2, "--max-steps"),
+        (("good.csv", "--validation-split", "0.9"), 2, "--validation-split"),
+        ((), 2, "DATASET"),
+    ],
+)
+def test_errors_of_options_and_rows_need_no_torch(
+    arguments: tuple[str, ...], code: int, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "good.csv").write_text("text\nx\n")
+    (tmp_path / "bad.csv").write_text("text,n\n,1\n")
+    program = (
+        "import sys\nfrom cli.main import main\ntry:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'pyarrow', 'datasets'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}') if heavy else None\n"
+    )
+    command = [sys.executable, "-c", program, "submit", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REFERENCE.parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == code, result.stderr
+    assert says in result.stderr
+    assert result.stderr.startswith("error: ")  # no progress bar before it
 
 
 def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() -> None:
