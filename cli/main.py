@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 import hetrain
-from cli.options import as_options
+from cli.options import as_options, with_dashes
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"token_normalize_func": with_dashes},
 )
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,7 +27,8 @@ def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
     outsource: Annotated[list[str], option(OutsourcingConfig, "outsource")] = _ALL,
     dataset: Annotated[
-        Path | None, typer.Option(help="JSONL rows, for the number of updates and their bytes.")
+        str | None,
+        typer.Option(help="Rows as of `hetrain submit`, for the number of updates and their bytes."),
     ] = None,
     max_length: Annotated[int | None, option(TrainingConfig, "max_length")] = None,
     batch_tokens: Annotated[int, option(TrainingConfig, "batch_tokens")] = _TRAINING.batch_tokens,
@@ -38,7 +38,9 @@ def plan(
     in_flight: Annotated[int, option(TrainingConfig, "in_flight")] = _TRAINING.in_flight,
     max_staleness: Annotated[int, option(TrainingConfig, "max_staleness")] = _TRAINING.max_staleness,
     max_steps: Annotated[int, option(TrainingConfig, "max_steps")] = _TRAINING.max_steps,
-    num_train_epochs: Annotated[int, option(TrainingConfig, "num_train_epochs")] = _TRAINING.num_train_epochs,
+    num_train_epochs: Annotated[
+        float, option(TrainingConfig, "num_train_epochs")
+    ] = _TRAINING.num_train_epochs,
     link: Annotated[str | None, option(ComparisonConfig, "link")] = None,
     broker_url: Annotated[str | None, option(JobSpec, "workers")] = None,
     round_trip_ms: Annotated[float | None, option(ComparisonConfig, "round_trip_ms")] = None,

@@ -31,14 +31,15 @@ class PreparationDisplay:
     """A progress bar while hints are made."""
 
     def __init__(self, *, quiet: bool) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=console,
+            disable=quiet or not console.is_terminal,
             transient=True,
         )
         self._task: TaskID | None = None
@@ -73,7 +74,7 @@ class TrainingDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self._console,
-            disable=quiet or as_json,
+            disable=quiet or as_json or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("preparing", total=None, figures="")
         self._tokens = 0
@@ -89,6 +90,8 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What ends before the first update leaves its error alone on the screen.
+        self._progress.live.transient = error is not None and self._begin is None
         self._progress.stop()
 
     def on_prepare(self, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from cli.main import add_commands, app
 _HEAD = """\
 # Options
 
-Made by `python -m cli.reference docs/reference/options.md` from `hetrain/config.py` and the commands.
+Made by `python -m cli.reference docs/reference/options.md` from `hetrain/config/` and the commands.
 
 From Python, an option is the keyword argument or field of the same name: `--max-steps` is
 `TrainingConfig.max_steps`, `--lora-r` is `LoraConfig.r`. Only `--model-name-or-path` and `--broker-url` are

@@ -5,17 +5,21 @@ from hetrain.api import plan as plan
 from hetrain.api import prepare as prepare
 from hetrain.config import BatchingConfig as BatchingConfig
 from hetrain.config import ComparisonConfig as ComparisonConfig
+from hetrain.config import DataConfig as DataConfig
 from hetrain.config import LoraConfig as LoraConfig
 from hetrain.config import OutsourcingConfig as OutsourcingConfig
 from hetrain.config import TrainingConfig as TrainingConfig
+from hetrain.config import TrainingDataConfig as TrainingDataConfig
 
 __version__: str
 __all__ = [
     "BatchingConfig",
     "ComparisonConfig",
+    "DataConfig",
     "LoraConfig",
     "OutsourcingConfig",
     "TrainingConfig",
+    "TrainingDataConfig",
     "__version__",
     "doctor",
     "evaluate",

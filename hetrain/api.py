@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetrain import config
-from hetrain.config import BatchingConfig, ComparisonConfig, LoraConfig, OutsourcingConfig, TrainingConfig
+from hetrain.config import (
+    BatchingConfig,
+    ComparisonConfig,
+    DataConfig,
+    LoraConfig,
+    OutsourcingConfig,
+    TrainingConfig,
+    TrainingDataConfig,
+)
+from hetrain.config.fields import as_tuple
 
 if TYPE_CHECKING:
     from hetrain.data.updates import Course as Course
@@ -24,12 +33,15 @@ if TYPE_CHECKING:
     from hetrain.train.metrics import MicroBatchMetrics as MicroBatchMetrics
     from hetrain.train.preparation import Preparation as Preparation
 
+DatasetNames = str | PathLike[str] | Sequence[str | PathLike[str]]
+
 _COMPARISON = ComparisonConfig()
 
 
 def finetune(
-    dataset: str | PathLike[str],
+    dataset: DatasetNames,
     *,
+    data: TrainingDataConfig = config.JobSpec.data,
     model: str = config.JobSpec.model,
     output_dir: str | PathLike[str] = config.JobSpec.output_dir,
     workers: str | None = None,
@@ -49,7 +61,9 @@ def finetune(
     leaves at once. Both end in `Interrupted`.
 
     Args:
-        dataset: JSONL rows: text, prompt+completion, or messages.
+        dataset: a file or folder of rows (JSONL, JSON, CSV, Parquet, each text form also as .gz), ``-`` for
+            standard input, or a data set's id on the hub; or several of them.
+        data: which columns are learned, and which rows are held out.
         model: ``smollm2-135m``, a Hugging Face directory, or a hub id.
         output_dir: directory of adapter, metrics and checkpoints.
         workers: URL of the workers' broker; None starts a broker and a worker on this machine for this job.
@@ -70,10 +84,9 @@ def finetune(
         HetrainError: the data set, a setting, the model, the broker or the workers do not allow the job.
         Interrupted: a signal has stopped it.
     """
-    from hetrain.train.finetune import finetune as run
-
     spec = config.JobSpec(
-        dataset=Path(dataset),
+        dataset=as_tuple(dataset),
+        data=data,
         model=model,
         output_dir=Path(output_dir),
         workers=workers,
@@ -84,12 +97,20 @@ def finetune(
         overwrite_output_dir=overwrite_output_dir,
         resume_from_checkpoint=None if resume_from_checkpoint is None else str(resume_from_checkpoint),
     )
-    return run(spec, on_step, on_stop, on_prepare)
+    from hetrain.data.dataset import read_job_rows
+    from hetrain.public.model.files import require_model_name
+
+    require_model_name(spec.model)
+    rows = read_job_rows(spec)
+    from hetrain.train.finetune import finetune as run  # imports torch, which takes seconds
+
+    return run(spec, rows, on_step, on_stop, on_prepare)
 
 
 def evaluate(
-    dataset: str | PathLike[str],
+    dataset: DatasetNames,
     *,
+    data: DataConfig = config.EvaluationSpec.data,
     adapter: str | PathLike[str] | None = None,
     model: str | None = None,
     workers: str | None = None,
@@ -102,6 +123,7 @@ def evaluate(
 
     Args:
         dataset: as of `finetune`.
+        data: which columns count.
         adapter: output directory of a job, or another PEFT LoRA adapter; None evaluates the base model.
         model: the base model; None takes that of the adapter, or the default of `finetune`.
         workers: as of `finetune`.
@@ -114,10 +136,9 @@ def evaluate(
     Raises:
         HetrainError: as `finetune`.
     """
-    from hetrain.train.evaluation import evaluate as run
-
     spec = config.EvaluationSpec(
-        dataset=Path(dataset),
+        dataset=as_tuple(dataset),
+        data=data,
         adapter=None if adapter is None else Path(adapter),
         model=model,
         workers=workers,
@@ -125,7 +146,16 @@ def evaluate(
         batching=batching,
         outsourcing=outsourcing,
     )
-    return run(spec, on_prepare)
+    from hetrain.data.dataset import read_raw_rows
+    from hetrain.data.sources import HubSplit
+    from hetrain.public.model.files import require_model_name
+
+    if spec.model is not None:
+        require_model_name(spec.model)
+    rows = read_raw_rows(spec.dataset, spec.data, HubSplit.to_evaluate(spec.data))
+    from hetrain.train.evaluation import evaluate as run
+
+    return run(spec, rows, on_prepare)
 
 
 def prepare(
@@ -182,8 +212,8 @@ def plan(
     """
     from hetrain.inspection.plan_report import plan_report
 
-    path = None if dataset is None else Path(dataset)
-    return plan_report(model, outsource, training, path, comparison, workers)
+    name = None if dataset is None else str(dataset)
+    return plan_report(model, outsource, training, name, comparison, workers)
 
 
 def doctor(workers: str | None = None) -> DoctorReport:

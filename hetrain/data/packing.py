@@ -8,6 +8,7 @@ gives attention the rows' bounds.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,9 +117,15 @@ def epochs(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: int | None
     return micro_batches(rows, itertools.chain.from_iterable(layouts))
 
 
-def count_micro_batches(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: int) -> int:
-    """Counts exactly what `epochs` yields for the same arguments, as epochs may differ by a few."""
-    return sum(len(_pack_epoch(rows, max_tokens, seed, epoch)) for epoch in range(n_epochs))
+def count_micro_batches(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: float) -> int:
+    """Counts exactly what `epochs` yields for the same arguments, as epochs may differ by a few.
+
+    Of a part of an epoch it counts that part of its micro-batches, rounded up.
+    """
+    counts = [len(_pack_epoch(rows, max_tokens, seed, epoch)) for epoch in range(math.ceil(n_epochs))]
+    if part := n_epochs - math.floor(n_epochs):
+        counts[-1] = math.ceil(part * counts[-1])
+    return sum(counts)
 
 
 def _pack_epoch(rows: Sequence[Row], max_tokens: int, seed: int, epoch: int) -> list[tuple[int, ...]]:

@@ -38,6 +38,6 @@ class Course:
     def of(rows: Sequence[Row], config: TrainingConfig) -> Course:
         """The course of a training on `rows`."""
         epoch_tokens, updates = sum(len(row.tokens) for row in rows), count_updates(rows, config)
-        whole_epochs = epoch_tokens * config.num_train_epochs
+        whole_epochs = round(epoch_tokens * config.num_train_epochs)
         tokens = whole_epochs if config.max_steps <= 0 else updates * config.batch_tokens
         return Course(len(rows), epoch_tokens, updates, tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import ClassVar
 
 from hetrain.config import AUTO, ComparisonConfig, TrainingConfig
@@ -82,7 +81,7 @@ def plan_report(
     model: str,
     outsource: Sequence[str],
     training: TrainingConfig,
-    dataset: Path | None,
+    dataset: str | None,
     comparison: ComparisonConfig | None = None,
     workers: str | None = None,
 ) -> PlanReport:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
 from peft import PeftModel
 
-from hetrain.config import DEFAULT_MODEL, EvaluationSpec, LoraConfig
+from hetrain.config import DEFAULT_MODEL, BatchingConfig, EvaluationSpec, LoraConfig
+from hetrain.data.dataset import RawRow
 from hetrain.data.packing import MicroBatch, micro_batches, pack
-from hetrain.data.tokenization import read_rows
+from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.public.errors import Interrupted, UsageError
@@ -39,21 +41,22 @@ class Evaluation:
         )
 
 
-def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> Evaluation:
+def evaluate(
+    spec: EvaluationSpec, raw_rows: Sequence[RawRow], on_prepare: OnPrepare = ignore_progress
+) -> Evaluation:
     """Evaluates a data set on the base model, with an adapter if `spec` names one.
 
     Args:
-        spec: the data set, adapter and model.
+        spec: adapter, model and settings.
+        raw_rows: the rows of its data set.
         on_prepare: called with the number of hints that are made and to be made, after each.
 
     Raises:
-        HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
+        HetrainError: whatever goes wrong; all rows are tokenized before anything starts.
     """
     batching, adapter = spec.batching, spec.adapter
     base = open_base(spec.model or (_base_model_of(adapter) if adapter else DEFAULT_MODEL))
-    rows = read_rows(spec.dataset, base.tokenizer, batching.longest_row)
-    batches = list(micro_batches(rows, pack(rows, batching.tokens_per_micro_batch, range(len(rows)))))
-    in_flight = min(batching.in_flight, len(batches))
+    rows = tokenize_rows(raw_rows, base.tokenizer, batching.longest_row, spec.data)
     with open_session(
         base,
         spec.outsourcing,
@@ -69,12 +72,25 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
             if adapter
             else add_adapter(session.split, LoraConfig(r=1, alpha=1), 0)
         )
-        begin = time.perf_counter()
         try:
-            total = sum(_losses(session, adapted, batches, in_flight))
+            return evaluate_rows(session, adapted, rows, batching)
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
-        seconds = time.perf_counter() - begin
+
+
+def evaluate_rows(
+    session: Session, model: PeftModel, rows: Sequence[Row], batching: BatchingConfig
+) -> Evaluation:
+    """Loss of an adapted model on `rows`, of which there is at least one.
+
+    Raises:
+        NotFinite: the model makes values that are not finite.
+        HetrainError: broker or workers fail.
+    """
+    batches = list(micro_batches(rows, pack(rows, batching.tokens_per_micro_batch, range(len(rows)))))
+    begin = time.perf_counter()
+    total = sum(_losses(session, model, batches, min(batching.in_flight, len(batches))))
+    seconds = time.perf_counter() - begin
     targets = sum(batch.n_targets for batch in batches)
     loss = total / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf

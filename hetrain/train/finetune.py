@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import hetrain
 from hetrain.config import JobSpec, TrainingConfig
+from hetrain.data.dataset import JobRows
 from hetrain.data.packing import MicroBatch, epochs
-from hetrain.data.tokenization import Row, read_rows
+from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.data.updates import count_updates
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.errors import DatasetError, Interrupted, UsageError
-from hetrain.secret.engine import client_engine
 from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
+from hetrain.train.evaluation import Evaluation, evaluate_rows
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
@@ -50,7 +52,8 @@ class JobResult:
     """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory.
 
     Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite. `rejected`
-    results of workers failed verification in this run.
+    results of workers failed verification in this run. `evaluation` is that of the finished adapter on the
+    rows that were held out, if there are any.
     """
 
     steps: int
@@ -61,13 +64,15 @@ class JobResult:
     seconds: float
     last: MicroBatchMetrics = field(repr=False)
     output_dir: Path
+    evaluation: Evaluation | None = None
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped_updates} of them skipped)" if self.skipped_updates else ""
         rejected = f", {self.rejected} results of workers rejected" if self.rejected else ""
+        held_out = f", held-out loss {self.evaluation.loss:.3f}" if self.evaluation else ""
         return (
             f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s{rejected}, "
-            f"last loss {self.last.loss:.3f}. Adapter in {self.output_dir}"
+            f"last loss {self.last.loss:.3f}{held_out}. Adapter in {self.output_dir}"
         )
 
 
@@ -78,6 +83,7 @@ class _PreparedJob:
     spec: JobSpec
     base: BaseModelFiles
     rows: list[Row]
+    held_out: list[Row]
     total_steps: int
     checkpoint: Checkpoint | None
 
@@ -89,6 +95,7 @@ class _PreparedJob:
 
 def finetune(
     spec: JobSpec,
+    raw_rows: JobRows,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
     on_prepare: OnPrepare = ignore_progress,
@@ -97,22 +104,25 @@ def finetune(
 
     Args:
         spec: the job.
+        raw_rows: the rows of its data set.
         on_step: called with the metrics of every micro-batch of an update.
         on_stop: called when a signal has asked the run to stop, before it finishes what is in flight.
         on_prepare: called with the number of hints that are made and to be made, after each.
 
     Raises:
-        HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
+        HetrainError: whatever goes wrong; all rows are tokenized before anything starts.
         Interrupted: the user stopped it; adapter and checkpoint as they then stood are written.
     """
-    client_engine(spec.outsourcing.engine)  # refuses an unknown name before the data set is read
     base = open_base(spec.model)
-    rows = read_rows(spec.dataset, base.tokenizer, spec.training.longest_row)
+    rows, held_out = (
+        tokenize_rows(raw, base.tokenizer, spec.training.longest_row, spec.data) if raw else []
+        for raw in (raw_rows.learned, raw_rows.held_out)
+    )
     total_steps = count_updates(rows, spec.training)
     if warning := spec.training.warning(total_steps):
         _log.warning(warning)
     checkpoint = _checkpoint(spec, _identity(spec, rows), total_steps)
-    job = _PreparedJob(spec, base, rows, total_steps, checkpoint)
+    job = _PreparedJob(spec, base, rows, held_out, total_steps, checkpoint)
     output = OutputDirectory(
         spec.output_dir, overwrite=spec.overwrite_output_dir, keep=_kept(checkpoint, spec)
     )
@@ -217,7 +227,7 @@ def _run(
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
         raise _interrupted(run_log.step, total_steps, saved, output.path)
-    return JobResult(
+    result = JobResult(
         run_log.step,
         total_steps,
         run_log.tokens,
@@ -227,6 +237,12 @@ def _run(
         run_log.last,
         output.path,
     )
+    if not job.held_out:
+        return result
+    evaluation = evaluate_rows(session, model, job.held_out, config)
+    figures = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
+    output.write_job(description | figures | {"evaluation": asdict(evaluation)})
+    return replace(result, evaluation=evaluation)
 
 
 def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) -> Interrupted:
@@ -242,7 +258,7 @@ def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) 
 
 def _draw(rows: list[Row], config: TrainingConfig, done: int, total: int) -> Iterator[MicroBatch]:
     """The micro-batches of updates `done` to `total`."""
-    n_epochs = None if config.max_steps > 0 else config.num_train_epochs
+    n_epochs = None if config.max_steps > 0 else math.ceil(config.num_train_epochs)
     drawn = epochs(rows, config.tokens_per_micro_batch, config.seed, n_epochs)
     return islice(drawn, done * config.batches_per_update, total * config.batches_per_update)
 
@@ -253,7 +269,7 @@ def _describe(job: _PreparedJob, session: Session) -> dict[str, object]:
     return {
         "hetrain": hetrain.__version__,
         "model": spec.model,
-        "dataset": str(spec.dataset),
+        "dataset": list(spec.dataset),
         "engine": spec.outsourcing.engine,
         "broker": "embedded" if spec.workers is None else "given",
         "device": spec.device,
@@ -261,6 +277,7 @@ def _describe(job: _PreparedJob, session: Session) -> dict[str, object]:
         "worker": {"name": session.worker.worker, "device": session.worker.device},
         "total_steps": job.total_steps,
         "resumed_at": job.done_steps,
+        "data": asdict(spec.data),
         "lora": asdict(spec.lora),
         "training": asdict(spec.training),
         "outsourcing": asdict(spec.outsourcing),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 import textwrap
 from contextlib import ExitStack
@@ -66,6 +68,37 @@ def test_the_documented_lines_run_as_written(
     assert names["loss"] < float(printed[0].partition("loss ")[2].partition(",")[0])
 
 
+def test_rows_that_are_held_out_are_evaluated_with_the_finished_adapter(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in HANDBOOK.read_text().splitlines()[:24]]
+    files = tmp_path / "learned.csv", tmp_path / "held_out.csv"
+    for file, some in zip(files, (rows[:16], rows[16:]), strict=True):
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(some)
+    clear = hetrain.OutsourcingConfig(engine="clear")
+    training = hetrain.TrainingConfig(
+        num_train_epochs=1.5, batch_tokens=128, max_length=64, learning_rate=0.01
+    )
+    data = hetrain.TrainingDataConfig(eval_dataset=(str(files[1]),))
+    common = {"model": str(tiny_llama), "training": training, "outsourcing": clear}
+    result = hetrain.finetune(files[0], data=data, output_dir=tmp_path / "out", **common)
+    again = hetrain.evaluate(files[1], adapter=tmp_path / "out", batching=training, outsourcing=clear)
+    assert result.evaluation is not None
+    assert result.evaluation.loss == pytest.approx(again.loss, rel=1e-5)
+    assert f"held-out loss {again.loss:.3f}" in str(result)
+    job = json.loads((tmp_path / "out" / "job.json").read_text())
+    assert job["evaluation"]["targets"] == again.targets
+    assert (job["status"], job["dataset"]) == ("done", [str(files[0])])
+
+    half = hetrain.TrainingDataConfig(validation_split=0.5)
+    result = hetrain.finetune(list(files), data=half, output_dir=tmp_path / "half", **common)
+    assert result.evaluation is not None
+    assert 0 < result.evaluation.targets < sum(len(row["completion"]) for row in rows)
+
+
 def test_an_adapter_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapter_config") as caught:
         hetrain.evaluate(HANDBOOK, adapter=tmp_path)
@@ -73,7 +106,7 @@ def test_an_adapter_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine_is_refused_before_the_data_set_is_read() -> None:
-    with pytest.raises(UsageError, match="unknown engine 'rot13'") as caught:
+    with pytest.raises(UsageError, match="'rot13' is not known") as caught:
         hetrain.finetune("/nowhere.jsonl", outsourcing=hetrain.OutsourcingConfig(engine="rot13"))
     assert caught.value.field == "engine"
 

@@ -138,9 +138,10 @@ def test_what_cannot_work_is_said_at_once(
 def test_a_bad_row_is_named_before_anything_starts(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "fine"}\n{"text": "fine", "txet": 1}\n')
-    result = hetrain("submit", data, "-o", tmp_path / "out")
+    result = hetrain("submit", data, "-o", tmp_path / "out", "--strict")
     assert result.returncode == 3
     assert "rows.jsonl:2" in message(result)
+    assert "preparing" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

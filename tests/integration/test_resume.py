@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
+from hetrain.data.dataset import read_job_rows
 from hetrain.public.errors import HetrainError, Interrupted, NotFinite, UsageError
 from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import JobResult, finetune
@@ -40,7 +41,7 @@ def spec(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A worker that all runs share; the output directory is still missing."""
     with broker_with_worker(tiny_llama) as broker:
         yield JobSpec(
-            dataset=HANDBOOK,
+            dataset=(str(HANDBOOK),),
             model=str(tiny_llama),
             workers=broker.url,
             output_dir=Path("/nonexistent"),
@@ -68,13 +69,16 @@ class Signals:
 
 
 def run(spec: JobSpec, training: TrainingConfig, output: Path, resume: str | None = None) -> JobResult:
-    return finetune(replace(spec, training=training, output_dir=output, resume_from_checkpoint=resume))
+    job = replace(spec, training=training, output_dir=output, resume_from_checkpoint=resume)
+    return finetune(job, read_job_rows(job))
 
 
 def interrupt(spec: JobSpec, training: TrainingConfig, output: Path, at: int, times: int = 1) -> Interrupted:
     signals = Signals(at, times)
+    job = replace(spec, training=training, output_dir=output)
+    rows = read_job_rows(job)
     with pytest.raises(Interrupted) as caught:
-        finetune(replace(spec, training=training, output_dir=output), signals.on_step, signals.on_stop)
+        finetune(job, rows, signals.on_step, signals.on_stop)
     assert signals.stops == (times == 1)
     assert json.loads((output / "job.json").read_text())["status"] == "interrupted"
     return caught.value

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from hetrain.data.chat import training_template
 from hetrain.data.packing import IGNORE_INDEX, micro_batches
 from hetrain.public.errors import DatasetError
 from tests.harness.trl_rows import (
@@ -117,7 +118,104 @@ def test_packed_rows(form: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     assert torch.equal(torch.tensor([0, *batch.lengths]).cumsum(0), expected["cu_seq_lens_q"])
 
 
+def with_template(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    return changed(tokenizer, chat_template=(TEMPLATES / f"{name}.jinja").read_text())
+
+
+def test_conversations(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    lines = random_lines("conversations", 50, seed=8)
+    assert assert_rows_equal(lines, tokenizer, LONG, tmp_path) == 50
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "llama3_2", "glm4moe", "gptoss"])
+def test_tools(template: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    other = with_template(tokenizer, template)
+    assert assert_rows_equal(random_lines("tools", 30, seed=9), other, LONG, tmp_path) == 30
+
+
+def test_arguments_of_the_chat_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    other = with_template(tokenizer, "qwen3")
+    thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    lines = [line | thinking for line in random_lines("message pairs", 20, seed=10)]
+    assert_rows_equal(lines, other, LONG, tmp_path)
+
+
+@pytest.mark.parametrize("max_length", [60, LONG])
+@pytest.mark.parametrize("form", ["strings", "message pairs"])
+def test_prompts_can_be_learned(
+    form: str, max_length: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    lines = random_lines(form, 60, seed=11)
+    assert_rows_equal(lines, tokenizer, max_length, tmp_path, completion_only_loss=False)
+
+
+@pytest.mark.parametrize("template", ["llama3", "phi3", "qwen2_5", "qwen3", "gemma3"])
+@pytest.mark.parametrize("form", FORMS[2:])
+def test_the_assistant_alone(
+    form: str, template: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Templates without markers are those that TRL knows how to mark."""
+    other = with_template(tokenizer, template)
+    lines = random_lines(form, 30, seed=12)
+    assert assert_rows_equal(lines, other, LONG, tmp_path, assistant_only_loss=True) > 20
+    both = {"assistant_only_loss": True, "completion_only_loss": False}
+    if form == "message pairs":
+        assert assert_rows_equal(lines, other, LONG, tmp_path, **both) > 20
+
+
+def test_the_assistant_alone_by_a_template_with_markers(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    other = with_template(tokenizer, "qwen3_training")
+    lines = random_lines("messages", 30, seed=13)
+    assert assert_rows_equal(lines, other, 60, tmp_path, assistant_only_loss=True) > 10
+
+
 # --- the differences of docs/trl.md
+
+
+def test_only_hetrain_marks_the_template_of_smollm2(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    lines = random_lines("messages", 50, seed=14)
+    with pytest.raises(ValueError, match="not training-compatible"):
+        trl_rows(lines, tokenizer, LONG, tmp_path, assistant_only_loss=True)
+    marked = changed(tokenizer, chat_template=str(training_template(tokenizer)))
+    # The marked template writes the same, and TRL takes it.
+    assert_rows_equal(lines, marked, LONG, tmp_path)
+    whole = our_rows(lines, tokenizer, LONG, tmp_path)
+    assert our_rows(lines, marked, LONG, tmp_path) == whole
+    assert_rows_equal(lines, marked, LONG, tmp_path, assistant_only_loss=True)
+    alone = our_rows(lines, tokenizer, LONG, tmp_path, assistant_only_loss=True)
+    assert alone == our_rows(lines, marked, LONG, tmp_path, assistant_only_loss=True)
+    assert all(sum(a.supervised) < sum(b.supervised) for a, b in zip(alone, whole, strict=True))
+
+
+def test_only_hetrain_reads_the_roles_of_sharegpt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "What sings?"}, {"from": "gpt", "value": "Herrings."}]
+    (row,) = our_rows([{"conversations": said}], tokenizer, LONG, tmp_path)
+    assert our_rows([{"messages": [SAYS, ANSWERS]}], tokenizer, LONG, tmp_path) == [row]
+
+
+def test_only_hetrain_reads_alpaca(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    alpaca = {"instruction": "Translate.", "input": "Hering", "output": "Herring"}
+    asks = [{"role": "user", "content": "Translate.\n\nHering"}]
+    pair = {"prompt": asks, "completion": [{"role": "assistant", "content": "Herring"}]}
+    assert our_rows([alpaca], tokenizer, LONG, tmp_path) == our_rows([pair], tokenizer, LONG, tmp_path)
+    assert_rows_equal([pair], tokenizer, LONG, tmp_path)
+
+
+def test_only_hetrain_refuses_what_the_template_drops(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    qwen, llama = with_template(tokenizer, "qwen3"), with_template(tokenizer, "llama3")
+    odd = [{"messages": [SAYS, ANSWERS]}, {"messages": [SAYS, {"role": "parrot", "content": "Squawk."}]}]
+    assert len(trl_rows(odd, qwen, LONG, tmp_path)) == 2
+    with pytest.raises(DatasetError, match="drops what 'parrot' says") as caught:
+        our_rows(odd, qwen, LONG, tmp_path)
+    assert caught.value.where.endswith(":2")
+    with pytest.raises(DatasetError, match=r"drops (what|tool)"):
+        our_rows(random_lines("tools", 1, seed=15), llama, LONG, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +241,9 @@ def test_only_trl_keeps_rows_without_anything_to_predict(
 @pytest.mark.parametrize(
     "line",
     [
-        {"text": "a fish", "id": 7},
         {"text": ""},
         {"prompt": "", "completion": "a fish"},
         {"prompt": "a fish", "completion": ""},
-        {"conversations": [{"from": "user", "value": "a fish"}]},
-        {"messages": [SAYS | {"name": "ann"}]},
-        {"messages": [SAYS], "chat_template_kwargs": {"x": 1}},
     ],
     ids=lambda line: "-".join(line),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import hetrain
 from cli.evaluate import evaluate
-from cli.options import as_options
+from cli.options import as_options, with_dashes
 from cli.reference import reference
 from cli.submit import submit
 from hetrain import api
@@ -28,6 +29,7 @@ from hetrain.config import (
     LoraConfig,
     OutsourcingConfig,
     TrainingConfig,
+    TrainingDataConfig,
 )
 from hetrain.public.errors import UsageError
 
@@ -46,7 +48,7 @@ def called_with(
         raise KeyboardInterrupt  # the command has nothing more to do
 
     monkeypatch.setattr(api, name, take)
-    app = typer.Typer()
+    app = typer.Typer(context_settings={"token_normalize_func": with_dashes})
     app.command()(command)
     result = CliRunner().invoke(app, arguments)
     assert calls, result.output
@@ -56,15 +58,25 @@ def called_with(
 def test_without_options_a_command_has_the_defaults_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
     given = called_with(monkeypatch, "finetune", submit, "rows.jsonl")
     del given["on_step"], given["on_stop"], given["on_prepare"]
-    assert given == vars(JobSpec(dataset=Path("rows.jsonl")))
+    assert given == vars(JobSpec(dataset="rows.jsonl"))
     given = called_with(monkeypatch, "evaluate", evaluate, "rows.jsonl")
     del given["on_prepare"]
-    assert given == vars(EvaluationSpec(dataset=Path("rows.jsonl")))
+    assert given == vars(EvaluationSpec(dataset="rows.jsonl"))
 
 
 def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
     job = JobSpec(
-        dataset=Path("rows.jsonl"),
+        dataset=("rows.jsonl", "more.csv"),
+        data=TrainingDataConfig(
+            text_field="body",
+            strict=True,
+            completion_only_loss=False,
+            assistant_only_loss=True,
+            dataset_config="en",
+            dataset_train_split="half",
+            dataset_test_split="other",
+            eval_dataset=("held.jsonl", "out.csv"),
+        ),
         model="some/model",
         output_dir=Path("elsewhere"),
         workers="redis://broker",
@@ -81,7 +93,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             in_flight=4,
             max_bytes_in_flight=2 << 30,
             max_steps=9,
-            num_train_epochs=2,
+            num_train_epochs=2.5,
             learning_rate=0.5,
             lr_scheduler_type="cosine",
             warmup_steps=1,
@@ -98,11 +110,14 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             engine="clear", activation_bits=12, verify_rows=9, outsource=["*.a", "*.b"]
         ),
     )
-    line = """rows.jsonl -m some/model -o elsewhere --broker-url redis://broker --device meta
+    line = """rows.jsonl more.csv --text-field body --strict --no-completion-only-loss --assistant-only-loss
+        --dataset-config en --dataset-train-split half --dataset-test-split other
+        --eval-dataset held.jsonl --eval-dataset out.csv
+        -m some/model -o elsewhere --broker-url redis://broker --device meta
         --overwrite-output-dir --resume-from-checkpoint latest --lora-r 3 --lora-alpha 5 --lora-dropout 0.25
         --lora-layers 1,3-4 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
         --max-length 7 --batch-tokens 210 --micro-batch-tokens 70 --in-flight 4
-        --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2
+        --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2.5
         --learning-rate 0.5 --lr-scheduler-type cosine --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2
         --max-skipped-updates 4 --seed 8 --max-staleness 1 --staleness-correction none --save-steps 6
         --save-total-limit 11 --engine clear --activation-bits 12 --verify-rows 9 --outsource *.a --outsource
@@ -110,14 +125,128 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
     given = called_with(monkeypatch, "finetune", submit, *line.split())
     del given["on_step"], given["on_stop"], given["on_prepare"]
     assert given == vars(job)
-    defaults = JobSpec(dataset=Path("other"))
+    defaults = JobSpec(dataset="other")
     for mine, default in (
         (job, defaults),
-        *((getattr(job, n), getattr(defaults, n)) for n in ("lora", "training", "outsourcing")),
+        *((getattr(job, n), getattr(defaults, n)) for n in ("lora", "training", "outsourcing", "data")),
     ):
-        assert all(vars(mine)[name] != value for name, value in vars(default).items()), (
-            "not every field is tried"
-        )
+        alike = {name for name, value in vars(default).items() if vars(mine)[name] == value}
+        # A row is either a text or a pair, and rows to evaluate on are given in one of two ways.
+        assert alike <= {"prompt_field", "completion_field", "validation_split"}, "not every field is tried"
+    pair = ("--prompt_field", "q", "--completion-field=a_b", "--validation-split", "0.25")
+    data = called_with(monkeypatch, "finetune", submit, "rows.jsonl", *pair)["data"]
+    assert data == TrainingDataConfig(prompt_field="q", completion_field="a_b", validation_split=0.25)
+
+
+def typed(*arguments: str) -> Result:
+    """What `hetrain submit` answers."""
+    app = typer.Typer(context_settings={"token_normalize_func": with_dashes})
+    app.command()(submit)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_underscores_and_short_names_are_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "rows.jsonl --model-name-or-path x --learning-rate 0.5 --num-train-epochs 0.5 --batch-tokens 64"
+    short = "rows.jsonl --model x --lr 0.5 --epochs 0.5 --batch_tokens=64"
+    given = [called_with(monkeypatch, "finetune", submit, *line.split()) for line in (long, short)]
+    for each in given:
+        del each["on_step"], each["on_stop"], each["on_prepare"]
+    assert given[0] == given[1]
+    assert given[0]["training"].longest_row == 64  # follows from the micro-batch
+
+
+def test_what_is_printed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "a.csv b.csv --epochs 1.5 --lora-target-modules q,v --strict --no-completion-only-loss -o x"
+    printed = typed(*line.split(), "--print-config")
+    assert printed.exit_code == 0, printed.output
+    file = tmp_path / "job.yaml"
+    file.write_text(printed.stdout)
+    assert typed("--config", str(file), "--print-config").stdout == printed.stdout
+    changed = called_with(monkeypatch, "finetune", submit, "c.csv", "--config", str(file), "--lora-r=3")
+    assert changed["dataset"] == ("c.csv",)
+    assert changed["lora"] == LoraConfig(r=3, target_modules=["q", "v"])
+    assert changed["training"].num_train_epochs == 1.5
+    assert changed["data"] == TrainingDataConfig(strict=True, completion_only_loss=False)
+
+
+def test_a_password_is_not_printed() -> None:
+    url = "rediss://:hunter2@broker/0"
+    assert "hunter2" not in typed("x", "--broker-url", url, "--print-config").output
+    assert "redis://broker" in typed("x", "--broker-url", "redis://broker", "--print-config").output
+
+
+def test_a_file_of_trl_has_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(
+        "# trl sft\nmodel_name_or_path: some/model\ndataset_name: owner/rows\n"
+        "dataset_train_split: train_sft\n"
+        "dataset_text_field: body\nlearning_rate: 2.0e-4\nnum_train_epochs: 1\nmax_length: 512\n"
+        "lora-r: 32\nlora_alpha: 16\nlora_target_modules: [q_proj, v_proj]\noutput_dir: sft\nseed: 7\n"
+    )
+    given = called_with(monkeypatch, "finetune", submit, "--config", str(file))
+    assert (given["dataset"], given["model"]) == (("owner/rows",), "some/model")
+    assert given["data"] == TrainingDataConfig(text_field="body", dataset_train_split="train_sft")
+    assert given["training"] == TrainingConfig(num_train_epochs=1, max_length=512, seed=7)
+    assert given["lora"] == LoraConfig(r=32, alpha=16, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("lerning_rate: 3", r"lerning_rate is not known \(did you mean learning_rate\?\)"),
+        (
+            "per_device_train_batch_size: 4\nbf16: true",
+            r"per_device_.* no meaning here: .*tokens.*; bf16 has no",
+        ),
+        ("lora: {r: 4}", "lora is not known"),
+        ("lora_r: {x: 4}", "lora_r holds further keys"),
+        ("seed: 1\nseed: 2", "seed stands there twice"),
+        ("max_steps: 1\nmax-steps: 2", "max_steps stands there twice"),
+        ("- a\n- b", "holds no keys"),
+        ("a: [", "no YAML"),
+        ("print_config: true", "print_config is not known"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(content: str | None, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=says) as caught:
+        raise typed("rows.jsonl", "--config", str(file)).exception or AssertionError
+    assert caught.value.where.startswith(str(file))
+    file.write_text("learning_rate: fast")
+    assert typed("rows.jsonl", "--config", str(file)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("nowhere.jsonl",), 3, "nowhere.jsonl"),
+        (("bad.csv",), 3, "bad.csv:2"),
+        (("good.csv", "--engine", "rwle"), 2, "did you mean rlwe?"),
+        (("good.csv", "-m", "smolm2-135m"), 4, "did you mean smollm2-135m?"),
+        (("good.csv", "--max-steps", "0"), 2, "--max-steps"),
+        (("good.csv", "--validation-split", "0.9"), 2, "--validation-split"),
+        ((), 2, "DATASET"),
+    ],
+)
+def test_errors_of_options_and_rows_need_no_torch(
+    arguments: tuple[str, ...], code: int, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "good.csv").write_text("text\nx\n")
+    (tmp_path / "bad.csv").write_text("text,n\n,1\n")
+    program = (
+        "import sys\nfrom cli.main import main\ntry:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'pyarrow', 'datasets'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}') if heavy else None\n"
+    )
+    command = [sys.executable, "-c", program, "submit", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REFERENCE.parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == code, result.stderr
+    assert says in result.stderr
+    assert result.stderr.startswith("error: ")  # no progress bar before it
 
 
 def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() -> None:
@@ -160,6 +289,14 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         (OutsourcingConfig, "verify_rows", 7),
         (OutsourcingConfig, "verify_rows", 65),
         (TrainingConfig, "num_train_epochs", 0),
+        (TrainingConfig, "num_train_epochs", float("nan")),
+        (TrainingConfig, "max_steps", 0),
+        (TrainingConfig, "max_steps", -2),
+        (OutsourcingConfig, "engine", "rlew"),
+        (TrainingDataConfig, "text_field", ""),
+        (TrainingDataConfig, "validation_split", 1.0),
+        (TrainingDataConfig, "validation_split", -0.1),
+        (JobSpec, "dataset", ()),
         (TrainingConfig, "learning_rate", 0.0),
         (TrainingConfig, "learning_rate", float("nan")),
         (TrainingConfig, "lr_scheduler_type", "bumpy"),

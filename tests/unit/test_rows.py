@@ -90,12 +90,12 @@ def test_completion_starts_where_a_merged_token_does(
 ) -> None:
     row = {"prompt": "They sing at du", "completion": "sk by the sea."}
     with caplog.at_level(logging.WARNING, logger="hetrain"):
-        rows = read_rows(write(tmp_path, row, row, row), tokenizer, 512)
+        rows = read_rows(path := write(tmp_path, row, row, row), tokenizer, 512)
     assert tokenizer.decode([t for t, on in zip(rows[0].tokens, rows[0].supervised, strict=True) if on]) == (
         " dusk by the sea.<|im_end|>"
     )
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "in 3 rows (first: line 1)" in caplog.text
+    assert f"in 3 rows (first: {path}:1)" in caplog.text
 
 
 def test_blank_lines_a_byte_order_mark_and_line_separators_in_strings_are_fine(
@@ -126,8 +126,6 @@ def test_blank_lines_a_byte_order_mark_and_line_separators_in_strings_are_fine(
         ({"text": 7}, "'text' must be a string"),
         ({"text": None}, "'text' must be a string"),
         ({"text": ""}, "'text' is empty"),
-        ({"text": "x", "id": 4}, "'id' does not belong here"),
-        ({"text": "x", "messages": [say("user", "x")]}, "'messages' does not belong here"),
         ({"prompt": "x"}, "'completion' is missing"),
         ({"completion": "x"}, "'prompt' is missing"),
         ({"prompt": "x", "completion": ""}, "'completion' is empty"),
@@ -140,9 +138,13 @@ def test_blank_lines_a_byte_order_mark_and_line_separators_in_strings_are_fine(
         ({"messages": []}, "'messages' is empty"),
         ({"messages": "x"}, "'messages' must be a list of messages"),
         ({"messages": ["x"]}, "'messages[0]' must be an object with role and content"),
-        ({"messages": [say("user", "x"), {"role": "user"}]}, "'messages[1].content' is missing"),
-        ({"messages": [say("user", "x"), say("assistant", "")]}, "'messages[1].content' is empty"),
-        ({"messages": [{**say("user", "x"), "name": "y"}]}, "'messages[0].name' does not belong here"),
+        ({"messages": [say("user", "x"), {"role": "user"}]}, "'messages[1]' has no content"),
+        ({"messages": [say("user", "x"), say("assistant", "")]}, "'messages[1]' has an empty content"),
+        (b'{"text": "x", "text": "y"}', "the key 'text' stands there twice"),
+        (b'{"messages": [{"role": "user", "role": "system", "content": "x"}]}', "'role' stands there twice"),
+        ({"instruction": "x", "input": "y"}, "'output' is missing"),
+        ({"conversations": [{"from": "human"}]}, "'conversations[0]' has no content"),
+        ({"messages": [say("user", "x")], "chat_template_kwargs": {"chat_template": "y"}}, "'chat_template'"),
         ({"messages": [say("user", "x")]}, "has the form 'messages', but line 2 has the form 'text'"),
         ({"prompt": "x", "completion": "y"}, "'prompt and completion as strings', but line 2"),
     ],
@@ -181,10 +183,10 @@ def test_an_empty_file_is_refused(
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    for path in (tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(DatasetError, match="cannot be read") as caught:
-            read_rows(path, tokenizer, 512)
-        assert caught.value.where == str(path)
+    path = write(tmp_path, {"text": "x"}).with_name("dat.jsonl")
+    with pytest.raises(DatasetError, match=r"cannot be read.*did you mean data\.jsonl\?") as caught:
+        read_rows(path, tokenizer, 512)
+    assert caught.value.where == str(path)
 
 
 def test_a_tokenizer_without_what_the_form_needs_is_refused(

@@ -8,16 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from hetrain.public.errors import ModelError
 from hetrain.public.model.packaged import ALIASES, materialize
 from hetrain.public.settings import Settings
+from hetrain.public.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
 _INDEX = "model.safetensors.index.json"
+_MISSPELT = 0.75
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,32 @@ def resolve(name_or_path: str) -> ModelFiles:
     Raises:
         ModelError: there is no such model, it cannot be downloaded, or it has no safetensors.
     """
+    require_model_name(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _open(label_of(name_or_path), path)
     if name_or_path in ALIASES:
         return _open(name_or_path, materialize(name_or_path, cache_directory()))
-    if not _HUB_ID.match(name_or_path):
+    return _open(name_or_path, _download(name_or_path))
+
+
+def require_model_name(name_or_path: str) -> None:
+    """Looks at a name without reading or downloading anything.
+
+    Raises:
+        ModelError: it is no directory, alias or hub id, or very like an alias.
+    """
+    if Path(name_or_path).expanduser().is_dir() or name_or_path in ALIASES:
+        return
+    meant = did_you_mean(name_or_path, ALIASES, likeness=_MISSPELT)
+    if meant or not _HUB_ID.match(name_or_path):
         raise ModelError(
             "no such directory, alias or hub id",
             where=name_or_path,
-            hint="give a directory with config.json and *.safetensors, a hub id, or one of: "
+            hint=meant
+            or "give a directory with config.json and *.safetensors, a hub id, or one of: "
             f"{', '.join(ALIASES)}",
         )
-    return _open(name_or_path, _download(name_or_path))
 
 
 def _download(hub_id: str) -> Path:

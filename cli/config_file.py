@@ -1,0 +1,145 @@
+"""`--config`: the options of a command as flat YAML, and `--print-config`, which writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from hetrain.public.errors import UsageError
+from hetrain.public.spelling import did_you_mean
+
+# Names of TRL's and transformers' options for what has another one here.
+_SYNONYMS = {"dataset_name": "dataset"}
+_NOT_IN_A_FILE = {"config", "print_config", "help", "as_json", "quiet"}
+
+_TOKENS = "an update is measured in tokens: give batch_tokens and micro_batch_tokens"
+_ONCE = "the finished adapter is evaluated, once: give eval_dataset or validation_split"
+_PACKED = "rows are always packed, and always whole"
+_PRECISION = "the client computes in float32, workers in integers"
+_WEIGHTS = "workers hold the weights in int8"
+_ONE_CLIENT = "one process trains; workers are found through the broker"
+_LOG = "every micro-batch is logged in metrics.jsonl of output_dir"
+_MEANINGLESS = {
+    "per_device_train_batch_size": _TOKENS,
+    "per_device_eval_batch_size": _TOKENS,
+    "gradient_accumulation_steps": _TOKENS,
+    "eval_strategy": _ONCE,
+    "eval_steps": _ONCE,
+    "do_eval": _ONCE,
+    "packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "padding_free": _PACKED,
+    "bf16": _PRECISION,
+    "fp16": _PRECISION,
+    "dtype": _PRECISION,
+    "torch_dtype": _PRECISION,
+    "attn_implementation": "rows are packed, which hetrain's own attention computes",
+    "gradient_checkpointing": "the client keeps what it needs in half precision",
+    "load_in_4bit": _WEIGHTS,
+    "load_in_8bit": _WEIGHTS,
+    "use_peft": "what is trained is always a LoRA adapter",
+    "optim": "the optimizer is AdamW",
+    "warmup_ratio": "give warmup_steps",
+    "logging_steps": _LOG,
+    "logging_strategy": _LOG,
+    "report_to": _LOG,
+    "push_to_hub": "nothing is uploaded: the adapter in output_dir is a PEFT adapter",
+    "save_strategy": "give save_steps",
+    "deepspeed": _ONE_CLIENT,
+    "fsdp": _ONE_CLIENT,
+    "trust_remote_code": "no code of a model or a data set is run",
+    "truncation_mode": "rows are cut at their end",
+    "eos_token": "it is that of the model's tokenizer",
+}
+
+
+def load_config(context: typer.Context, path: Path | None) -> None:
+    """Callback of `--config`: makes the file's values the defaults of the command's options.
+
+    Raises:
+        UsageError: it cannot be read, is no flat YAML, or has keys that are no options of the command.
+    """
+    if path is None:
+        return
+    keys = dict(_keys(context))
+    values: dict[str, Any] = {}
+    problems = []
+    for key, value in _read(path).items():
+        name = key.replace("-", "_")
+        parameter = keys.get(_SYNONYMS.get(name, name))
+        if parameter is None:
+            problems.append(_unknown(name, keys))
+        elif isinstance(value, dict):
+            problems.append(f"{key} holds further keys, but the file is flat")
+        elif value is not None:
+            values[str(parameter.name)] = _as_written(parameter, value)
+    if problems:
+        raise UsageError("; ".join(problems), where=str(path), hint="Keys are the names of options")
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Flat YAML of option names and values; those that are None are left out, and so are passwords."""
+    shown = {name: _plain(value) for name, value in values.items() if value is not None}
+    if "@" in str(shown.get("broker_url", "")):
+        del shown["broker_url"]
+    text: str = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _keys(context: typer.Context) -> Iterator[tuple[str, Any]]:
+    """The parameters of a command by each of their names."""
+    for parameter in context.command.params:
+        if parameter.name in _NOT_IN_A_FILE:
+            continue
+        yield str(parameter.name), parameter
+        for option in parameter.opts:
+            if option.startswith("--"):
+                yield option[2:].replace("-", "_"), parameter
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        found = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f"{path}:{place.line + 1}" if place else str(path)
+        what = getattr(error, "problem", None) or "it is not UTF-8"
+        raise UsageError(f"this is no YAML: {what}", where=where, hint="Write lines of key: value") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UsageError("the file holds no keys", where=str(path), hint="Write lines of key: value")
+    names = [str(key.value).replace("-", "_") for key, _ in node.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{twice[0]} stands there twice", where=str(path), hint="Keep one of the two")
+    return found
+
+
+def _as_written(parameter: Any, value: Any) -> Any:
+    """The value as on a command line: text, but lists where an option may be repeated."""
+    many = parameter.nargs == -1 or getattr(parameter, "multiple", False)
+    if many:
+        return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    return value if isinstance(value, bool) else str(value)
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    if name in _MEANINGLESS:
+        return f"{name} has no meaning here: {_MEANINGLESS[name]}"
+    meant = did_you_mean(name, known)
+    return f"{name} is not known{f' ({meant})' if meant else ''}"

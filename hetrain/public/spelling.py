@@ -1,0 +1,18 @@
+"""The name that a misspelt one was probably meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(given: str, known: Iterable[str], *, likeness: float = 0.6) -> str:
+    """A hint that names the known word most like `given`; empty if none is.
+
+    Args:
+        given: what a user wrote.
+        known: the words that exist.
+        likeness: least ratio of `difflib.SequenceMatcher` that counts.
+    """
+    close = difflib.get_close_matches(given, list(known), 1, likeness)
+    return f"did you mean {close[0]}?" if close else ""
