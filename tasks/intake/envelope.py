@@ -55,7 +55,7 @@ Two = Annotated[int, Field(ge=2, le=2)]
 class Strict(BaseModel):
     """A part of a message that has these fields and no others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class DeliveryInfo(Strict):

@@ -21,7 +21,7 @@ from hetrain.public.errors import BrokerError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
 from hetrain.public.protocol.registration import REGISTRY_KEY
-from tasks.supervisor.server import private_directory, start_server
+from tasks.supervisor.server import MAX_VALUE_BYTES, private_directory, start_server
 from tasks.supervisor.worker_process import spawn_worker, stop
 from tests.harness.processes import HANDBOOK, HETRAIN, hetrain
 from tests.harness.queue_messages import RUBBISH, task_message
@@ -226,6 +226,8 @@ def test_no_message_of_a_tenant_stops_or_wedges_a_worker(
     for message in RUBBISH.values():
         alice.lpush(QUEUE, message)
     alice.lpush(QUEUE, *RUBBISH.values())
+    with pytest.raises(redis.exceptions.RedisError), shared_broker.connect("alice") as another:
+        another.lpush(QUEUE, bytes(MAX_VALUE_BYTES + 1))  # the broker does not take it
     result = submit(
         shared_broker, "bob", tiny_llama, tmp_path / "out", HETRAIN_TENANT=shared_broker.tenants["bob"]
     )
