@@ -36,7 +36,7 @@ from hetrain.public.protocol.plan import Plan, parse_plan
 from hetrain.public.protocol.product import Product
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")
-_OPTIONS = ("-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "WARNING")
+_OPTIONS = ("-Q", QUEUE, "-E", "-l", "WARNING")
 _START_S, _STOP_S = 60.0, 10.0
 
 

@@ -14,6 +14,7 @@ from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, redact
 from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.settings import WorkerSettings
+from tasks.intake import transport
 
 
 def broker_url() -> str:
@@ -35,7 +36,13 @@ def _configuration(settings: WorkerSettings) -> dict[str, Any]:
         "worker_consumer": "tasks.consumer:Consumer",
         # Kombu keeps no copies of messages under way: clients alone send again what is lost.
         "broker_transport_options": {"ack_emulation": False, **KEEPALIVE},
-        "include": ["tasks.evaluate", "tasks.inspect_command", "tasks.display", "tasks.heartbeat"],
+        "include": [
+            "tasks.evaluate",
+            "tasks.inspect_command",
+            "tasks.remote_control",
+            "tasks.display",
+            "tasks.heartbeat",
+        ],
         "task_default_queue": QUEUE,
         "accept_content": ["json"],
         "task_serializer": "json",
@@ -65,6 +72,7 @@ def _refusal(error: Exception) -> SystemExit:
     return SystemExit(os.EX_CONFIG if isinstance(error, HetrainError) else 1)
 
 
+transport.register()
 app = Celery("hetrain", set_as_current=False)
 try:
     app.conf.update(_configuration(WorkerSettings()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, ClassVar
 
 from celery.worker import consumer
 from redis.exceptions import OutOfMemoryError
@@ -20,7 +20,19 @@ _NOISY_LOGGERS = ("kombu.asynchronous.hub", "kombu.transport.redis")
 
 
 class Consumer(consumer.Consumer):
-    """Celery's consumer with a pause after a failure; it would else reconnect many times a second."""
+    """Celery's consumer with a pause after a failure; it would else reconnect many times a second.
+
+    It exchanges nothing with other workers: what they say is not trusted, and not needed.
+    """
+
+    class Blueprint(consumer.Consumer.Blueprint):
+        """Celery's steps but those in which workers hear of each other."""
+
+        default_steps: ClassVar[list[str]] = [
+            step
+            for step in consumer.Consumer.Blueprint.default_steps
+            if not step.endswith((":Mingle", ":Gossip"))
+        ]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

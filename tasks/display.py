@@ -10,6 +10,7 @@ from celery.worker.request import Request
 from hetrain.public.broker.connection import redacted
 from hetrain.public.settings import WorkerSettings
 from tasks.app import app
+from tasks.intake.refusals import refusals
 
 
 class SummarizedRequest(Request):
@@ -36,13 +37,13 @@ class Statistics(bootsteps.StartStopStep):
 
         settings = WorkerSettings()
         # Lists, as Flower rewrites bare strings: "tiny-llama" becomes "Tiny llama".
-        identity = {"device": [service().description], "models": list(served_models())}
+        identity: dict[str, Any] = {"device": [service().description], "models": list(served_models())}
         if settings.shards is not None:
             identity["shards"] = [str(settings.shards)]
         connection = parent.connection.info() if parent.connection else {}
         broker = {name: connection.get(name) for name in ("transport", "virtual_host", "heartbeat")}
         return {
-            "pool": identity | dict(parent.pool.info),
+            "pool": identity | {"refused-messages": refusals.count} | dict(parent.pool.info),
             "broker": {"address": redacted(settings.broker_url)} | broker,
         }
 

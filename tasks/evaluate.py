@@ -22,10 +22,10 @@ from hetrain.public.protocol.messages import (
     EvaluateTask,
     PrepareTask,
 )
+from hetrain.public.protocol.plan import MAX_PLAN_BYTES
 from tasks.app import app
 from tasks.run import TaskOutput, run
 
-_MAX_PLAN_BYTES = 64 << 20
 _REQUEST = "tasks.display:SummarizedRequest"
 
 
@@ -59,14 +59,16 @@ def _prepare(task: PrepareTask, store: BlobStore) -> TaskOutput:
 def _evaluate(task: EvaluateTask, store: BlobStore) -> TaskOutput:
     from worker_gpu.service import service
 
+    load_plan = _plan_loader(task, store)
+    service().check(task, load_plan)
     payload = _load(store, task.input, task.job, "in", MAX_BLOB_BYTES)
     started_at = perf_counter()
-    parts = service().evaluate(task, _plan_loader(task, store), payload)
+    parts = service().evaluate(task, load_plan, payload)
     return parts, perf_counter() - started_at
 
 
 def _plan_loader(task: PrepareTask | EvaluateTask, store: BlobStore) -> Callable[[], bytes]:
-    return lambda: bytes(_load(store, task.plan, task.job, "plan", _MAX_PLAN_BYTES))
+    return lambda: bytes(_load(store, task.plan, task.job, "plan", MAX_PLAN_BYTES))
 
 
 def _load(store: BlobStore, blob: Blob, job: str, kind: str, limit: int) -> memoryview:

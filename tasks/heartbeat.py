@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Any
 
 from celery import signals
@@ -23,6 +24,7 @@ from hetrain.public.protocol.registration import (
 from hetrain.public.settings import WorkerSettings
 from tasks.app import broker_url
 from tasks.inspect_command import plain_line
+from tasks.stall import end_stalled_process, expect_signs, running_tasks, stands_still
 
 _WITHDRAWAL_S = 2.0
 
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 class Heartbeat:
     """Renews one worker's registration in a thread of its own, which survives every failure of the broker.
 
+    It also ends the worker, so that it is started again, when that stands still while tasks wait.
+
     Args:
         url: the broker's address.
         registration: what is renewed.
@@ -39,6 +43,7 @@ class Heartbeat:
 
     def __init__(self, url: str, registration: WorkerRegistration) -> None:
         self._url = url
+        self._registration = registration
         self._member = registration.model_dump_json()
         self._client = client(connection_pool(url, max_connections=1))
         # Unlike an event's `set`, its `put` may be interrupted by a signal whose handler calls it again.
@@ -60,12 +65,29 @@ class Heartbeat:
 
     def _run(self) -> None:
         while True:
+            expect_signs()
             self._try(self._renew)
+            if self._stands_still():
+                self._try(self._remove)
+                end_stalled_process()
             try:
                 self._withdrawals.get(timeout=HEARTBEAT_S)
             except Empty:
                 continue
             return self._try(self._remove)
+
+    def _stands_still(self) -> bool:
+        """Whether no task ends, while others wait."""
+        if not stands_still(running_tasks.ends(), self._registration.concurrency, monotonic()):
+            return False
+        waiting = 0
+
+        def count_waiting() -> None:
+            nonlocal waiting
+            waiting = int(self._client.llen(self._registration.queue))
+
+        self._try(count_waiting)
+        return waiting > 0
 
     def _try(self, action: Callable[[], None]) -> None:
         """Runs `action`. Logs the first of several failures in a row: none is a reason to end a worker."""

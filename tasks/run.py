@@ -24,9 +24,11 @@ from hetrain.public.protocol.messages import (
     new_token,
     parse,
 )
+from hetrain.public.settings import WorkerSettings
 from tasks.app import broker_url
 from tasks.leases import Leases
 from tasks.request_log import RequestLog
+from tasks.stall import running_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ M = TypeVar("M", PrepareTask, EvaluateTask)
 TaskOutput = tuple[Sequence[memoryview] | None, float]
 """The result's parts, None where there is no result, and the seconds of computing."""
 Work = Callable[[M, BlobStore], TaskOutput]
+_SHARE_OF_LIMIT = 0.9
 _SKIPPED = "no result: finished, given up or running elsewhere"
 
 
@@ -56,7 +59,7 @@ def worker_context() -> WorkerContext:
 class _Address(BaseModel):
     """Where to report that a message is malformed."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
 
     job: Token
     request: Token
@@ -84,6 +87,22 @@ def run(kind: type[M], message: str, work: Work[M], worker: str) -> str:
     except WireError as malformed:
         _report_malformed(message, worker, malformed)
         raise
+    with running_tasks.noted(_limit_s(task)):
+        return _run(task, work, worker)
+
+
+def _limit_s(task: PrepareTask | EvaluateTask) -> float:
+    """Less than its client waits, so that another run may still serve it."""
+    longest = keys.PREPARE_LIMIT_S if isinstance(task, PrepareTask) else keys.RUN_LIMIT_S
+    return _stall_s() or _SHARE_OF_LIMIT * longest
+
+
+@functools.cache
+def _stall_s() -> float | None:
+    return WorkerSettings().stall_s
+
+
+def _run(task: M, work: Work[M], worker: str) -> str:
     from worker_gpu.service import service
 
     context = worker_context()

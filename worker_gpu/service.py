@@ -71,6 +71,19 @@ class Service:
         engine.prepare(own, task.setup)
         self._weights.load_all(own)
 
+    def check(self, task: EvaluateTask, load_plan: PlanLoader) -> None:
+        """Checks a task, and the announced size of its operand, before that is fetched.
+
+        Raises:
+            WorkerRefused: unknown engine or model, or another plan than the model's.
+            WireError: the task does not fit the plan, or the operand's size does not fit the task.
+        """
+        engine = self.engine(task.engine)
+        plan = self._plan(task, load_plan)
+        index, group = _group(plan, task)
+        require_own_group(plan, index, self._shards)
+        engine.check_operand(Product(group, task.direction), task)
+
     def evaluate(self, task: EvaluateTask, load_plan: PlanLoader, payload: memoryview) -> list[memoryview]:
         """Multiplies the operand by rows ``start:stop`` of the group's matrix in the task's direction.
 
@@ -91,7 +104,12 @@ class Service:
             return engine.evaluate(rows[task.start : task.stop], task, payload)
 
     def _plan(self, task: PrepareTask | EvaluateTask, load_plan: PlanLoader) -> Plan:
-        plan = self._plans.get(task.plan_digest, lambda: parse_plan(load_plan(), task.plan_digest))
+        def load() -> Plan:
+            found = parse_plan(load_plan(), task.plan_digest)
+            self._weights.check(found, own_part(found, self._shards))
+            return found
+
+        plan = self._plans.get(task.plan_digest, load)
         if plan.model != task.model:
             raise WireError(f"the task is for model {task.model!r}, its plan for {plan.model!r}")
         return plan

@@ -127,6 +127,15 @@ class WorkerSettings(Settings):
         description="weights that it holds at once, such as `20GB`; the least recently used are dropped for "
         "others and loaded again when needed; default: 3/4 of a GPU's memory, no limit on a CPU",
     )
+    stall_s: float | None = Field(
+        default=None,
+        gt=0,
+        title="number of seconds",
+        examples=["a number such as 300"],
+        description="seconds that a task may run; when all tasks of a worker have run for longer, and others "
+        "wait, it ends, and a supervisor starts it again; default: 9/10 of what clients wait, that is 540, "
+        "or 1620 to prepare a job",
+    )
     ready_fd: int | None = Field(
         default=None,
         ge=0,

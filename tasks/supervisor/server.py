@@ -11,12 +11,15 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
 
+from hetrain.public.broker.blobs import CHUNK_BYTES
 from hetrain.public.broker.connection import ping
 from hetrain.public.errors import BrokerError, BrokerUnreachable
 from hetrain.public.settings import WorkerSettings
 from tasks.supervisor.worker_process import spawn_worker, stop, tie_to_parent
 
 DEFAULT_MAXMEMORY = 2 << 30
+MAX_VALUE_BYTES = 2 * CHUNK_BYTES
+"""The longest value that a broker should take: a worker has to receive a whole message to refuse it."""
 _SOCKET_PATH_LIMIT = 100
 _SERVER_START_S = 15.0
 
@@ -69,6 +72,7 @@ def start_server(
         "appendonly": "no",
         "maxmemory": maxmemory,
         "maxmemory-policy": "noeviction",
+        "proto-max-bulk-len": MAX_VALUE_BYTES,
         "dir": f'"{directory}"',
         "daemonize": "no",
         "logfile": '""',

@@ -58,7 +58,7 @@ def spawn_worker(
     environment = child_environment() | dict(settings)
     if ready is not None:
         environment["HETRAIN_READY_FD"] = str(ready)
-    command = ["worker", "-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO"]
+    command = ["worker", "-Q", QUEUE, "-E", "-l", "INFO"]
     return subprocess.Popen(
         [sys.executable, "-m", "tasks", *command, "-n", f"{name}@%h"],
         env=environment,

@@ -25,7 +25,7 @@ from tasks.supervisor.server import tie_to_parent
 from tests.harness.waiting import eventually
 
 _MODULES = ("celery.bin.celery", "celery.apps.worker", "celery.concurrency.thread", "worker_gpu.service")
-_OPTIONS = ("-Q", QUEUE, "--without-gossip", "--without-mingle", "-E", "-l", "INFO")
+_OPTIONS = ("-Q", QUEUE, "-E", "-l", "INFO")
 
 
 class ForkedWorkers:

@@ -10,29 +10,55 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 
 from hetrain.public.broker.connection import broker_errors, client, connection_pool, parse_broker_url
 from hetrain.public.errors import BrokerError
 from hetrain.public.protocol import keys
-from hetrain.public.protocol.messages import QUEUE
+from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
 from hetrain.public.protocol.registration import REGISTRY_KEY
-from tasks.supervisor.server import private_directory, start_server
+from tasks.supervisor.server import MAX_VALUE_BYTES, private_directory, start_server
 from tasks.supervisor.worker_process import spawn_worker, stop
 from tests.harness.processes import HANDBOOK, HETRAIN, hetrain
+from tests.harness.queue_messages import RUBBISH, task_message
+from tests.harness.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("alice", "bob")
+# Celery's commands that change something, with arguments that they take.
+CHANGES: dict[str, dict[str, Any]] = {
+    "shutdown": {},
+    "terminate": {"task_id": "0" * 32, "signal": "KILL"},
+    "revoke": {"task_id": "0" * 32},
+    "revoke_by_stamped_headers": {"headers": {"a": "b"}},
+    "rate_limit": {"task_name": TASK_EVALUATE, "rate_limit": "1/h"},
+    "time_limit": {"task_name": TASK_EVALUATE, "hard": 1},
+    "pool_restart": {},
+    "pool_grow": {"n": 100},
+    "pool_shrink": {"n": 1},
+    "autoscale": {"max": 1, "min": 0},
+    "add_consumer": {"queue": "other"},
+    "cancel_consumer": {"queue": QUEUE},
+    "disable_events": {},
+    "heartbeat": {},
+    "hello": {"from_node": "x", "revoked": {"0" * 32: 1e12}},
+    "election": {"id": "1", "topic": "x"},
+    "objgraph": {},
+    "memdump": {},
+}
 
 
 @dataclass(frozen=True)
 class SharedBroker:
-    """A broker with the access list, and a worker: URLs by user, tenants by client, and the log."""
+    """A broker with the access list, and a worker: URLs by user, tenants by client, the worker, the log."""
 
     urls: dict[str, str]
     tenants: dict[str, str]
+    worker: subprocess.Popen[bytes]
     log: Path
 
     def connect(self, user: str) -> redis.Redis:
@@ -63,7 +89,7 @@ def shared_broker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
         worker = spawn_worker("hetrain-1", settings, log)
         stack.callback(stop, [worker])
         tenants = {name: variables(secrets, name)["HETRAIN_TENANT"] for name in CLIENTS}
-        yield SharedBroker(urls, tenants, directory / "log")
+        yield SharedBroker(urls, tenants, worker, directory / "log")
 
 
 def variables(secrets: Path, user: str) -> dict[str, str]:
@@ -190,6 +216,58 @@ def test_workers_and_operator_have_no_more_than_they_need(shared_broker: SharedB
         for command in commands:
             with pytest.raises(redis.exceptions.NoPermissionError):
                 user.execute_command(*command)
+
+
+def test_no_message_of_a_tenant_stops_or_wedges_a_worker(
+    shared_broker: SharedBroker, tiny_llama: Path, tmp_path: Path
+) -> None:
+    alice, administrator = shared_broker.connect("alice"), shared_broker.connect("")
+    eventually(lambda: administrator.zcard(REGISTRY_KEY) == 1)
+    for message in RUBBISH.values():
+        alice.lpush(QUEUE, message)
+    alice.lpush(QUEUE, *RUBBISH.values())
+    with pytest.raises(redis.exceptions.RedisError), shared_broker.connect("alice") as another:
+        another.lpush(QUEUE, bytes(MAX_VALUE_BYTES + 1))  # the broker does not take it
+    result = submit(
+        shared_broker, "bob", tiny_llama, tmp_path / "out", HETRAIN_TENANT=shared_broker.tenants["bob"]
+    )
+    assert result.returncode == 0, result.stderr + shared_broker.log.read_text()
+    assert shared_broker.worker.poll() is None
+    assert administrator.llen(QUEUE) == 0
+    assert not administrator.exists("unacked", "unacked_index")
+    assert statistics(shared_broker)["pool"]["refused-messages"] == 2 * len(RUBBISH)
+    log = shared_broker.log.read_text()
+    assert "dropped a message from queue gpu, which is not ours: " in log
+    assert "Traceback" not in log
+    assert all(line.isprintable() and len(line) < 1000 for line in log.splitlines())
+
+
+def test_nobody_can_change_a_worker_by_remote_control(shared_broker: SharedBroker) -> None:
+    """Neither the operator nor another worker: whatever is published, the worker goes on."""
+    before = statistics(shared_broker)["pool"]["refused-messages"]
+    for user in ("operator", "worker"):
+        app = celery_app(shared_broker.urls[user])
+        for command, arguments in CHANGES.items():
+            assert app.control.broadcast(command, arguments=arguments, reply=True, timeout=0.1) == []
+        for rubbish in (*RUBBISH.values(), task_message(queue="celery.pidbox")):
+            shared_broker.connect(user).publish("/0.celery.pidbox", rubbish)
+    after = statistics(shared_broker)
+    assert after["pool"]["refused-messages"] - before == 2 * (len(CHANGES) + len(RUBBISH) + 1)
+    assert after["pool"]["max-concurrency"] == 1
+    assert shared_broker.worker.poll() is None
+
+
+def celery_app(url: str) -> Celery:
+    app = Celery(broker=parse_broker_url(url).for_celery(), set_as_current=False)
+    app.conf.broker_transport_options = {"ack_emulation": False}
+    return app
+
+
+def statistics(shared_broker: SharedBroker) -> dict[str, Any]:
+    """The only worker's."""
+    app = celery_app(shared_broker.urls["operator"])
+    (found,) = eventually(lambda: app.control.inspect(timeout=2).stats()).values()
+    return dict(found)
 
 
 def test_the_operator_can_ask_the_workers(shared_broker: SharedBroker) -> None:

@@ -38,6 +38,7 @@ from tasks.supervisor.server import DEFAULT_MAXMEMORY, stop
 from tasks.supervisor.worker_process import spawn_worker
 from tests.harness.checkpoints import GROUPS, OUT, load_matrices, operand, plan_of, product, save_matrices
 from tests.harness.processes import HETRAIN, BrokerServer, broker_server, hetrain
+from tests.harness.queue_messages import body, task_message
 from tests.harness.waiting import eventually
 
 
@@ -98,7 +99,8 @@ class RawClient:
     def _send(self, name: str, kind: type, queue: str, **fields: object) -> str:
         job = {"job": self._job, "plan": self._blob, "plan_digest": self._plan.digest}
         task = kind(request=new_token(), model="tiny", engine="clear", **job, **fields)
-        self._app.send_task(name, args=[task.to_json()], queue=queue, ignore_result=True)
+        message = task_message(body([task.to_json()]), queue=queue, headers={"task": name})
+        self._store.client.lpush(queue, message)
         return str(task.request)
 
     def answer(self, request: str) -> Completion:

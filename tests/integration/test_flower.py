@@ -23,13 +23,13 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from celery import Celery
 from playwright.sync_api import FloatRect, Page, expect, sync_playwright
 
 from hetrain.public.broker.connection import parse_broker_url
-from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
+from hetrain.public.protocol.messages import QUEUE
 from tasks.supervisor.server import stop, tie_to_parent
-from tests.harness.processes import HANDBOOK, broker_with_worker, hetrain
+from tests.harness.processes import HANDBOOK, broker_with_worker, connect, hetrain
+from tests.harness.queue_messages import body, task_message
 from tests.harness.waiting import eventually
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -218,12 +218,9 @@ def test_no_page_has_a_message_or_the_password(flower: FlowerServer) -> None:
     address = parse_broker_url(flower.broker)
     password = address.credentials.lstrip(":")
     assert password
-    with Celery(broker=address.for_celery(), set_as_current=False) as app:
-        app.send_task(
-            TASK_EVALUATE, ["the message"], queue=QUEUE, countdown=600, argsrepr="waits", kwargsrepr="long"
-        )
-    # Workers tell the arguments of such a task, where that is left to Celery.
-    eventually(lambda: "waits" in flower.get(f"/worker/{flower.worker}")[1])
+    shown = {"argsrepr": "a summary", "kwargsrepr": "of it"}
+    connect(flower.broker).lpush(QUEUE, task_message(body(["the message"]), headers=shown, properties=shown))
+    eventually(lambda: "a summary" in flower.get("/api/tasks")[1])
     paths = ["/", "/workers?json=1", "/tasks", "/broker", "/api/tasks", "/api/workers?refresh=1", "/metrics"]
     paths += [f"/task/{task}" for task in json.loads(flower.get("/api/tasks")[1])]
     for path in (f"/worker/{flower.worker}", *paths):

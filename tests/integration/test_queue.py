@@ -21,12 +21,10 @@ import psutil
 import pytest
 import redis
 import torch
-from celery import Celery
 from safetensors.torch import save_file
 
 from hetrain.local.launcher import Embedded, start_embedded
 from hetrain.public.broker.blobs import BlobStore
-from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import (
     BrokerError,
     BrokerFull,
@@ -42,7 +40,6 @@ from hetrain.public.model.quantization import quantize
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
     QUEUE,
-    TASK_EVALUATE,
     Blob,
     Completion,
     Direction,
@@ -63,6 +60,7 @@ from tasks.supervisor.embedded import SupervisedWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
 from tests.harness.in_flight import GUARD_S, InFlight, broker_client, within_guard
 from tests.harness.processes import broker_server
+from tests.harness.queue_messages import body, task_message
 from tests.harness.waiting import eventually
 
 OUT, IN = 1536, 1024
@@ -347,14 +345,8 @@ def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
 
 
 def test_malformed_tasks_are_answered_where_they_name_their_job(
-    channel: CeleryChannel,
-    matrix: np.ndarray,
-    embedded: Embedded,
-    send: Send,
-    in_flight: InFlight,
-    client: redis.Redis,
+    channel: CeleryChannel, matrix: np.ndarray, send: Send, in_flight: InFlight, client: redis.Redis
 ) -> None:
-    app = Celery(broker=parse_broker_url(embedded.url).for_celery(), set_as_current=False)
     x = operand(IN, 3)
     worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
@@ -362,15 +354,13 @@ def test_malformed_tasks_are_answered_where_they_name_their_job(
     task = in_flight.sent[-1][0].task
     newer = task.model_copy(update={"version": 2})
     client.delete(QUEUE)  # the proper task: others come in its place
-    for message in ("", "[]", "{", 7, task.to_json()[:-1], '{"job": "../../etc", "request": "x"}'):
-        app.send_task(TASK_EVALUATE, args=[message], queue=QUEUE, ignore_result=True)
-    app.send_task(TASK_EVALUATE, args=[], queue=QUEUE, ignore_result=True)
-    app.send_task(TASK_EVALUATE, args=[newer.model_dump_json()], queue=QUEUE, ignore_result=True)
+    malformed = ("", "[]", "{", task.to_json()[:-1], '{"job": "../../etc", "request": "x"}')
+    for message in (*malformed, newer.model_dump_json()):
+        client.lpush(QUEUE, task_message(body([message])))
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(TaskFailed, match="version: Input should be 1"):
         other.result()
     assert (values(send(channel, x).result(), 3) == exact(matrix, x)).all()
-    app.close()
 
 
 def test_a_lost_message_is_sent_again(

@@ -357,9 +357,15 @@ def test_a_plan_that_names_a_tensor_twice_is_refused(plan: Plan) -> None:
 
 def test_a_plan_with_false_shapes_is_refused_also_for_loaded_matrices(worker: Service, plan: Plan) -> None:
     prepare(worker, plan)
-    false = plan.groups[0].model_copy(update={"in_features": 1 << 20})
+    first, second, *_ = plan.groups
+    wide = first.model_copy(update={"in_features": 1 << 20})
+    with pytest.raises(WorkerRefused, match="has shape 12×8, the plan says 12 outputs and 1048576 inputs"):
+        prepare(worker, plan.model_copy(update={"groups": (wide,)}))
     with pytest.raises(WorkerRefused, match="contradicts itself"):
-        prepare(worker, plan.model_copy(update={"groups": (false,)}))
+        prepare(
+            worker,
+            plan.model_copy(update={"groups": (first.model_copy(update={"digest": second.digest}),)}),
+        )
 
 
 def test_a_worker_multiplies_in_both_directions(worker: Service, plan: Plan, checkpoint: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from hetrain.public.errors import WorkerRefused
 from hetrain.public.protocol.messages import EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import Product
 from worker_gpu.device import Compute
 from worker_gpu.engines.clear import ClearEngine
 from worker_gpu.engines.concrete import ConcreteEngine
@@ -35,6 +36,18 @@ class Engine(Protocol):
         Raises:
             WireError: the setup is malformed.
             WorkerRefused: the worker cannot agree to it.
+        """
+        ...
+
+    def check_operand(self, product: Product, task: EvaluateTask) -> None:
+        """Checks the task's header, and the size that it announces for its operand.
+
+        Args:
+            product: the whole product of which the task asks for some rows.
+            task: the validated message; its header is parsed here.
+
+        Raises:
+            WireError: an operand of this size cannot be one of this product's.
         """
         ...
 

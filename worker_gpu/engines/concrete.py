@@ -20,9 +20,10 @@ from hetrain.public.concrete.header import ConcreteHeader, ConcreteSetup
 from hetrain.public.concrete.package import PACKAGE, load_fhe, package_version, switch
 from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerRefused
 from hetrain.public.lattice.parameters import SLOTS
+from hetrain.public.lattice.result_format import require_units
 from hetrain.public.protocol.messages import EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
-from hetrain.public.protocol.product import products_of
+from hetrain.public.protocol.product import Product, products_of
 from hetrain.public.system import available_cores
 from worker_gpu.device import Compute
 
@@ -65,6 +66,14 @@ class ConcreteEngine:
             spec = tile(product.k, product.n, job.x_max)
             _compare(self._circuit(spec), job.circuits.get(spec.name), product.group.name)
 
+    def check_operand(self, product: Product, task: EvaluateTask) -> None:
+        """Some tiles of the one circuit that the product has; no other is compiled."""
+        header = ConcreteHeader.from_wire(task.header, where=task.group)
+        spec = header.spec(product.k)
+        if spec != tile(product.k, product.n, header.x_max):
+            raise WireError(f"{spec.name} is not the circuit of {product}", where=task.group)
+        require_units(task.input.nbytes, spec.operand_bytes, spec.operand_bytes * SLOTS, where=task.group)
+
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """See `worker_gpu.engines.Engine.evaluate`.
 
@@ -74,10 +83,7 @@ class ConcreteEngine:
         circuit = self._circuit(header.spec(matrix.shape[1]))
         _compare(circuit, header.circuit, task.group)
         nbytes = circuit.operands.nbytes
-        if payload.nbytes == 0 or payload.nbytes % nbytes or payload.nbytes > nbytes * SLOTS:
-            raise WireError(
-                f"the operand has {payload.nbytes} bytes, not some tiles of {nbytes}", where=task.group
-            )
+        require_units(payload.nbytes, nbytes, nbytes * SLOTS, where=task.group)
         operands = [circuit.operands.value(payload[i : i + nbytes]) for i in range(0, payload.nbytes, nbytes)]
         work = partial(_evaluate_tile, circuit, _column_tiles(matrix, circuit.spec.columns), len(matrix))
         return [memoryview(part) for part in self._pool.map(work, operands)]

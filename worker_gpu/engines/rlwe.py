@@ -13,13 +13,14 @@ import torch
 from torch.nn.functional import pad
 
 from hetrain.public.lattice.header import RlweHeader
-from hetrain.public.lattice.masks import PublicSeed
+from hetrain.public.lattice.masks import SEED_BYTES, PublicSeed
 from hetrain.public.lattice.parameters import SLOTS
-from hetrain.public.lattice.result_format import GROUP, GROUP_BYTES, packed_bytes, read_seed
+from hetrain.public.lattice.result_format import GROUP, GROUP_BYTES, packed_bytes, read_seed, require_bytes
 from hetrain.public.lattice.ring import LANES
 from hetrain.public.lattice.uniform_masks import MaskBlocks
 from hetrain.public.protocol.messages import EngineHeader, EvaluateTask, Header
 from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.product import Product
 from worker_gpu.copies import download, upload
 from worker_gpu.device import Compute
 from worker_gpu.epilogue import combined_modulo
@@ -44,6 +45,13 @@ class RlweEngine:
     def prepare(self, plan: Plan, setup: Header) -> None:
         """Accepts every plan."""
         EngineHeader.from_wire(setup, where="setup")
+
+    def check_operand(self, product: Product, task: EvaluateTask) -> None:
+        """As many bytes as a ciphertext matrix of the product's width has, or a seed."""
+        header = RlweHeader.from_wire(task.header, where=task.group)
+        is_seed = header.operand == "mask_seed"
+        expected = SEED_BYTES if is_seed else header.result_format.operand_bytes(product.k)
+        require_bytes("operand", task.input.nbytes, expected, where=task.group)
 
     def evaluate(self, matrix: torch.Tensor, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         """The packed result of a ciphertext, or the hint of a seed: see `ResultFormat` and `hint_bytes`."""

@@ -7,7 +7,7 @@ import torch
 from hetrain.public.errors import HetrainError, ModelError, WorkerRefused
 from hetrain.public.model.files import ModelFiles, label_of, resolve
 from hetrain.public.model.quantization import matrix_digest
-from hetrain.public.protocol.plan import Group, Plan, stack_group
+from hetrain.public.protocol.plan import Group, Plan, check_shapes, stack_group
 from hetrain.public.settings import WorkerSettings
 from worker_gpu.lru import LruCache
 
@@ -56,6 +56,27 @@ class WeightStore:
         """Bytes of matrices held."""
         return self._matrices.total
 
+    def check(self, plan: Plan, own: Plan) -> None:
+        """Compares a plan with the model, of which only the names and shapes of its tensors are read.
+
+        Args:
+            plan: the whole plan.
+            own: the part of it that this worker serves.
+
+        Raises:
+            WorkerRefused: the model is not served here, or has no such tensors.
+        """
+        checkpoint = self._checkpoint(plan.model)
+        for group in plan.groups:
+            for member in group.members:
+                if member.tensor not in checkpoint.tensors:
+                    raise _misfit(plan.model, group, f"the checkpoint has no tensor {member.tensor}")
+        for group in own.groups:
+            try:
+                check_shapes(group, checkpoint.shape)
+            except HetrainError as error:
+                raise _misfit(plan.model, group, error) from error
+
     def load_all(self, plan: Plan) -> None:
         """Checks every group, and holds those that fit without dropping others.
 
@@ -84,11 +105,7 @@ class WeightStore:
         try:
             values = stack_group(group.members, checkpoint.read).values
         except HetrainError as error:
-            raise WorkerRefused(
-                f"this worker's {model} does not fit the client's plan: {error}",
-                where=group.name,
-                hint="client and worker must hold the same checkpoint",
-            ) from error
+            raise _misfit(model, group, error) from error
         if matrix_digest(values) != group.digest:
             raise WorkerRefused(
                 f"this worker's weights of {model} differ from the client's",
@@ -107,6 +124,14 @@ class WeightStore:
             return self._checkpoints.get(model, lambda: resolve(self.models[model]))
         except ModelError as error:
             raise WorkerRefused(f"this worker cannot load {model!r}: {error}") from error
+
+
+def _misfit(model: str, group: Group, error: HetrainError | str) -> WorkerRefused:
+    return WorkerRefused(
+        f"this worker's {model} does not fit the client's plan: {error}",
+        where=group.name,
+        hint="client and worker must hold the same checkpoint",
+    )
 
 
 def _check_shape(matrix: torch.Tensor, group: Group) -> None:

@@ -68,6 +68,11 @@ class CircuitSpec:
         """Its name in messages."""
         return f"circuit-{self.rows}x{self.k}x{self.columns}-{self.x_max}"
 
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of an encrypted tile of x."""
+        return OPERAND_BYTES * self.rows * self.k
+
 
 def tile(k: int, n: int, x_max: int) -> CircuitSpec:
     """The circuit that covers a product of inner width `k` and `n` result columns, tile by tile.
@@ -215,7 +220,7 @@ def _describe(spec: CircuitSpec, server: Any, client_specs: Any, description: by
         dimension=dimension,
         width=width,
         key_id=json.dumps(facts["keyset"], sort_keys=True),
-        operands=Frame.of(operand, OPERAND_BYTES * spec.rows * spec.k),
+        operands=Frame.of(operand, spec.operand_bytes),
         results=Frame.of(result, 8 * spec.rows * spec.columns * (dimension + 1)),
     )
     _check_frames(circuit, holder)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from hetrain.public.concrete.circuits import MAX_COLUMNS, MAX_ROWS, CircuitSpec
 from hetrain.public.protocol.messages import EngineHeader, Line, Token
 
-LargestEntry = Annotated[int, Field(ge=1, le=1 << 16)]
+
+def _of_whole_bits(entry: int) -> int:
+    if entry & (entry + 1):
+        raise ValueError("not one less than a power of two")
+    return entry
+
+
+# So that no client can have a worker compile a circuit for each number.
+LargestEntry = Annotated[int, Field(ge=1, le=1 << 16), AfterValidator(_of_whole_bits)]
 
 
 class ConcreteSetup(EngineHeader):

@@ -79,9 +79,22 @@ def read_hint(data: memoryview, n: int, *, where: str) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch.int32).view(-1, SLOTS, LANES)
 
 
+def require_units(nbytes: int, unit: int, most: int, *, where: str) -> None:
+    """Raises `WireError` unless an operand has a positive multiple of `unit` bytes, `most` at most."""
+    if not 0 < nbytes <= most or nbytes % unit:
+        raise WireError(
+            f"the operand has {nbytes} bytes, no multiple of {unit} of at most {most}", where=where
+        )
+
+
 def _require_size(what: str, data: memoryview, expected: int, where: str) -> None:
-    if data.nbytes != expected:
-        raise WireError(f"the {what} has {data.nbytes} bytes, not {expected}", where=where)
+    require_bytes(what, data.nbytes, expected, where=where)
+
+
+def require_bytes(what: str, nbytes: int, expected: int, *, where: str) -> None:
+    """Raises `WireError` unless `what` has as many bytes as expected."""
+    if nbytes != expected:
+        raise WireError(f"the {what} has {nbytes} bytes, not {expected}", where=where)
 
 
 def pack(u: torch.Tensor) -> torch.Tensor:

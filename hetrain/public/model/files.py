@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -39,10 +40,21 @@ class ModelFiles:
         Raises:
             ModelError: the checkpoint has no such tensor, or the file is damaged.
         """
+        with self._opened(tensor) as file:
+            value: torch.Tensor = file.get_tensor(tensor)
+            return value
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape of one tensor, which is not read. Raises as `read`."""
+        with self._opened(tensor) as file:
+            return tuple(file.get_slice(tensor).get_shape())
+
+    @contextmanager
+    def _opened(self, tensor: str) -> Iterator[Any]:
+        """The file of a tensor; errors of its user are those of `read`."""
         try:
             with safe_open(self.tensors[tensor], framework="pt") as file:
-                value: torch.Tensor = file.get_tensor(tensor)
-                return value
+                yield file
         except KeyError as error:
             raise ModelError(f"the checkpoint has no tensor {tensor}", where=self.label) from error
         except (SafetensorError, OSError) as error:

@@ -16,6 +16,9 @@ ALIVE_VALUE = "." * 4096
 LEASE_TTL_MS = 4000
 LEASE_RENEWAL_S = 1.0
 MAX_TRIES = 5
+# For as long a client waits for a task that a living worker runs.
+RUN_LIMIT_S = 600.0
+PREPARE_LIMIT_S = 1800.0
 
 
 def done_list(job: str) -> str:

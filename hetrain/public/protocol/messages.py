@@ -50,7 +50,8 @@ def new_token() -> str:
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # What is wrong with a message is shown to others, such as Flower's readers; its content is not.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     version: Literal[1] = VERSION
 
@@ -162,7 +163,7 @@ class WorkerReport(_Message):
 class EngineHeader(BaseModel):
     """An engine's own part of a `PrepareTask` or an `EvaluateTask`: public and small. This one is empty."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     def to_wire(self) -> Header:
         """What travels: fields that are None are left out."""

@@ -13,6 +13,7 @@ from hetrain.public.errors import WireError
 from hetrain.public.model.quantization import Norms, QuantizedMatrix, matrix_digest, norms_of, quantize
 from hetrain.public.protocol.messages import Name, Token, parse
 
+MAX_PLAN_BYTES = 4 << 20
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
@@ -88,8 +89,13 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     """Parses a plan that came over the wire and checks that it is the one announced.
 
     Raises:
-        WireError: its digest differs, it is malformed, or two groups share a name or a tensor.
+        WireError: it is larger than `MAX_PLAN_BYTES`, its digest differs, it is malformed, or two groups
+            share a name or a tensor.
     """
+    if len(data) > MAX_PLAN_BYTES:
+        raise WireError(
+            f"the plan has {len(data)} bytes, of {MAX_PLAN_BYTES} at most", hint="outsource fewer groups"
+        )
     raw = bytes(data)
     if hashlib.sha256(raw).hexdigest() != digest:
         raise WireError("the plan is not the one that was announced: its digest differs")
@@ -100,6 +106,19 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     if len(set(tensors)) != len(tensors):
         raise WireError("two linears of the plan share a tensor")
     return plan
+
+
+def check_shapes(group: Group, shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    """Raises `WireError` unless a checkpoint's tensors, by name, have the shapes that `group` says."""
+    for member in group.members:
+        expected = (member.out_features, group.in_features)
+        shape = shape_of(member.tensor)
+        if shape != (expected[::-1] if member.transposed else expected):
+            raise WireError(
+                f"tensor {member.tensor} has shape {'×'.join(map(str, shape))}, the plan says "
+                f"{expected[0]} outputs and {expected[1]} inputs",
+                where=member.module,
+            )
 
 
 def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.Tensor]) -> QuantizedMatrix:

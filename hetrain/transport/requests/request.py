@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetrain.public.broker.connection import FULL_S
+from hetrain.public.protocol.keys import PREPARE_LIMIT_S, RUN_LIMIT_S
 from hetrain.public.protocol.messages import Blob, EvaluateTask, Header, PrepareTask, new_token
 from hetrain.public.protocol.product import Product, RowRange
 
@@ -26,8 +27,8 @@ class Timeouts:
 
     no_worker_s: float = 60.0
     deadline_s: float = 120.0
-    run_s: float = 600.0
-    prepare_s: float = 1800.0
+    run_s: float = RUN_LIMIT_S
+    prepare_s: float = PREPARE_LIMIT_S
     outage_s: float = 60.0
     full_s: float = FULL_S
     attempts: int = 5

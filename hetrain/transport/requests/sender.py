@@ -58,7 +58,9 @@ class Sender:
                     declare=[],  # workers do; so a client may push to the queue, and needs no other right
                     argsrepr=_product(request.task),
                     kwargsrepr=f"job …{request.task.job[-4:]} model {request.task.model}",
-                    origin="hetrain",  # by default it tells the client's host and process
+                    # By default these tell the client's host and process.
+                    origin="hetrain",
+                    reply_to="hetrain",
                     ignore_result=True,
                     retry=False,
                 )

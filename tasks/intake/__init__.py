@@ -1,0 +1,1 @@
+"""What a worker takes from its broker: checked before Celery parses it, and dropped unless it is ours."""
