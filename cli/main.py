@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -16,6 +17,7 @@ import hetrain
 from cli.options import as_options
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.errors import HetrainError
+from hetrain.public.system import leave_dead_terminal
 
 app = typer.Typer(
     name="hetrain",
@@ -87,6 +89,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, _end_without_terminal)
     try:
         app()
     except HetrainError as error:
@@ -95,6 +99,12 @@ def main() -> None:
     except KeyboardInterrupt:
         stderr.print("[bold red]error:[/] stopped")
         sys.exit(130)
+
+
+def _end_without_terminal(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it more than once
+    leave_dead_terminal()
+    raise KeyboardInterrupt
 
 
 def error_text(error: HetrainError) -> Text:

@@ -90,6 +90,15 @@ class ClientSettings(Settings):
         "list; default: none",
     )
 
+    disk_wait_s: float = Field(
+        default=600.0,
+        ge=0,
+        title="number of seconds",
+        examples=["a number such as 600"],
+        description="seconds that training waits for room when the disk of its output directory is full, "
+        "before it ends with its last state; default 600",
+    )
+
 
 class WorkerSettings(Settings):
     """What a worker reads."""

@@ -85,8 +85,9 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.workers, options.concurrency, options.maxmemory) < 1:
         parser.error("--workers, --concurrency and --maxmemory must be positive")
-    # Ctrl-C reaches the whole foreground group, but the client decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a terminal's end reach the whole foreground group, but the client decides when to stop.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     directory = private_directory()
     try:
