@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 
 import typer
@@ -16,7 +17,8 @@ from rich.text import Text
 import hetrain
 from cli.options import as_options
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.errors import HetrainError
+from hetrain.public.disk import is_full, reason_of
+from hetrain.public.errors import HetrainError, StorageError
 from hetrain.public.system import leave_dead_terminal
 
 app = typer.Typer(
@@ -26,6 +28,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+_debug = {"wanted": False}
+
+
+def _set_debug(wanted: bool) -> None:
+    _debug["wanted"] = wanted
 
 
 def _version(wanted: bool) -> None:
@@ -39,12 +48,16 @@ def _root(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    debug: bool = typer.Option(
+        False, "--debug", callback=_set_debug, is_eager=True, help="Print the traceback of an error, too."
+    ),
 ) -> None:
     """Options of the command itself."""
 
 
 def add_commands() -> None:
     """Adds the sub-commands to `app`, which imports what they need."""
+    from cli.cache import cache
     from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.plan import plan
@@ -58,6 +71,7 @@ def add_commands() -> None:
     app.command("prepare")(prepare)
     app.command("doctor")(doctor)
     app.command("worker")(worker)
+    app.command("cache")(cache)
 
 
 class _OptionNames(logging.Formatter):
@@ -94,11 +108,33 @@ def main() -> None:
     try:
         app()
     except HetrainError as error:
-        stderr.print(error_text(error), soft_wrap=True)
-        sys.exit(error.exit_code)
+        sys.exit(_report(stderr, error))
     except KeyboardInterrupt:
         stderr.print("[bold red]error:[/] stopped")
         sys.exit(130)
+    except Exception as error:
+        if _debug["wanted"]:
+            raise
+        sys.exit(_report(stderr, _unforeseen(error)))
+
+
+def _report(stderr: Console, error: HetrainError) -> int:
+    """Prints an error. Returns its exit code."""
+    if _debug["wanted"]:
+        traceback.print_exception(error)
+    stderr.print(error_text(error), soft_wrap=True)
+    return error.exit_code
+
+
+def _unforeseen(error: Exception) -> HetrainError:
+    """An error that nobody has mapped, in one line."""
+    if isinstance(error, OSError) and is_full(error):
+        where = str(error.filename or "")
+        return StorageError(reason_of(error), where=where, hint="make room on this disk")
+    line = next(iter(str(error).splitlines()), "")
+    return HetrainError(
+        f"{type(error).__name__}: {line}", hint="`hetrain --debug ...` shows where; please report it"
+    )
 
 
 def _end_without_terminal(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from hetrain.config import BatchingConfig, ComparisonConfig, LoraConfig, Outsour
 
 if TYPE_CHECKING:
     from hetrain.data.updates import Course as Course
+    from hetrain.inspection.cache import CacheReport as CacheReport
     from hetrain.inspection.comparison import Comparison as Comparison
     from hetrain.inspection.doctor import DoctorReport as DoctorReport
     from hetrain.inspection.plan_report import GroupReport as GroupReport
@@ -195,3 +196,18 @@ def doctor(workers: str | None = None) -> DoctorReport:
     from hetrain.inspection.doctor import diagnose
 
     return diagnose(workers)
+
+
+def cache(names: Sequence[str] = (), *, clear: bool = False) -> CacheReport:
+    """What lies in the cache: hints and converted models.
+
+    Args:
+        names: its parts; none for all.
+        clear: remove them. Jobs that run now may need them.
+
+    Raises:
+        UsageError: there is no such part, or the cache cannot be used.
+    """
+    from hetrain.inspection.cache import inspect_cache
+
+    return inspect_cache(names, clear=clear)

@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from hetrain.config import LATEST
 from hetrain.data.tokenization import Row
+from hetrain.public.disk import os_errors
 from hetrain.public.errors import UsageError
-from hetrain.train.storage import os_errors
 from hetrain.train.updater import Tensors, Updater
 
 _log = logging.getLogger(__name__)

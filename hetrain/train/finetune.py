@@ -18,6 +18,7 @@ from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.data.updates import count_updates
 from hetrain.nn.lora import adapter_parameters, add_adapter
+from hetrain.public.disk import reason_of
 from hetrain.public.errors import DatasetError, Interrupted, StorageError, UsageError
 from hetrain.secret.engine import client_engine
 from hetrain.train.checkpoint import (
@@ -37,7 +38,7 @@ from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals
 from hetrain.train.step import share_cores
-from hetrain.train.storage import after_failure, reason_of
+from hetrain.train.storage import after_failure
 from hetrain.train.updater import Updater
 
 _log = logging.getLogger(__name__)

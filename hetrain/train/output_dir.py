@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from hetrain.public.disk import is_full, os_errors, reason_of
 from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_lock import OutputLock
-from hetrain.train.storage import is_full, os_errors, reason_of
 
 _log = logging.getLogger(__name__)
 

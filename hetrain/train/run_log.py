@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from hetrain.config import TrainingConfig
+from hetrain.public.disk import reason_of
 from hetrain.public.errors import StorageError
 from hetrain.public.settings import ClientSettings
 from hetrain.train.checkpoint import (
@@ -24,7 +25,7 @@ from hetrain.train.loop import AppliedUpdate
 from hetrain.train.metrics import MicroBatchMetrics, metrics_of
 from hetrain.train.output_dir import OutputDirectory
 from hetrain.train.signals import Stop, never
-from hetrain.train.storage import reason_of, write_when_there_is_room
+from hetrain.train.storage import write_when_there_is_room
 from hetrain.train.updater import Tensors, Updater
 
 _log = logging.getLogger(__name__)

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from hetrain.public.disk import is_full, reason_of
 from hetrain.public.errors import StorageError
 from hetrain.train.signals import Stop
 
 _log = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.2, 5.0
-
-
-@contextmanager
-def os_errors() -> Iterator[None]:
-    """Raises what safetensors raises for a failed write as the `OSError` that it was."""
-    try:
-        yield
-    except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
-
-
-def reason_of(error: OSError) -> str:
-    """Why a write has failed, in a few words."""
-    return error.strerror or str(error) or type(error).__name__
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a write has failed for want of room, which may come: a full disk, a quota, a size limit."""
-    return error.errno in _FULL
 
 
 def write_when_there_is_room(write: Callable[[], object], what: str, wait_s: float, stop: Stop) -> None:
