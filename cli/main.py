@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -102,6 +103,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    _warn_of_passwords(sys.argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signal.signal(signal.SIGHUP, _end_without_terminal)
@@ -116,6 +118,14 @@ def main() -> None:
         if _debug["wanted"]:
             raise
         sys.exit(_report(stderr, _unforeseen(error)))
+
+
+def _warn_of_passwords(arguments: list[str]) -> None:
+    if any(re.search(r"\w://[^/@]*:[^/@]+@", word) for word in arguments):
+        logging.getLogger("hetrain").warning(
+            "the broker's password stands in the command line, which every user of this machine can read: "
+            "set HETRAIN_BROKER_URL, or HETRAIN_BROKER_PASSWORD_FILE"
+        )
 
 
 def _report(stderr: Console, error: HetrainError) -> int:

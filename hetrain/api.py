@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 _COMPARISON = ComparisonConfig()
 
 
+def _address(workers: str | None) -> str | None:
+    """The broker's address, completed by a password from a file."""
+    from hetrain.public.settings import broker_address
+
+    return None if workers is None else broker_address(workers)
+
+
 def finetune(
     dataset: str | PathLike[str],
     *,
@@ -77,7 +84,7 @@ def finetune(
         dataset=Path(dataset),
         model=model,
         output_dir=Path(output_dir),
-        workers=workers,
+        workers=_address(workers),
         device=device,
         lora=lora,
         training=training,
@@ -121,7 +128,7 @@ def evaluate(
         dataset=Path(dataset),
         adapter=None if adapter is None else Path(adapter),
         model=model,
-        workers=workers,
+        workers=_address(workers),
         device=device,
         batching=batching,
         outsourcing=outsourcing,
@@ -149,7 +156,7 @@ def prepare(
     """
     from hetrain.train.preparation import prepare as run
 
-    return run(model, workers, outsource, on_prepare)
+    return run(model, _address(workers), outsource, on_prepare)
 
 
 def plan(
@@ -184,7 +191,7 @@ def plan(
     from hetrain.inspection.plan_report import plan_report
 
     path = None if dataset is None else Path(dataset)
-    return plan_report(model, outsource, training, path, comparison, workers)
+    return plan_report(model, outsource, training, path, comparison, _address(workers))
 
 
 def doctor(workers: str | None = None) -> DoctorReport:

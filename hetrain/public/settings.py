@@ -13,7 +13,7 @@ from pydantic import ByteSize, Field, PlainValidator, ValidationInfo, field_vali
 from pydantic import ValidatorFunctionWrapHandler as Validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from hetrain.public.broker.connection import parse_broker_url
+from hetrain.public.broker.connection import parse_broker_url, with_password
 from hetrain.public.errors import UsageError
 from hetrain.public.protocol.registration import ShardRange
 
@@ -55,6 +55,11 @@ class Settings(BaseSettings):
     cache: Path = Field(
         default_factory=lambda: Path.home() / ".cache" / "hetrain",
         description="directory of converted models and of products with masks; default `~/.cache/hetrain`",
+    )
+
+    broker_password_file: Path | None = Field(
+        default=None,
+        description="file whose first line is the broker's password, for an address without one",
     )
 
     @field_validator("*", mode="wrap")
@@ -143,3 +148,28 @@ class WorkerSettings(Settings):
         examples=["nothing: supervisors set it"],
         description="file descriptor that it writes to when it can take tasks; set by supervisors",
     )
+
+
+def broker_address(url: str) -> str:
+    """`url` with the password in the file of HETRAIN_BROKER_PASSWORD_FILE, if that is set and it has none.
+
+    Raises:
+        UsageError: the URL makes no sense, or the file cannot be read or is empty.
+    """
+    parse_broker_url(url)
+    path = Settings().broker_password_file
+    if path is None:
+        return url
+    try:
+        password = next(iter(path.read_text(encoding="utf-8").splitlines()), "")
+    except (OSError, ValueError) as error:
+        password, reason = "", f"cannot be read: {error}"
+    else:
+        reason = "has no first line"
+    if not password:
+        raise UsageError(
+            f"the file with the broker's password {reason}",
+            where=variable("broker_password_file"),
+            hint="write the password alone into it",
+        )
+    return with_password(url, password)
