@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
+import traceback
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -15,7 +18,9 @@ from rich.text import Text
 import hetrain
 from cli.options import as_options, with_dashes
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.errors import HetrainError
+from hetrain.public.disk import is_full, reason_of
+from hetrain.public.errors import HetrainError, StorageError
+from hetrain.public.system import leave_dead_terminal
 
 app = typer.Typer(
     name="hetrain",
@@ -25,6 +30,13 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"token_normalize_func": with_dashes},
 )
+
+
+_debug = {"wanted": False}
+
+
+def _set_debug(wanted: bool) -> None:
+    _debug["wanted"] = wanted
 
 
 def _version(wanted: bool) -> None:
@@ -38,12 +50,16 @@ def _root(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    debug: bool = typer.Option(
+        False, "--debug", callback=_set_debug, is_eager=True, help="Print the traceback of an error, too."
+    ),
 ) -> None:
     """Options of the command itself."""
 
 
 def add_commands() -> None:
     """Adds the sub-commands to `app`, which imports what they need."""
+    from cli.cache import cache
     from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.plan import plan
@@ -57,6 +73,7 @@ def add_commands() -> None:
     app.command("prepare")(prepare)
     app.command("doctor")(doctor)
     app.command("worker")(worker)
+    app.command("cache")(cache)
 
 
 class _OptionNames(logging.Formatter):
@@ -87,15 +104,54 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    _warn_of_passwords(sys.argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, _end_without_terminal)
     try:
         app()
     except HetrainError as error:
-        stderr.print(error_text(error), soft_wrap=True)
-        sys.exit(error.exit_code)
+        sys.exit(_report(stderr, error))
     except KeyboardInterrupt:
         stderr.print("[bold red]error:[/] stopped")
         sys.exit(130)
+    except Exception as error:
+        if _debug["wanted"]:
+            raise
+        sys.exit(_report(stderr, _unforeseen(error)))
+
+
+def _warn_of_passwords(arguments: list[str]) -> None:
+    if any(re.search(r"\w://[^/@]*:[^/@]+@", word) for word in arguments):
+        logging.getLogger("hetrain").warning(
+            "the broker's password stands in the command line, which every user of this machine can read: "
+            "set HETRAIN_BROKER_URL, or HETRAIN_BROKER_PASSWORD_FILE"
+        )
+
+
+def _report(stderr: Console, error: HetrainError) -> int:
+    """Prints an error. Returns its exit code."""
+    if _debug["wanted"]:
+        traceback.print_exception(error)
+    stderr.print(error_text(error), soft_wrap=True)
+    return error.exit_code
+
+
+def _unforeseen(error: Exception) -> HetrainError:
+    """An error that nobody has mapped, in one line."""
+    if isinstance(error, OSError) and is_full(error):
+        where = str(error.filename or "")
+        return StorageError(reason_of(error), where=where, hint="make room on this disk")
+    line = next(iter(str(error).splitlines()), "")
+    return HetrainError(
+        f"{type(error).__name__}: {line}", hint="`hetrain --debug ...` shows where; please report it"
+    )
+
+
+def _end_without_terminal(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it more than once
+    leave_dead_terminal()
+    raise KeyboardInterrupt
 
 
 def error_text(error: HetrainError) -> Text:

@@ -17,7 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # By name, not by an import statement: a worker imports this package too, and has neither of these modules.
-_HOMES = dict.fromkeys(("finetune", "evaluate", "prepare", "plan", "doctor"), "hetrain.api")
+_HOMES = dict.fromkeys(("finetune", "evaluate", "prepare", "plan", "doctor", "cache"), "hetrain.api")
 _HOMES |= dict.fromkeys(
     (
         "DataConfig",

@@ -1,3 +1,4 @@
+from hetrain.api import cache as cache
 from hetrain.api import doctor as doctor
 from hetrain.api import evaluate as evaluate
 from hetrain.api import finetune as finetune
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingDataConfig",
     "__version__",
+    "cache",
     "doctor",
     "evaluate",
     "finetune",

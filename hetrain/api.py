@@ -24,6 +24,7 @@ from hetrain.config.fields import as_tuple
 
 if TYPE_CHECKING:
     from hetrain.data.updates import Course as Course
+    from hetrain.inspection.cache import CacheReport as CacheReport
     from hetrain.inspection.comparison import Comparison as Comparison
     from hetrain.inspection.doctor import DoctorReport as DoctorReport
     from hetrain.inspection.plan_report import GroupReport as GroupReport
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 DatasetNames = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 _COMPARISON = ComparisonConfig()
+
+
+def _address(workers: str | None) -> str | None:
+    """The broker's address, completed by a password from a file."""
+    from hetrain.public.settings import broker_address
+
+    return None if workers is None else broker_address(workers)
 
 
 def finetune(
@@ -89,7 +97,7 @@ def finetune(
         data=data,
         model=model,
         output_dir=Path(output_dir),
-        workers=workers,
+        workers=_address(workers),
         device=device,
         lora=lora,
         training=training,
@@ -141,7 +149,7 @@ def evaluate(
         data=data,
         adapter=None if adapter is None else Path(adapter),
         model=model,
-        workers=workers,
+        workers=_address(workers),
         device=device,
         batching=batching,
         outsourcing=outsourcing,
@@ -178,7 +186,7 @@ def prepare(
     """
     from hetrain.train.preparation import prepare as run
 
-    return run(model, workers, outsource, on_prepare)
+    return run(model, _address(workers), outsource, on_prepare)
 
 
 def plan(
@@ -213,7 +221,7 @@ def plan(
     from hetrain.inspection.plan_report import plan_report
 
     name = None if dataset is None else str(dataset)
-    return plan_report(model, outsource, training, name, comparison, workers)
+    return plan_report(model, outsource, training, name, comparison, _address(workers))
 
 
 def doctor(workers: str | None = None) -> DoctorReport:
@@ -225,3 +233,18 @@ def doctor(workers: str | None = None) -> DoctorReport:
     from hetrain.inspection.doctor import diagnose
 
     return diagnose(workers)
+
+
+def cache(names: Sequence[str] = (), *, clear: bool = False) -> CacheReport:
+    """What lies in the cache: hints and converted models.
+
+    Args:
+        names: its parts; none for all.
+        clear: remove them. Jobs that run now may need them.
+
+    Raises:
+        UsageError: there is no such part, or the cache cannot be used.
+    """
+    from hetrain.inspection.cache import inspect_cache
+
+    return inspect_cache(names, clear=clear)

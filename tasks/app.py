@@ -10,20 +10,20 @@ from celery import Celery, signals
 from celery.concurrency import get_implementation
 
 from hetrain.public.allocator import keep_freed_memory
-from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, redacted
+from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, plaintext_warning, redacted
 from hetrain.public.errors import HetrainError, UsageError
 from hetrain.public.protocol.messages import QUEUE
-from hetrain.public.settings import WorkerSettings
+from hetrain.public.settings import WorkerSettings, broker_address
 from tasks.intake import transport
 
 
 def broker_url() -> str:
     """The broker's address."""
-    return WorkerSettings().broker_url
+    return broker_address(WorkerSettings().broker_url)
 
 
 def _configuration(settings: WorkerSettings) -> dict[str, Any]:
-    address = parse_broker_url(settings.broker_url).for_celery()
+    address = parse_broker_url(broker_url()).for_celery()
     return {
         "broker_url": address,
         # Else CELERY_BROKER_URL would win, and tasks and blobs would go to different places.
@@ -96,6 +96,8 @@ def _start(sender: Any, **_: object) -> None:
     except Exception as error:
         raise _refusal(error) from error
     sys.stderr.write(f"hetrain worker: {description}, broker {redacted(broker_url())}\n")
+    if warning := plaintext_warning(broker_url()):
+        sys.stderr.write(f"hetrain worker: {warning}\n")
 
 
 def _require_threads(pool: str | type) -> None:

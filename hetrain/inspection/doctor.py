@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,13 +15,14 @@ import torch
 import hetrain
 from hetrain.inspection.probe import ProbeResult, probe_workers
 from hetrain.local.launcher import start_embedded
-from hetrain.public.broker.connection import redacted
+from hetrain.public.broker.connection import plaintext_warning, redacted
 from hetrain.public.broker.server_info import BrokerReport, ask_broker
-from hetrain.public.errors import HetrainError, NoWorker, WireError
+from hetrain.public.errors import HetrainError, NoWorker, UsageError, WireError
 from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.messages import QUEUE, WorkerReport
 from hetrain.public.protocol.plan import Group, Member, Plan
 from hetrain.public.protocol.product import Product
+from hetrain.public.settings import broker_address
 from hetrain.public.system import available_cores
 from hetrain.secret.engine import ENGINES, ClientEngine, JobOptions
 from hetrain.secret.engines.rlwe.hints import client_hints
@@ -127,7 +128,12 @@ def diagnose(workers: str | None) -> DoctorReport:
         embedded=workers is None,
         broker=broker,
         workers=found.workers,
-        warnings=(*_of_client(client), *_of_broker(broker), *_of_workers(found)),
+        warnings=(
+            *_of_client(client),
+            *_of_address(workers),
+            *_of_broker(broker),
+            *_of_workers(found),
+        ),
         failure=failure,
     )
 
@@ -145,7 +151,7 @@ class _Target:
 @contextmanager
 def _target(broker_url: str | None) -> Iterator[_Target]:
     if broker_url is not None:
-        yield _Target(broker_url, None, _FIRST_S, lambda: None)
+        yield _Target(broker_address(broker_url), None, _FIRST_S, lambda: None)
         return
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
@@ -210,6 +216,12 @@ def _no_worker(target: _Target, found: ProbeResult) -> HetrainError | None:
         if target.workers is None
         else "this machine may be too busy to start one",
     )
+
+
+def _of_address(workers: str | None) -> Iterator[str]:
+    with suppress(UsageError):
+        if workers and (warning := plaintext_warning(workers)):
+            yield warning
 
 
 def _of_broker(broker: BrokerReport | None) -> Iterator[str]:

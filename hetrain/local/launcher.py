@@ -15,7 +15,8 @@ from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
 
-from hetrain.public.errors import HetrainError, WorkerError
+from hetrain.public.disk import reason_of
+from hetrain.public.errors import HetrainError, StorageError, WorkerError
 from hetrain.public.settings import variable
 from hetrain.public.system import child_environment
 
@@ -65,13 +66,22 @@ def start_embedded(
 
     Raises:
         WorkerError: they do not start; with the end of the log.
+        StorageError: the log cannot be written.
     """
     command = [sys.executable, "-m", "tasks.supervisor.embedded", "--model", model, "--workers", str(workers)]
     command += ["--concurrency", str(concurrency), "--log-file", str(log_file)]
     if maxmemory is not None:
         command += ["--maxmemory", str(maxmemory)]
     environment = child_environment() | {variable("broker_url"): ""}
-    with open(log_file, "ab") as log:
+    try:
+        log = open(log_file, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(
+            f"the log cannot be written: {reason_of(error)}",
+            where=str(log_file),
+            hint="make room on this disk",
+        ) from error
+    with log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
         )

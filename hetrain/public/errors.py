@@ -17,6 +17,7 @@
     │   ├── TaskFailed                   a task failed on the worker
     │   └── ResultRejected               a worker's result failed a check; ``where`` names the worker
     ├── NotFinite                    9   training has produced a NaN or an infinity
+    ├── StorageError                 10  a disk is full, or a file cannot be written
     └── Interrupted                  130 the user asked to stop
 
 Foreign exceptions are mapped to these once, at the edge where they arise (``raise ... from error``).
@@ -139,6 +140,12 @@ class NotFinite(HetrainError):
     """Training has produced a NaN or an infinity."""
 
     exit_code = 9
+
+
+class StorageError(HetrainError):
+    """A disk is full, or a file cannot be written."""
+
+    exit_code = 10
 
 
 class Interrupted(HetrainError):

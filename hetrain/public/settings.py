@@ -13,7 +13,7 @@ from pydantic import ByteSize, Field, PlainValidator, ValidationInfo, field_vali
 from pydantic import ValidatorFunctionWrapHandler as Validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from hetrain.public.broker.connection import parse_broker_url
+from hetrain.public.broker.connection import parse_broker_url, with_password
 from hetrain.public.errors import UsageError
 from hetrain.public.protocol.registration import ShardRange
 
@@ -57,6 +57,11 @@ class Settings(BaseSettings):
         description="directory of converted models and of products with masks; default `~/.cache/hetrain`",
     )
 
+    broker_password_file: Path | None = Field(
+        default=None,
+        description="file whose first line is the broker's password, for an address without one",
+    )
+
     @field_validator("*", mode="wrap")
     @classmethod
     def _name_the_variable(cls, value: Any, validate: Validator, info: ValidationInfo) -> Any:
@@ -88,6 +93,15 @@ class ClientSettings(Settings):
         examples=["16 lower-case hexadecimal digits, as the broker's access list has them for this user"],
         description="16 hexadecimal digits with which the keys of its jobs begin, as in the broker's access "
         "list; default: none",
+    )
+
+    disk_wait_s: float = Field(
+        default=600.0,
+        ge=0,
+        title="number of seconds",
+        examples=["a number such as 600"],
+        description="seconds that training waits for room when the disk of its output directory is full, "
+        "before it ends with its last state; default 600",
     )
 
 
@@ -143,3 +157,28 @@ class WorkerSettings(Settings):
         examples=["nothing: supervisors set it"],
         description="file descriptor that it writes to when it can take tasks; set by supervisors",
     )
+
+
+def broker_address(url: str) -> str:
+    """`url` with the password in the file of HETRAIN_BROKER_PASSWORD_FILE, if that is set and it has none.
+
+    Raises:
+        UsageError: the URL makes no sense, or the file cannot be read or is empty.
+    """
+    parse_broker_url(url)
+    path = Settings().broker_password_file
+    if path is None:
+        return url
+    try:
+        password = next(iter(path.read_text(encoding="utf-8").splitlines()), "")
+    except (OSError, ValueError) as error:
+        password, reason = "", f"cannot be read: {error}"
+    else:
+        reason = "has no first line"
+    if not password:
+        raise UsageError(
+            f"the file with the broker's password {reason}",
+            where=variable("broker_password_file"),
+            hint="write the password alone into it",
+        )
+    return with_password(url, password)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import termios
 from pathlib import Path
 
 
@@ -26,6 +28,18 @@ def flush_denormals(flush: bool = True) -> bool:
     did = sys.float_info.min / 2 == 0
     torch.set_flush_denormal(flush)
     return did
+
+
+def leave_dead_terminal() -> None:
+    """Points the standard streams whose terminal was closed to /dev/null: a write to them would fail."""
+    for stream in range(3):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, stream)
+                os.close(null)
 
 
 def child_environment() -> dict[str, str]:

@@ -5,37 +5,45 @@
     adapter_model.safetensors, adapter_config.json   a PEFT adapter, as in the output directory itself
     optimizer.safetensors                            AdamW's moments and counts, by parameter
     trainer_state.json                               a `TrainerState`
+    SHA256SUMS                                       of all of them, as ``sha256sum --check`` reads it
 
-No pickle. A checkpoint appears whole under its name or not at all. It holds no keys: every ciphertext has
-its own.
+No pickle. A checkpoint appears whole under its name or not at all, and its sums are checked before it is
+used. It holds no keys: every ciphertext has its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hetrain.config import LATEST
 from hetrain.data.tokenization import Row
+from hetrain.public.disk import os_errors
 from hetrain.public.errors import UsageError
 from hetrain.train.updater import Tensors, Updater
+
+_log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+SUMS_FILE = "SHA256SUMS"
+_NEEDED = {ADAPTER_FILE, STATE_FILE, OPTIMIZER_FILE}
+_SUM = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 Identity = Mapping[str, Any]
@@ -62,7 +70,7 @@ class TrainerState(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     identity: dict[str, Any]
     step: int = Field(ge=1)
     skipped_updates: int = Field(ge=0)
@@ -108,7 +116,7 @@ class Checkpoint:
 
 def rows_digest(rows: Sequence[Row]) -> str:
     """SHA-256 of the tokens and targets of all rows, that is of the data set under this model's tokenizer."""
-    digest = sha256()
+    digest = hashlib.sha256()
     for row in rows:
         digest.update(len(row.tokens).to_bytes(8, "little"))
         digest.update(np.array(row.tokens, "<i8").tobytes())
@@ -118,6 +126,8 @@ def rows_digest(rows: Sequence[Row]) -> str:
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Checkpoint:
     """The checkpoint that `wanted` names: a directory, or ``latest`` for that of the most updates.
+
+    A broken one is passed over for the one before it, with a warning.
 
     Raises:
         UsageError: there is none, or it cannot be read.
@@ -129,7 +139,12 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Checkpoint:
         raise UsageError(
             "there is no checkpoint", where=str(output_dir), hint="start without `resume_from_checkpoint`"
         )
-    return _read(checkpoint_path(output_dir, steps[-1]))
+    for step in reversed(steps[1:]):
+        try:
+            return _read(checkpoint_path(output_dir, step))
+        except UsageError as error:
+            _log.warning("%s: %s; the run goes on from the one before it", error.where, error.what)
+    return _read(checkpoint_path(output_dir, steps[0]))
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -162,19 +177,19 @@ def write_checkpoint(
     target = checkpoint_path(output_dir, state.step)
     scratch = output_dir / f".{target.name}.new"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(0o700)
     try:
-        write_adapter(scratch)
-        save_file(dict(optimizer), scratch / OPTIMIZER_FILE)
+        with os_errors():
+            write_adapter(scratch)
+            save_file(dict(optimizer), scratch / OPTIMIZER_FILE)
         (scratch / STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _write_sums(scratch)
         for path in (*scratch.iterdir(), scratch):
             _sync(path)
         scratch.rename(target)
         _sync(output_dir)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # safetensors' error for a full disk
-            raise OSError(str(error)) from error
         raise
 
 
@@ -195,14 +210,40 @@ def write_adapter(model: PeftModel, base_reference: str, values: Tensors, direct
     model.save_pretrained(str(directory), state_dict=dict(values), save_embedding_layers=False)
 
 
+def _write_sums(directory: Path) -> None:
+    lines = [f"{_sum_of(path)}  {path.name}\n" for path in sorted(directory.iterdir())]
+    (directory / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _require_sums(directory: Path) -> None:
+    """Raises `ValueError` unless all files are there as they were written."""
+    if not (directory / SUMS_FILE).is_file():
+        raise ValueError(f"it has no {SUMS_FILE}: it is incomplete, or of another version")
+    lines = (directory / SUMS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    sums = {match[2]: match[1] for match in map(_SUM.fullmatch, lines) if match}
+    if len(sums) != len(lines) or not sums.keys() >= _NEEDED:
+        raise ValueError(f"{SUMS_FILE} is damaged")
+    for name, expected in sums.items():
+        if not (directory / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _sum_of(directory / name) != expected:
+            raise ValueError(f"{name} is damaged")
+
+
+def _sum_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read(path: Path) -> Checkpoint:
-    try:
-        return Checkpoint(path, TrainerState.model_validate_json((path / STATE_FILE).read_bytes()))
-    except FileNotFoundError as error:
+    if not path.is_dir() or not ((path / STATE_FILE).exists() or _NAME.fullmatch(path.name)):
         raise UsageError(
             "there is no checkpoint", where=str(path), hint=f"give a directory checkpoint-N, or {LATEST}"
-        ) from error
-    except (OSError, ValidationError) as error:
+        )
+    try:
+        _require_sums(path)
+        return Checkpoint(path, TrainerState.model_validate_json((path / STATE_FILE).read_bytes()))
+    except (OSError, ValueError) as error:  # pydantic's are ValueErrors
         raise _unreadable(path, error) from error
 
 

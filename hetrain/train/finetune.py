@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,8 +20,17 @@ from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.data.updates import count_updates
 from hetrain.nn.lora import adapter_parameters, add_adapter
-from hetrain.public.errors import DatasetError, Interrupted, UsageError
-from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
+from hetrain.public.disk import reason_of
+from hetrain.public.errors import DatasetError, Interrupted, StorageError, UsageError
+from hetrain.train.checkpoint import (
+    Checkpoint,
+    Identity,
+    checkpoint_path,
+    checkpoint_steps,
+    find_checkpoint,
+    rows_digest,
+    write_adapter,
+)
 from hetrain.train.evaluation import Evaluation, evaluate_rows
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.loop import train
@@ -31,6 +40,7 @@ from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals
 from hetrain.train.step import share_cores
+from hetrain.train.storage import after_failure
 from hetrain.train.updater import Updater
 
 _log = logging.getLogger(__name__)
@@ -192,10 +202,10 @@ def _run(
     updater = Updater(adapter_parameters(model), config, total_steps)
     if checkpoint is not None:
         checkpoint.restore(updater)
-    description = _describe(job, session)
-    output.write_job(description | {"status": "running"})
     writer = partial(write_adapter, model, job.base.reference)
     run_log = RunLog(output, updater, writer, identity, config, total_steps, checkpoint)
+    description = _describe(job, session)
+    _write_job(output, description | {"status": "running"})
     share_cores(config.replicas)
     replicas = session.replicas(model, config.replicas)
     batches = _draw(job.rows, config, job.done_steps, total_steps)
@@ -204,29 +214,35 @@ def _run(
         on_stop()
         run_log.checkpoint()  # already now: the process may be killed soon after the signal
 
-    status, saved = "failed", None
+    status = "failed"
+    failure: StorageError | None = None
     try:
         with (
             stop_on_signals(stopping) as stop,
             closing(train(updater, replicas, batches, config, session.channel.close, stop)) as course,
         ):
             for applied in course:
-                for metrics in run_log.add(applied):
+                for metrics in run_log.add(applied, stop):
                     on_step(metrics)
         status = "done" if run_log.step == total_steps else "interrupted"
     except KeyboardInterrupt:
         status = "interrupted"
+    except StorageError as error:
+        failure = error
     finally:
-        if status != "done":
-            run_log.checkpoint()
-        saved = run_log.close()
-        output.write_job(description | {"status": status, "steps": run_log.step, "tokens": run_log.tokens})
+        if lost := run_log.close(is_done=status == "done"):
+            _log.error("%s", lost)
+            status = "failed"
+        end = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
+        _write_job(output, description | end)
+    if failure or lost:
+        raise _stored_in_part(failure or lost, run_log.step, output.path, has_adapter=lost is None)
     if run_log.last is None:
         if status == "interrupted":
             raise KeyboardInterrupt
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
-        raise _interrupted(run_log.step, total_steps, saved, output.path)
+        raise _interrupted(run_log.step, total_steps, output.path)
     result = JobResult(
         run_log.step,
         total_steps,
@@ -240,14 +256,31 @@ def _run(
     if not job.held_out:
         return result
     evaluation = evaluate_rows(session, model, job.held_out, config)
-    figures = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
-    output.write_job(description | figures | {"evaluation": asdict(evaluation)})
+    _write_job(output, description | end | {"evaluation": asdict(evaluation)})
     return replace(result, evaluation=evaluation)
 
 
-def _interrupted(step: int, total_steps: int, saved: Path | None, output: Path) -> Interrupted:
+def _write_job(output: OutputDirectory, job: Mapping[str, object]) -> None:
+    try:
+        output.write_job(job)
+    except OSError as error:
+        _log.warning("job.json cannot be written: %s", reason_of(error))
+
+
+def _stored_in_part(error: StorageError, step: int, output: Path, *, has_adapter: bool) -> StorageError:
+    """`error`, with what was written of update `step`."""
+    checkpoint = checkpoint_path(output, step)
+    parts = ["the adapter"] * has_adapter + [checkpoint.name] * checkpoint.is_dir()
+    saved = f"{' and '.join(parts) or 'nothing'} {'were' if len(parts) > 1 else 'was'} written"
+    steps = checkpoint_steps(output)
+    newest = checkpoint_path(output, steps[-1]).name if steps else ""
+    return after_failure(error, output, f"after update {step} {saved}", newest)
+
+
+def _interrupted(step: int, total_steps: int, output: Path) -> Interrupted:
     text = f"stopped after {step} of {total_steps} updates; the adapter as it stood was written"
-    if saved is None:
+    saved = checkpoint_path(output, step)
+    if not saved.is_dir():
         return Interrupted(f"{text}, but no checkpoint", where=str(output))
     return Interrupted(
         f"{text}, and {saved.name}",

@@ -39,7 +39,8 @@ def make_hints(
         on_prepare: hears of the progress.
 
     Raises:
-        UsageError: the disk has no room.
+        StorageError: the disk has no room.
+        UsageError: the cache cannot be written.
         WorkerError: as `Channel.multiply`.
     """
     if not store.missing(plan):

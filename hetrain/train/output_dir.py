@@ -3,73 +3,115 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
-from hetrain.public.errors import UsageError
+from hetrain.public.disk import is_full, os_errors, reason_of
+from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.metrics import MicroBatchMetrics
+from hetrain.train.output_lock import OutputLock
+
+_log = logging.getLogger(__name__)
+
+_SCRATCH = (".checkpoint-*", ".adapter", ".*.new")
+_RESERVE = ".reserve"
 
 
 class OutputDirectory:
-    """The directory of one run.
+    """The directory of one run, which no other run may use meanwhile.
 
     Args:
-        path: the directory, which need not exist yet.
+        path: the directory, which need not exist yet; it is made for this user alone.
         overwrite: whether the files of another run may be replaced.
         keep: the update of the checkpoint in this directory from which the run goes on: what was written up
             to then stays. None for a run that starts anew.
 
     Raises:
-        UsageError: it cannot be written, or holds another run's adapter or checkpoints and `overwrite` is
-            false.
+        UsageError: it holds another run's adapter or checkpoints and `overwrite` is false, another run
+            writes there now, or it cannot be made.
+        StorageError: its disk is full.
     """
 
     def __init__(self, path: Path, *, overwrite: bool, keep: int | None = None) -> None:
         self.path = path
         self._keep = keep
-        self._metrics: TextIO | None = None
+        self._metrics = -1
         if keep is None and not overwrite:
             self._require_unused()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from error
+        _make(path)
+        self._lock = OutputLock(path)
 
     @property
     def log_file(self) -> Path:
         """The log of an embedded broker and worker."""
         return self.path / "worker.log"
 
+    def reserve(self, nbytes: int) -> None:
+        """Takes room on the disk for what the run writes last, until `release_reserve`.
+
+        Raises:
+            StorageError: there is not so much.
+        """
+        self._remove_scratch()
+        try:
+            descriptor = os.open(self.path / _RESERVE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, nbytes)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.release_reserve()
+            raise StorageError(
+                f"the adapter and a checkpoint take up to {nbytes / 1e6:.0f} MB, for which there is no room: "
+                f"{reason_of(error)}",
+                where=str(self.path),
+                hint="make room on this disk, or choose another `output_dir`",
+            ) from error
+
+    def release_reserve(self) -> None:
+        """Gives back what `reserve` took."""
+        with suppress(OSError):
+            (self.path / _RESERVE).unlink()
+
     def add(self, metrics: MicroBatchMetrics) -> None:
-        """Appends a line to metrics.jsonl."""
-        if self._metrics is None:
+        """Appends a line to metrics.jsonl. Raises `OSError`; no part of the line is then there."""
+        if self._metrics < 0:
             self._metrics = self._begin()
-        self._metrics.write(json.dumps(metrics.record()) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, (json.dumps(metrics.record()) + "\n").encode())
 
     def write_job(self, job: Mapping[str, object]) -> None:
-        """Replaces job.json."""
+        """Replaces job.json. Raises `OSError`."""
         self._replace("job.json", json.dumps(job, indent=2, default=str) + "\n")
 
     def save_adapter(self, write: Callable[[Path], None]) -> None:
-        """Moves the files that `write` makes into this directory, the adapter's weights last."""
-        scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=self.path))
+        """Moves the files that `write` makes into this directory, the adapter's weights last.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        scratch = self.path / ".adapter"
+        shutil.rmtree(scratch, ignore_errors=True)
         try:
-            write(scratch)
+            with os_errors():
+                scratch.mkdir(0o700)
+                write(scratch)
             for file in sorted(scratch.iterdir(), key=lambda file: file.name == ADAPTER_FILE):
                 os.replace(file, self.path / file.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def close(self) -> None:
-        """Closes metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.close()
+        """Closes metrics.jsonl, and lets other runs use the directory."""
+        if self._metrics >= 0:
+            os.close(self._metrics)
+            self._metrics = -1
+        self.release_reserve()
+        self._lock.release()
 
     def _require_unused(self) -> None:
         if (self.path / ADAPTER_FILE).exists():
@@ -84,22 +126,63 @@ class OutputDirectory:
             hint=f"{resume}choose another `output_dir`, or set `overwrite_output_dir`",
         )
 
-    def _begin(self) -> TextIO:
+    def _begin(self) -> int:
         """Removes other runs' files, with the first metrics: a run that never starts removes nothing."""
         for step in checkpoint_steps(self.path):
             if step > (self._keep or 0):
                 remove_checkpoint(self.path, step)
-        for leftover in self.path.glob(".checkpoint-*"):  # left by a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if self._keep and metrics.exists() else []
-        kept = [
-            line for line in lines if line.endswith("}") and json.loads(line)["step"] <= (self._keep or 0)
-        ]
+        lines = metrics.read_text("utf-8", "replace").splitlines() if self._keep and metrics.exists() else []
+        kept = [line for line in lines if _step_of(line) <= (self._keep or 0)]
         self._replace(metrics.name, "".join(f"{line}\n" for line in kept))
-        return metrics.open("a", encoding="utf-8")
+        return os.open(metrics, os.O_WRONLY | os.O_APPEND)
+
+    def _remove_scratch(self) -> None:
+        """Removes what a run that was killed was writing."""
+        for pattern in _SCRATCH:
+            for leftover in self.path.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
     def _replace(self, name: str, text: str) -> None:
         scratch = self.path / f".{name}.new"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(self.path / name)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(self.path / name)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+
+
+def _make(path: Path) -> None:
+    """The directory, for this user alone if it is new."""
+    try:
+        path.mkdir(0o700, parents=True, exist_ok=True)
+        is_open = bool(path.stat().st_mode & 0o077)
+    except OSError as error:
+        kind = StorageError if is_full(error) else UsageError
+        raise kind(
+            f"cannot be written: {reason_of(error)}", where=str(path), hint="choose another `output_dir`"
+        ) from error
+    if is_open:
+        _log.warning("%s: other users of this machine may enter it, and read the adapter: chmod 700", path)
+
+
+def _append(descriptor: int, line: bytes) -> None:
+    begin, rest = os.fstat(descriptor).st_size, memoryview(line)
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError:
+        os.ftruncate(descriptor, begin)
+        raise
+
+
+def _step_of(line: str) -> float:
+    """The update of a line of metrics.jsonl; infinity where a run was killed while it wrote the line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from hetrain.config import TrainingConfig
+from hetrain.public.disk import reason_of
+from hetrain.public.errors import StorageError
+from hetrain.public.settings import ClientSettings
 from hetrain.train.checkpoint import (
     Checkpoint,
     Identity,
     TrainerState,
-    checkpoint_path,
     checkpoint_steps,
     remove_checkpoint,
     write_checkpoint,
@@ -22,16 +24,22 @@ from hetrain.train.checkpoint import (
 from hetrain.train.loop import AppliedUpdate
 from hetrain.train.metrics import MicroBatchMetrics, metrics_of
 from hetrain.train.output_dir import OutputDirectory
+from hetrain.train.signals import Stop, never
+from hetrain.train.storage import write_when_there_is_room
 from hetrain.train.updater import Tensors, Updater
 
 _log = logging.getLogger(__name__)
+
+_RESERVED_ADAPTERS = 4
+"""A checkpoint takes three times an adapter's bytes, with the optimizer's two moments."""
+_RESERVED_BYTES = 1 << 20
 
 
 class RunLog:
     """Counts and records the updates of one run. For the thread that applies them.
 
     Checkpoints are copied between two updates and written by a thread, so that training goes on meanwhile.
-    One that cannot be written is a warning, not the end of a run whose adapter is still in memory.
+    While the disk is full, training pauses. Room for the last adapter and checkpoint is taken beforehand.
 
     Args:
         output: the run's directory.
@@ -41,6 +49,9 @@ class RunLog:
         config: when checkpoints are written and how many are kept.
         total_steps: updates that the run will make.
         checkpoint: the one from which the run goes on; None starts anew.
+
+    Raises:
+        StorageError: there is no room for adapter and checkpoint.
     """
 
     def __init__(
@@ -65,31 +76,48 @@ class RunLog:
         self._saved = self.step
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._write_again: Callable[[], None] = lambda: None
+        self._wait_s = ClientSettings().disk_wait_s
+        self._unwritten: list[MicroBatchMetrics] = []
+        self._is_waiting = False
+        adapter = sum(value.nbytes for value in updater.snapshot().values.values())
+        output.reserve(_RESERVED_ADAPTERS * adapter + _RESERVED_BYTES)
 
     @property
     def elapsed_s(self) -> float:
         """Seconds of training, those before a resumed checkpoint included."""
         return time.perf_counter() - self._begin
 
-    def add(self, applied: AppliedUpdate) -> list[MicroBatchMetrics]:
-        """Records an update, and writes a checkpoint when one is due. Returns the update's metrics."""
+    def add(self, applied: AppliedUpdate, stop: Stop = never) -> list[MicroBatchMetrics]:
+        """Records an update, and writes a checkpoint when one is due. Returns the update's metrics.
+
+        Waits while the disk is full, unless `stop` ends that.
+
+        Raises:
+            StorageError: something cannot be written, now or after the wait.
+        """
         self.skipped_updates += applied.update.is_skipped
         metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self.elapsed_s)
-        for each in metrics:
-            self._output.add(each)
         self.step, self.last = applied.update.step, metrics[-1]
         self.tokens += sum(each.tokens for each in metrics)
         self.rejected += sum(each.rejected for each in metrics)
+        self._unwritten += metrics
+        self._patiently(self._write_metrics, "metrics.jsonl", stop)
+        if self._writing is not None and self._writing.done():
+            self._finish_writing(stop)
         if self._config.save_steps and self.step % self._config.save_steps == 0:
+            self._finish_writing(stop)
             self.checkpoint()
         return metrics
 
     def checkpoint(self) -> None:
-        """Starts to write a checkpoint, unless there has been no update since the last one."""
-        if self.step == self._saved:
+        """Starts to write a checkpoint, unless the last one is of the same update.
+
+        Not while the run waits for room: what it waits for is written then, or at its end.
+        """
+        if self.step == self._saved or self._is_waiting:
             return
-        self._finish_writing()
-        self._saved = self.step
+        self._end_writing()
         state = TrainerState(
             identity=self._identity,
             step=self.step,
@@ -99,18 +127,39 @@ class RunLog:
             schedule=self._updater.schedule_state(),
         )
         values, moments = self._updater.snapshot().values, self._updater.optimizer_state()
-        self._writing = self._writer.submit(self._write, state, values, moments)
+        self._saved, self._write_again = self.step, partial(self._write, state, values, moments)
+        self._writing = self._writer.submit(self._write_again)
 
-    def close(self) -> Path | None:
-        """Writes the adapter if this run has changed it. Returns the last update's checkpoint, if any."""
+    def close(self, *, is_done: bool) -> StorageError | None:
+        """Writes the adapter if this run has changed it, into the room that was reserved for it.
+
+        Args:
+            is_done: whether all updates were made. Otherwise a checkpoint of the last one is written, too,
+                and there is no wait for room.
+
+        Returns:
+            Why the adapter could not be written, if so.
+        """
+        self._end_writing()
+        self._output.release_reserve()
+        if not is_done:
+            self.checkpoint()
+            self._end_writing()
+        self._writer.shutdown()
+        if self.last is None:
+            return None
+        if not is_done:
+            self._wait_s = 0
+        save = partial(self._write_adapter, self._updater.snapshot().values)
         try:
-            self._finish_writing()
-        finally:
-            self._writer.shutdown()
-            if self.last is not None:
-                self._output.save_adapter(partial(self._write_adapter, self._updater.snapshot().values))
-        path = checkpoint_path(self._output.path, self.step)
-        return path if path.is_dir() else None
+            self._patiently(partial(self._output.save_adapter, save), "the adapter", never)
+        except StorageError as error:
+            return error
+        try:
+            self._write_metrics()
+        except OSError as error:
+            _log.warning("metrics.jsonl lacks the last updates: %s", reason_of(error))
+        return None
 
     def _write(self, state: TrainerState, values: Tensors, moments: Tensors) -> None:
         path = self._output.path
@@ -119,11 +168,33 @@ class RunLog:
         for step in checkpoint_steps(path)[:-limit] if limit else ():
             remove_checkpoint(path, step)
 
-    def _finish_writing(self) -> None:
-        if self._writing is None:
-            return
+    def _write_metrics(self) -> None:
+        while self._unwritten:
+            self._output.add(self._unwritten[0])
+            del self._unwritten[0]
+
+    def _finish_writing(self, stop: Stop) -> None:
+        """Waits for the checkpoint that is being written, and for room if that is lacking."""
+        step = self._saved
+        if self._end_writing():
+            self._patiently(self._write_again, f"checkpoint-{step}", stop)
+            self._saved = step
+
+    def _end_writing(self) -> bool:
+        """Waits for the checkpoint that is being written. Returns whether it could not be written."""
+        writing, self._writing = self._writing, None
         try:
-            self._writing.result()
+            if writing is not None:
+                writing.result()
         except OSError as error:
-            _log.warning("a checkpoint could not be written: %s", error)
-        self._writing = None
+            _log.warning("checkpoint-%d could not be written: %s", self._saved, reason_of(error))
+            self._saved = -1
+            return True
+        return False
+
+    def _patiently(self, write: Callable[[], object], what: str, stop: Stop) -> None:
+        self._is_waiting = True
+        try:
+            write_when_there_is_room(write, what, self._wait_s, stop)
+        finally:
+            self._is_waiting = False

@@ -20,6 +20,7 @@ from hetrain.local.launcher import start_embedded
 from hetrain.nn.prefix import PrefixStore
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
+from hetrain.public.broker.connection import plaintext_warning
 from hetrain.public.errors import UsageError
 from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
@@ -28,6 +29,7 @@ from hetrain.public.protocol.product import Product, ProductKey
 from hetrain.public.system import available_cores, flush_denormals
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import client_hints
+from hetrain.secret.process import protect_memory
 from hetrain.secret.verification.job import Verification, kept_rows
 from hetrain.secret.verification.parts import Weights
 from hetrain.secret.verification.rows import CheckRows
@@ -109,8 +111,12 @@ def open_session(
         HetrainError: any of its kinds but `DatasetError`.
     """
     engine = client_engine(outsourcing.engine)
-    if not engine.hides:
+    if engine.hides:
+        protect_memory()
+    else:
         _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine.name)
+    if workers and (warning := plaintext_warning(workers)):
+        _log.warning(warning)
     target = _device(device)
     with ExitStack() as stack:
         stack.callback(flush_denormals, flush_denormals())  # before any thread starts, which inherits it

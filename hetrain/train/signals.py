@@ -1,4 +1,4 @@
-"""Ctrl-C while training: the first finishes what is in flight, the second abandons it."""
+"""Signals while training: the first finishes what is in flight, the second abandons it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hetrain.public.system import leave_dead_terminal
+
 Stop = Callable[[], bool]
 """Whether a signal has asked the run to stop. Raises `KeyboardInterrupt` after a second one."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def never() -> bool:
@@ -21,7 +23,10 @@ def never() -> bool:
 
 @contextmanager
 def stop_on_signals(on_stop: Callable[[], None]) -> Iterator[Stop]:
-    """Yields a function that returns whether a SIGINT or SIGTERM has come, and raises after a second one.
+    """Yields a function that returns whether a signal has asked to stop, and raises after a second one.
+
+    Signals are SIGINT, SIGTERM and SIGHUP. A terminal that closes sends SIGHUP more than once: it counts
+    once, and is ignored from then on.
 
     The function, not the signal's handler, raises: a handler may interrupt an update halfway, and an adapter
     that has half of one must not be written. So call it between updates, and often. Only from the third
@@ -40,10 +45,15 @@ def stop_on_signals(on_stop: Callable[[], None]) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield never
         return
-    signals, announced = 0, False
+    signals, announced, hung_up = 0, False, False
 
     def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal signals
+        nonlocal signals, hung_up
+        if number == signal.SIGHUP:
+            leave_dead_terminal()
+            if hung_up:
+                return
+            hung_up = True
         signals += 1
         if signals > 2:
             raise KeyboardInterrupt
@@ -65,4 +75,4 @@ def stop_on_signals(on_stop: Callable[[], None]) -> Iterator[Stop]:
         yield stop
     finally:
         for number in handled:
-            signal.signal(number, former[number])
+            signal.signal(number, signal.SIG_IGN if hung_up and number == signal.SIGHUP else former[number])

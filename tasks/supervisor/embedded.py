@@ -19,14 +19,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
+from hetrain.public.disk import reason_of
 from hetrain.public.errors import BrokerUnreachable, HetrainError
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker
 from tasks.supervisor.worker_process import SupervisedWorker, stop, threads_per_worker
 
 _POLL_S = 0.2
+_LOG_BYTES = 16 << 20
 
 
 def supervise(
@@ -51,9 +54,26 @@ def supervise(
                 )
             for worker in supervised:
                 worker.ensure_running()
+            trim_log(Path(log.name), _LOG_BYTES)
     finally:
         stop([worker.process for worker in supervised if worker.process is not None])
         stop([server])
+
+
+def trim_log(path: Path, limit: int) -> None:
+    """Cuts a log of more than `limit` bytes to whole lines of its newer half.
+
+    Its writers must append. A line that one writes at this very moment may be lost.
+    """
+    with suppress(OSError), path.open("r+b") as log:
+        size = os.fstat(log.fileno()).st_size
+        if size <= limit:
+            return
+        log.seek(size - limit // 2)
+        kept = log.read().partition(b"\n")[2]
+        log.truncate(0)
+        with path.open("ab") as end:
+            end.write(b"(older lines were removed)\n" + kept)
 
 
 def _stdin_ended(wait_s: float) -> bool:
@@ -85,18 +105,22 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.workers, options.concurrency, options.maxmemory) < 1:
         parser.error("--workers, --concurrency and --maxmemory must be positive")
-    # Ctrl-C reaches the whole foreground group, but the client decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a terminal's end reach the whole foreground group, but the client decides when to stop.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
-    directory = private_directory()
-    try:
-        with open(options.log_file or directory / "log", "ab") as log:
+    with ExitStack() as stack:
+        try:
+            directory = private_directory()
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            log = stack.enter_context(open(options.log_file or directory / "log", "ab"))
             supervise(options.model, options.workers, options.concurrency, options.maxmemory, directory, log)
-    except HetrainError as error:
-        _print_message({"error": str(error)})
-        return 1
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        except HetrainError as error:
+            _print_message({"error": str(error)})
+            return 1
+        except OSError as error:
+            _print_message({"error": f"{error.filename or 'a file'} cannot be used: {reason_of(error)}"})
+            return 1
     return 0
 
 

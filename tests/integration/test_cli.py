@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
+import tempfile
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -263,3 +267,54 @@ def test_ctrl_c_keeps_the_adapter_and_leaves_nothing_behind(
     job = json.loads((output / "job.json").read_text())
     assert job["status"] == "interrupted"
     assert (output / f"checkpoint-{job['steps']}" / "trainer_state.json").exists()
+
+
+def test_the_end_of_a_terminal_stops_a_run_which_leaves_nothing_behind(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [
+        *HETRAIN,
+        "submit",
+        HANDBOOK,
+        "-m",
+        tiny_llama,
+        "-o",
+        output,
+        *ONE_EACH,
+        "--max-steps",
+        100_000,
+    ]
+    terminal, stream = os.openpty()
+    with tempfile.TemporaryDirectory(dir="/tmp") as scratch, ExitStack() as stack:
+        client = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=stream,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": scratch},
+            preexec_fn=lambda: fcntl.ioctl(stream, termios.TIOCSCTTY, 0),
+        )
+        stack.callback(client.kill)
+        os.close(stream)
+        metrics = output / "metrics.jsonl"
+
+        def has_trained() -> bool:
+            assert client.poll() is None
+            while select.select([terminal], [], [], 0)[0]:
+                os.read(terminal, 4096)
+            return metrics.exists() and metrics.read_text().count("\n") >= 3
+
+        eventually(has_trained, 120)
+        family = psutil.Process(client.pid).children(recursive=True)
+        os.close(terminal)
+        assert client.wait(60) == 130
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+        assert not os.listdir(scratch)
+    assert not list(output.glob(".*"))
+    job = json.loads((output / "job.json").read_text())
+    assert job["status"] == "interrupted"
+    assert (output / f"checkpoint-{job['steps']}" / "SHA256SUMS").exists()
+    assert load_file(output / "adapter_model.safetensors")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetrain.nn.remote import ProductStats, RemoteMatmul
-from hetrain.public.errors import ResultRejected, UsageError
+from hetrain.public.errors import ResultRejected, StorageError, UsageError
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.lattice.result_format import hint_bytes
 from hetrain.public.lattice.ring import LANES, MODULUS
@@ -112,7 +112,7 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "seed").write_text("00" * 31)
-    with pytest.raises(UsageError, match="31 bytes"):
+    with pytest.raises(UsageError, match="31 bytes, not 32"):
         HintStore(broken)
 
 
@@ -124,7 +124,7 @@ def test_a_full_disk_is_said_with_both_figures(
     monkeypatch.setattr(
         os, "statvfs", lambda path: os.statvfs_result((*found[:4], (1 << 30) // found.f_frsize, *found[5:]))
     )
-    with pytest.raises(UsageError, match=r"take \d+\.\d GB of disk, and 1\.1 GB are free") as error:
+    with pytest.raises(StorageError, match=r"take \d+\.\d GB of disk, and 1\.1 GB are free") as error:
         made_again(harness, store)
     assert error.value.where == str(store.directory)
     assert not files(store)
@@ -139,7 +139,7 @@ def test_what_cannot_be_written_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         made_again(harness, store)
     assert [path.name for path in store.directory.iterdir() if path.suffix != ".lock"] == ["seed"]
 

@@ -39,7 +39,10 @@ def skeleton(checkpoint: ModelFiles, layers: int | None = None) -> PreTrainedMod
         # Buffers (rotary frequencies, for one) are computed for real: no checkpoint has them.
         with init_empty_weights(include_buffers=False):
             causal = AutoModelForCausalLM.from_config(
-                config, attn_implementation=IMPLEMENTATION, dtype=torch.float32
+                config,
+                attn_implementation=IMPLEMENTATION,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
     except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
         # Older architectures look their attention up in a table of their own.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import redis
 from redis import exceptions as foreign
@@ -129,6 +129,40 @@ def parse_broker_url(url: str) -> BrokerUrl:
         database=int(database),
         options=tuple(sorted(query.items())),
     )
+
+
+def plaintext_warning(url: str) -> str | None:
+    """What a user should know of an address that sends the password in clear over a network, if it does."""
+    host = urlsplit(url).hostname
+    if parse_broker_url(url).scheme != "redis" or host is None or _is_this_machine(host):
+        return None
+    return (
+        f"redis:// sends the broker's password in clear to {host}, and anyone between can change what is "
+        "sent: use rediss:// (docs/deployment.md)"
+    )
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether all its addresses are this machine's own: only to those can a socket be bound."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        for family, kind, _, _, address in found:
+            with socket.socket(family, kind) as probe:
+                probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def with_password(url: str, password: str) -> str:
+    """`url` with a password, unless it has one."""
+    if urlsplit(url).password:
+        return url
+    scheme, _, rest = url.partition("://")
+    authority, slash, tail = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    name = user.partition(":")[0] if at else ""
+    return f"{scheme}://{name}:{quote(password, safe='')}@{host}{slash}{tail}"
 
 
 def _bad_url(url: str, what: str) -> UsageError:

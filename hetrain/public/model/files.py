@@ -131,7 +131,26 @@ def _download(hub_id: str) -> Path:
 def _open(label: str, directory: Path) -> ModelFiles:
     if not (directory / "config.json").is_file():
         raise ModelError("the directory has no config.json", where=str(directory))
+    _refuse_code(directory)
     return ModelFiles(label, directory, MappingProxyType(_index(directory)))
+
+
+def _refuse_code(directory: Path) -> None:
+    """Raises `ModelError` for a model that brings code of its own, which nothing of hetrain runs."""
+    found = [path.name for path in sorted(directory.glob("*.py"))]
+    for path in sorted(directory.glob("*config.json")):
+        try:
+            has_code = "auto_map" in json.loads(path.read_bytes())
+        except (OSError, ValueError, TypeError):  # who reads it says what is wrong
+            continue
+        if has_code:
+            found.append(f"`auto_map` in {path.name}")
+    if found:
+        raise ModelError(
+            f"the model brings code of its own, which is never run: {', '.join(found[:5])}",
+            where=str(directory),
+            hint="use a model that transformers has built in; if it is one, remove these from a copy of it",
+        )
 
 
 def _index(directory: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from filelock import FileLock
 
+from hetrain.public.disk import cache_errors
 from hetrain.public.errors import ModelError
 
 
@@ -40,14 +41,17 @@ def materialize(name: str, cache: Path) -> Path:
 
     Raises:
         ModelError: the package that ships the model is not installed, or the conversion failed.
+        StorageError: the cache's disk is full.
+        UsageError: the cache cannot be used.
     """
     target = cache / name
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(cache / f"{name}.lock")):
-        if not target.is_dir():
-            _convert(name, target)
+    with cache_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(cache / f"{name}.lock")):
+            if not target.is_dir():
+                _convert(name, target)
     return target
 
 
@@ -58,7 +62,7 @@ def _convert(name: str, target: Path) -> None:
         _gguf_to_directory(source, scratch)
         scratch.chmod(0o755)
         scratch.rename(target)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (ImportError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the packaged model cannot be converted: {error}", where=name, hint="run `make venv` again"
         ) from error
@@ -84,10 +88,9 @@ def _gguf_to_directory(source: Path, target: Path) -> None:
 
     # transformers draws a progress bar per tensor, in the way of a command line's own display.
     with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), gguf_file=source.name, dtype=torch.float32
-        )
+        place = {"gguf_file": source.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), **place)
+        model = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **place)
         # The tensors are dequantised already; without this, save_pretrained refuses a "quantised" model.
         model.hf_quantizer = None
         model.is_quantized = False

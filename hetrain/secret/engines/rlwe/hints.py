@@ -30,7 +30,8 @@ from typing import IO
 
 import torch
 
-from hetrain.public.errors import UsageError
+from hetrain.public.disk import cache_error, cache_errors
+from hetrain.public.errors import StorageError, UsageError
 from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.lattice.masks import SEED_BYTES, PublicSeed
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
@@ -44,6 +45,8 @@ from hetrain.public.system import available_cores
 from hetrain.public.workspace import workspace
 from hetrain.secret.verification.rows import FieldRows, field_product
 
+HINTS = "hints"
+"""Their directory in the cache."""
 _HEAD_BYTES = 4096
 _SPARE_BYTES = 1 << 30
 _BLOCKS_AT_ONCE = 16
@@ -100,19 +103,14 @@ class HintStore:
 
     Raises:
         UsageError: the directory cannot be used.
+        StorageError: its disk is full.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
+        with cache_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             self._root = _client_seed(directory / "seed")
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"the directory for hints cannot be used: {error}",
-                where=str(directory),
-                hint="set HETRAIN_CACHE to a directory of yours",
-            ) from error
         self._checked: set[Path] = set()
 
     def hint(self, product: Product) -> Hint:
@@ -130,12 +128,13 @@ class HintStore:
             return [product for product, is_whole in zip(products, found, strict=True) if not is_whole]
 
     def require_room(self, products: Sequence[Product]) -> None:
-        """Raises `UsageError` unless the disk has room for the hints of `products`."""
+        """Raises `StorageError` unless the disk has room for the hints of `products`."""
         needed = _file_bytes(products)
-        status = os.statvfs(self.directory)
+        with cache_errors(self.directory):
+            status = os.statvfs(self.directory)
         free = status.f_bavail * status.f_frsize
         if free < needed + _SPARE_BYTES:
-            raise UsageError(
+            raise StorageError(
                 f"hints of this model take {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free, "
                 f"of which {_SPARE_BYTES / 1e9:.1f} GB must stay so",
                 where=str(self.directory),
@@ -150,29 +149,30 @@ class HintStore:
             blocks: int32 [·, 2048, 16], which together are H.
 
         Raises:
-            UsageError: it cannot be written. No part of it is left.
+            StorageError: the disk is full. No part of it is left.
+            UsageError: the cache cannot be written otherwise.
         """
         hint = self.hint(product)
         digest = hashlib.sha256()
         for each in blocks:
             digest.update(each.numpy().data.cast("B"))
         head = json.dumps(_head(product, hint) | {"sha256": digest.hexdigest()}) + "\n"
-        try:
-            with _appearing(hint.path) as file:
-                file.write(head.encode().ljust(_HEAD_BYTES, b"\0"))
-                for each in blocks:
-                    file.write(each.numpy().data.cast("B"))
-        except OSError as error:
-            raise UsageError(
-                f"a hint cannot be written: {error}", where=str(hint.path), hint="make room on this disk"
-            ) from error
+        with cache_errors(hint.path), _appearing(hint.path) as file:
+            file.write(head.encode().ljust(_HEAD_BYTES, b"\0"))
+            for each in blocks:
+                file.write(each.numpy().data.cast("B"))
         self._checked.add(hint.path)
 
     @contextmanager
     def locked(self, plan: Plan, on_wait: Callable[[], object]) -> Iterator[None]:
         """Keeps other jobs from making hints of the same matrices meanwhile; calls `on_wait` if one does."""
         matrices = hashlib.sha256("".join(group.digest for group in plan.groups).encode()).hexdigest()
-        with (self.directory / f"{matrices[:32]}.lock").open("w") as file:
+        path = self.directory / f"{matrices[:32]}.lock"
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise cache_error(error, path) from error
+        with file:
             waited = False
             while not _lock(file):
                 if not waited:
@@ -203,7 +203,7 @@ class HintStore:
 
 def client_hints() -> HintStore:
     """The store in the cache of this user. Raises `UsageError` when it cannot be used."""
-    return HintStore(cache_directory() / "hints")
+    return HintStore(cache_directory() / HINTS)
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,16 @@ def _client_seed(path: Path) -> bytes:
     """The client's own 256 bits, drawn at the first call. Public, as masks are."""
     with suppress(FileExistsError), _appearing(path, replace=False) as file:
         file.write(secrets.token_hex(SEED_BYTES).encode())
-    value = bytes.fromhex(path.read_text())
+    try:
+        value = bytes.fromhex(path.read_text())
+    except ValueError:
+        value = b""
     if len(value) != SEED_BYTES:
-        raise ValueError(f"{path.name} has {len(value)} bytes, not {SEED_BYTES}; delete it")
+        raise UsageError(
+            f"the seed of this client's masks is damaged: {len(value)} bytes, not {SEED_BYTES}",
+            where=str(path),
+            hint="delete it: hints are made again",
+        )
     return value
 
 

@@ -1,0 +1,52 @@
+"""A disk that a test can fill: a small tmpfs, or a limit on files where that cannot be mounted."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_BLOCK = bytes(4096)
+
+
+class SmallDisk:
+    """A directory whose disk can be filled up.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path, *, is_mounted: bool) -> None:
+        self.path, self._is_mounted = path, is_mounted
+
+    def fill(self) -> None:
+        """Leaves no room for anything; for this process only where the disk is no disk of its own."""
+        if not self._is_mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            return
+        with suppress(OSError), (self.path / "ballast").open("ab", buffering=0) as ballast:
+            while ballast.write(_BLOCK):
+                pass
+
+    def free(self) -> None:
+        """Undoes `fill`."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (self.path / "ballast").unlink(missing_ok=True)
+
+
+@contextmanager
+def small_disk(path: Path, nbytes: int) -> Iterator[SmallDisk]:
+    """A disk of so many bytes at `path`, until the block ends."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)]
+    is_mounted = bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
+    disk = SmallDisk(path, is_mounted=is_mounted)
+    try:
+        yield disk
+    finally:
+        disk.free()
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
