@@ -235,8 +235,8 @@ def _run(
             status = "failed"
         end = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
         _write_job(output, description | end)
-    if failure or lost:
-        raise _stored_in_part(failure or lost, run_log.step, output.path, has_adapter=lost is None)
+    if problem := failure or lost:
+        raise _stored_in_part(problem, run_log.step, output.path, has_adapter=lost is None)
     if run_log.last is None:
         if status == "interrupted":
             raise KeyboardInterrupt
