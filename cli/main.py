@@ -43,6 +43,7 @@ def _root(
 
 def add_commands() -> None:
     """Adds the sub-commands to `app`, which imports what they need."""
+    from cli.adapter import ask, export, merge, report
     from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.plan import plan
@@ -52,6 +53,10 @@ def add_commands() -> None:
 
     app.command("submit")(submit)
     app.command("eval")(evaluate)
+    app.command("ask")(ask)
+    app.command("merge")(merge)
+    app.command("export")(export)
+    app.command("report")(report)
     app.command("plan")(plan)
     app.command("prepare")(prepare)
     app.command("doctor")(doctor)

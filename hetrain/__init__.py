@@ -16,8 +16,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_FUNCTIONS = ("finetune", "evaluate", "prepare", "plan", "doctor", "merge", "export_gguf", "ask", "report")
+
 # By name, not by an import statement: a worker imports this package too, and has neither of these modules.
-_HOMES = dict.fromkeys(("finetune", "evaluate", "prepare", "plan", "doctor"), "hetrain.api")
+_HOMES = dict.fromkeys(_FUNCTIONS, "hetrain.api")
 _HOMES |= dict.fromkeys(
     ("LoraConfig", "OutsourcingConfig", "BatchingConfig", "TrainingConfig", "ComparisonConfig"),
     "hetrain.config",

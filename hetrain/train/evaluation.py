@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 
 from peft import PeftModel
@@ -14,10 +12,12 @@ from peft import PeftModel
 from hetrain.config import DEFAULT_MODEL, EvaluationSpec, LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches, pack
 from hetrain.data.tokenization import read_rows
+from hetrain.nn.adapter_files import base_model_of
 from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
-from hetrain.public.errors import Interrupted, UsageError
+from hetrain.public.errors import Interrupted
 from hetrain.train.hints import OnPrepare, ignore_progress
+from hetrain.train.records import add_evaluation
 from hetrain.train.session import Session, open_base, open_session
 from hetrain.train.step import run_evaluation, share_cores, step_threads
 
@@ -50,7 +50,7 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
     """
     batching, adapter = spec.batching, spec.adapter
-    base = open_base(spec.model or (_base_model_of(adapter) if adapter else DEFAULT_MODEL))
+    base = open_base(spec.model or (base_model_of(adapter) if adapter else DEFAULT_MODEL))
     rows = read_rows(spec.dataset, base.tokenizer, batching.longest_row)
     batches = list(micro_batches(rows, pack(rows, batching.tokens_per_micro_batch, range(len(rows)))))
     in_flight = min(batching.in_flight, len(batches))
@@ -78,20 +78,10 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
     targets = sum(batch.n_targets for batch in batches)
     loss = total / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, targets, sum(batch.n_tokens for batch in batches), seconds)
-
-
-def _base_model_of(adapter: Path) -> str:
-    """The base model that an adapter names."""
-    try:
-        name = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            "no adapter_config.json there that names a base model",
-            where=str(adapter),
-            hint="give the output directory of a training job, or `model`",
-        ) from error
-    return str(name)
+    result = Evaluation(loss, perplexity, targets, sum(batch.n_tokens for batch in batches), seconds)
+    if adapter:
+        add_evaluation(adapter, spec.dataset, asdict(result))
+    return result
 
 
 def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_flight: int) -> list[float]:

@@ -15,16 +15,22 @@ from pathlib import Path
 import hetrain
 from hetrain.config import JobSpec, TrainingConfig
 from hetrain.data.packing import MicroBatch, epochs
+from hetrain.data.prompts import prompt_template
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.data.updates import count_updates
+from hetrain.nn.adapter_files import write_adapter
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.errors import DatasetError, Interrupted, UsageError
+from hetrain.public.model.files import public_name
 from hetrain.secret.engine import client_engine
-from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest, write_adapter
+from hetrain.secret.protection import protection_of
+from hetrain.train.checkpoint import Checkpoint, Identity, find_checkpoint, rows_digest
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
+from hetrain.train.model_card import model_card
 from hetrain.train.output_dir import OutputDirectory
+from hetrain.train.records import read_run
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals
@@ -184,7 +190,7 @@ def _run(
         checkpoint.restore(updater)
     description = _describe(job, session)
     output.write_job(description | {"status": "running"})
-    writer = partial(write_adapter, model, job.base.reference)
+    writer = partial(write_adapter, model, public_name(spec.model), job.base.tokenizer)
     run_log = RunLog(output, updater, writer, identity, config, total_steps, checkpoint)
     share_cores(config.replicas)
     replicas = session.replicas(model, config.replicas)
@@ -211,6 +217,8 @@ def _run(
             run_log.checkpoint()
         saved = run_log.close()
         output.write_job(description | {"status": status, "steps": run_log.step, "tokens": run_log.tokens})
+        if run_log.last is not None:
+            output.write_card(model_card(read_run(output.path)))
     if run_log.last is None:
         if status == "interrupted":
             raise KeyboardInterrupt
@@ -253,10 +261,18 @@ def _describe(job: _PreparedJob, session: Session) -> dict[str, object]:
     return {
         "hetrain": hetrain.__version__,
         "model": spec.model,
+        "model_path": str(job.base.files.directory.resolve())
+        if Path(spec.model).expanduser().is_dir()
+        else None,
+        "base_model": public_name(spec.model),
+        "prompt": asdict(prompt_template(job.rows, job.base.tokenizer)),
         "dataset": str(spec.dataset),
         "engine": spec.outsourcing.engine,
         "broker": "embedded" if spec.workers is None else "given",
         "device": spec.device,
+        "protection": asdict(
+            protection_of(spec.outsourcing.engine, session.split.plan, spec.outsourcing.verify_rows)
+        ),
         "plan_digest": session.split.plan.digest,
         "worker": {"name": session.worker.worker, "device": session.worker.device},
         "total_steps": job.total_steps,

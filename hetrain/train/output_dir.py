@@ -56,6 +56,10 @@ class OutputDirectory:
         """Replaces job.json."""
         self._replace("job.json", json.dumps(job, indent=2, default=str) + "\n")
 
+    def write_card(self, text: str) -> None:
+        """Replaces README.md, the adapter's model card."""
+        self._replace("README.md", text)
+
     def save_adapter(self, write: Callable[[Path], None]) -> None:
         """Moves the files that `write` makes into this directory, the adapter's weights last."""
         scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=self.path))

@@ -74,7 +74,7 @@ class RunLog:
     def add(self, applied: AppliedUpdate) -> list[MicroBatchMetrics]:
         """Records an update, and writes a checkpoint when one is due. Returns the update's metrics."""
         self.skipped_updates += applied.update.is_skipped
-        metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self.elapsed_s)
+        metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self._begin)
         for each in metrics:
             self._output.add(each)
         self.step, self.last = applied.update.step, metrics[-1]
