@@ -56,15 +56,15 @@ def ask(
             show_default="as the training rows word their prompts",
         ),
     ] = None,
+    base_only: Annotated[
+        bool, typer.Option("--base-only", help="Ask the base model without the adapter.")
+    ] = False,
     model: _Model = None,
     device: _Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask an adapter questions: in clear, on this machine, without workers.
-
-    Each answer is one line per question with --json, else plain text.
-    """
+    """Ask an adapter questions: in clear, on this machine, without workers."""
     _be_quiet(quiet or as_json)
     questions = [line.strip() for line in sys.stdin if line.strip()] if question == "-" else [question]
     if not questions:
@@ -77,6 +77,7 @@ def ask(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        base_only=base_only,
         device=device,
     )
     for asked, answer in zip(questions, answers, strict=True):

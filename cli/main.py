@@ -85,6 +85,7 @@ def main() -> None:
         "kombu",
         "amqp",
         "transformers",
+        "gguf",
         "huggingface_hub",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)

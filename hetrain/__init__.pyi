@@ -21,9 +21,13 @@ __all__ = [
     "OutsourcingConfig",
     "TrainingConfig",
     "__version__",
+    "ask",
     "doctor",
     "evaluate",
+    "export_gguf",
     "finetune",
+    "merge",
     "plan",
     "prepare",
+    "report",
 ]

@@ -265,6 +265,7 @@ def ask(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    base_only: bool = False,
     device: str = "cpu",
 ) -> list[str]:
     """Answers of an adapter, in clear on this machine, by transformers and peft.
@@ -278,6 +279,7 @@ def ask(
         max_new_tokens: the most tokens of an answer.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         seed: of the draws.
+        base_only: ask the base model without the adapter, with the same prompts.
         device: as of `merge`.
 
     Raises:
@@ -288,7 +290,9 @@ def ask(
 
     how = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     respondent = Respondent(Path(adapter), model, prompt_template, device)
-    return respondent.answer([questions] if isinstance(questions, str) else questions, how)
+    return respondent.answer(
+        [questions] if isinstance(questions, str) else questions, how, adapted=not base_only
+    )
 
 
 def report(output_dir: str | PathLike[str], output: str | PathLike[str] | None = None) -> Path:

@@ -21,7 +21,7 @@ from hetrain.train.records import evaluated_dataset
 LOSS_BOUNDS: Mapping[str, float] = MappingProxyType({"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2})
 """Largest difference of two mean losses in nats, by the type of the exported weights.
 
-About ten times what SmolLM2-135M shows on its handbook; a wrong matrix costs whole nats.
+Five to ten times what SmolLM2-135M showed on rows of the handbook.
 """
 _TOKENS_AT_ONCE = 2048
 

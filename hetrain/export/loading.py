@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,11 +89,13 @@ def load_adapted(source: AdapterSource, device: str = "cpu") -> PeftModel:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars of transformers, which draws one for every file."""
+    """Without the progress bars of transformers, and its warning of a method that peft calls."""
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            yield
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()

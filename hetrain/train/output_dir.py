@@ -95,6 +95,9 @@ class OutputDirectory:
                 remove_checkpoint(self.path, step)
         for leftover in self.path.glob(".checkpoint-*"):  # left by a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        if not self._keep:
+            for name in ("evaluations.jsonl", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines() if self._keep and metrics.exists() else []
         kept = [

@@ -153,13 +153,16 @@ class _Scale:
 
     def axes(self, x_name: str, y_name: str) -> str:
         parts = []
-        for tick in ticks(self.bottom, self.top):
+        y_ticks = ticks(self.bottom, self.top)
+        if self.bottom == 0 and self.top >= 1:  # counts
+            y_ticks = [tick for tick in y_ticks if tick == round(tick)]
+        for tick in y_ticks:
             y = self.y(tick)
             parts.append(
                 f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<text class="dim" text-anchor="end" x="{_LEFT - 8}" y="{y + 4:.1f}">{_number(tick)}</text>'
             )
-        for tick in ticks(self.left, self.right, 8):
+        for tick in (tick for tick in ticks(self.left, self.right, 8) if tick == round(tick)):
             parts.append(
                 f'<text class="dim" text-anchor="middle" x="{self.x(tick):.1f}" '
                 f'y="{HEIGHT - _BOTTOM + 16}">{_number(tick)}</text>'
@@ -178,7 +181,7 @@ def _draw(series: Series, scale: _Scale) -> str:
     if series.style == "line" and len(places) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         return f'<polyline class="s{series.colour}" points="{path}"/>'
-    radius = {"dots": 2, "marks": 5}.get(series.style, 3)
+    radius = {"dots": 2.5, "marks": 5.5}.get(series.style, 3)
     return "".join(
         f'<circle class="f{series.colour} {series.style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
         f"<title>{escape(series.label)}: {point[1]:.4g} at {point[0]:.6g}</title></circle>"

@@ -25,7 +25,7 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 8px; 
 p, ul { margin: 0 0 10px; } ul { padding-left: 20px; }
 section { margin: 28px 0 0; padding-top: 20px; border-top: 1px solid var(--grid); }
 .dim { color: var(--dim); fill: var(--dim); } svg .dim, svg text { font-size: 12px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
   margin: 18px 0 0; }
 .tiles div { background: var(--card); border-radius: 6px; padding: 10px 12px; }
 .tiles dt { color: var(--dim); font-size: 12px; } .tiles dd { margin: 0; font-size: 19px; }
@@ -63,7 +63,7 @@ def page(run: RunRecord) -> str:
     """The page's HTML."""
     title = f"{run.job.get('base_model', run.job['model'])}, {run.job['status']}"
     body = "".join(_section(each) for each in sections(run))
-    origin = f"{run.job['dataset']}, hetrain {run.job['hetrain']}, engine {run.job['engine']}"
+    origin = f"{Path(run.job['dataset']).name}, hetrain {run.job['hetrain']}, engine {run.job['engine']}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}{_COLOURS}</style></head><body>'
@@ -85,8 +85,9 @@ def _tiles(run: RunRecord) -> str:
         ("time", f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"),
         ("loss, first to last", f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "none"),
         ("last evaluation", f"{evaluated[-1]:.3f}" if evaluated else "none"),
-        ("verified", f"{run.total('products'):,.0f} products"),
-        ("rejected", f"{run.total('rejected'):.0f} results"),
+        ("workers", str(len(run.names("workers")))),
+        ("verified products", f"{run.total('products'):,.0f}"),
+        ("rejected results", f"{run.total('rejected'):,.0f}"),
     ]
     tiles = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in figures)
     return f'<dl class="tiles">{tiles}</dl>'
