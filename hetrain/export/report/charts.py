@@ -117,12 +117,11 @@ def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> str:
             f'<line class="grid" x1="{_NAME_WIDTH}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>'
         )
         step = width / len(lane.busy)
-        parts += [
-            f'<rect class="f{lane.colour}" x="{_NAME_WIDTH + step * at:.1f}" width="{step:.2f}" '
-            f'y="{bottom - busy * (_LANE - 12):.1f}" height="{busy * (_LANE - 12):.1f}"/>'
+        outline = "".join(
+            f"V{bottom - busy * (_LANE - 12):.1f}H{_NAME_WIDTH + step * (at + 1):.1f}"
             for at, busy in enumerate(lane.busy)
-            if busy > 0.005
-        ]
+        )
+        parts.append(f'<path class="f{lane.colour}" d="M{_NAME_WIDTH},{bottom}{outline}V{bottom}Z"/>')
         parts += [
             f'<text class="alarm" x="{_NAME_WIDTH + width * at / seconds:.1f}" y="{bottom - 20}">✕'
             "<title>a result was rejected</title></text>"

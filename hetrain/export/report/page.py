@@ -25,14 +25,14 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 8px; 
 p, ul { margin: 0 0 10px; } ul { padding-left: 20px; }
 section { margin: 28px 0 0; padding-top: 20px; border-top: 1px solid var(--grid); }
 .dim { color: var(--dim); fill: var(--dim); } svg .dim, svg text { font-size: 12px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 10px;
   margin: 18px 0 0; }
 .tiles div { background: var(--card); border-radius: 6px; padding: 10px 12px; }
 .tiles dt { color: var(--dim); font-size: 12px; } .tiles dd { margin: 0; font-size: 19px; }
 svg { display: block; width: 100%; height: auto; margin: 6px 0; } svg text { fill: var(--ink); }
 svg text.dim { fill: var(--dim); } svg text.alarm { fill: var(--alarm); font-weight: bold; }
 .grid { stroke: var(--grid); } polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
-circle.dots { opacity: .55; } circle.marks { stroke: var(--ground); stroke-width: 1.5; }
+circle.dots { opacity: .75; } circle.marks { stroke: var(--ground); stroke-width: 1.5; }
 .legend span { margin-right: 14px; } .legend .key { margin-right: 6px; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px; }
 table { border-collapse: collapse; width: 100%; } td { padding: 4px 10px 4px 0; vertical-align: top;

@@ -15,7 +15,7 @@ from hetrain.train.records import Record, RunRecord
 
 _BINS = 240
 _MOST_DOTS = 2000
-_SMOOTHING = 0.8
+_SHORT_RUN = 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _loss(run: RunRecord) -> Section:
     dots = [(r["step"], r["loss"]) for r in run.micro_batches if r.get("loss") is not None]
     series = [
         Series("micro-batch", dots[:: len(dots) // _MOST_DOTS + 1], "dots", 2),
-        Series("mean of each update, smoothed", _smoothed(_by_update(dots)), "line", 1),
+        Series("mean of each update", _smoothed(_by_update(dots)), "line", 1),
     ]
     evaluated = [r for r in run.evaluations if r.get("step") is not None and r.get("loss") is not None]
     for colour, (name, records) in enumerate(_grouped(evaluated), start=3):
@@ -93,8 +93,8 @@ def _time(run: RunRecord) -> Section:
     ]
     shares = [Share(name, value, f"{value:.1f} s", colour) for colour, (name, value) in enumerate(parts, 1)]
     text = (
-        f"<p>Seconds of all micro-batches added up: {total['seconds']:.0f} in {_duration(run):.0f} s of "
-        "training, since several are under way at once.</p>"
+        f"<p>Seconds of all micro-batches added up: {total['seconds']:.0f}, in {_duration(run):.0f} s of "
+        "training; several may be under way at once.</p>"
     )
     return Section("Where time went", text, stacked_bar("Where time went", shares))
 
@@ -158,10 +158,11 @@ def _by_update(points: Iterable[Point], combine: Any = None) -> list[Point]:
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average without the bias of its start."""
+    """Exponential moving average without the bias of its start; of a short run, the points themselves."""
     mean, weight, smooth = 0.0, 0.0, []
+    kept = min(max(1 - _SHORT_RUN / max(len(points), 1), 0.0), 0.9)
     for x, y in points:
-        mean, weight = _SMOOTHING * mean + (1 - _SMOOTHING) * y, _SMOOTHING * weight + 1 - _SMOOTHING
+        mean, weight = kept * mean + (1 - kept) * y, kept * weight + 1 - kept
         smooth.append((x, mean / weight))
     return smooth[:: len(smooth) // _MOST_DOTS + 1]
 
