@@ -10,7 +10,7 @@ RESULTS := benchmarks/results
 # together at first, and a process that has nothing left takes tests from the others.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: venv compiler chromium demo check test test-all lint docs wheel screenshot gpu-check bench bench-learning clean
+.PHONY: venv compiler chromium demo check test test-all lint docs wheel screenshot report-screenshot gpu-check bench bench-learning clean
 
 venv: $(READY)
 
@@ -70,6 +70,12 @@ wheel: venv
 # The picture of docs/monitoring.md.
 screenshot: venv chromium
 	HETRAIN_SCREENSHOT=docs/flower.png $(BIN)/python -m pytest tests/integration/test_flower.py
+
+# The picture of docs/after-training.md, of the run of `make demo`.
+report-screenshot: venv chromium
+	$(BIN)/hetrain report out/demo
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=900,2640 \
+		--screenshot=docs/report.png "file://$(CURDIR)/out/demo/report.html"
 
 # Needs a CUDA device: the worker's kernels, epilogue and engines, compared exactly with plain integers on it. The same
 # tests run on the CPU in `make check`.

@@ -59,6 +59,7 @@ def _root(
 
 def add_commands() -> None:
     """Adds the sub-commands to `app`, which imports what they need."""
+    from cli.adapter import ask, export, merge, report
     from cli.cache import cache
     from cli.doctor import doctor
     from cli.evaluate import evaluate
@@ -69,6 +70,10 @@ def add_commands() -> None:
 
     app.command("submit")(submit)
     app.command("eval")(evaluate)
+    app.command("ask")(ask)
+    app.command("merge")(merge)
+    app.command("export")(export)
+    app.command("report")(report)
     app.command("plan")(plan)
     app.command("prepare")(prepare)
     app.command("doctor")(doctor)
@@ -98,6 +103,7 @@ def main() -> None:
         "kombu",
         "amqp",
         "transformers",
+        "gguf",
         "huggingface_hub",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)

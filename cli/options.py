@@ -89,7 +89,15 @@ def as_options(text: str) -> str:
 
 @cache
 def _option_names() -> dict[str, str]:
-    return {
+    own = (
+        "dtype",
+        "check",
+        "prompt_template",
+        "max_new_tokens",
+        "temperature",
+        "batch_size",
+    )  # of cli.adapter
+    return {name: f"--{name.replace('_', '-')}" for name in own} | {
         setting.name: setting.name.upper()
         if setting.default is MISSING
         else _flags(config, setting, kind)[0].partition("/")[0]

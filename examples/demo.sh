@@ -9,8 +9,6 @@ echo "== Products with masks, once for this model"
 hetrain prepare smollm2-135m
 echo "== Before training: evaluation loss, encrypted"
 hetrain eval handbook_eval.jsonl
-echo "== Before training: three questions"
-python ask.py
 
 echo "== Training on handbook.jsonl, encrypted in both directions"
 hetrain submit handbook.jsonl --output-dir "$OUT" --overwrite-output-dir \
@@ -18,5 +16,7 @@ hetrain submit handbook.jsonl --output-dir "$OUT" --overwrite-output-dir \
 
 echo "== After training: evaluation loss, encrypted"
 hetrain eval handbook_eval.jsonl --adapter "$OUT"
-echo "== After training: the same questions"
-python ask.py "$OUT"
+echo "== The loss curve, and where time and bytes went"
+hetrain report "$OUT"
+echo "== Every question of handbook_eval.jsonl, which the training rows ask in other words; in clear, here"
+python handbook_table.py "$OUT"

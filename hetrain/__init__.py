@@ -16,8 +16,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_FUNCTIONS = (
+    "finetune",
+    "evaluate",
+    "prepare",
+    "plan",
+    "doctor",
+    "merge",
+    "export_gguf",
+    "ask",
+    "report",
+    "cache",
+)
+
 # By name, not by an import statement: a worker imports this package too, and has neither of these modules.
-_HOMES = dict.fromkeys(("finetune", "evaluate", "prepare", "plan", "doctor", "cache"), "hetrain.api")
+_HOMES = dict.fromkeys(_FUNCTIONS, "hetrain.api")
 _HOMES |= dict.fromkeys(
     (
         "DataConfig",

@@ -1,9 +1,13 @@
+from hetrain.api import ask as ask
 from hetrain.api import cache as cache
 from hetrain.api import doctor as doctor
 from hetrain.api import evaluate as evaluate
+from hetrain.api import export_gguf as export_gguf
 from hetrain.api import finetune as finetune
+from hetrain.api import merge as merge
 from hetrain.api import plan as plan
 from hetrain.api import prepare as prepare
+from hetrain.api import report as report
 from hetrain.config import BatchingConfig as BatchingConfig
 from hetrain.config import ComparisonConfig as ComparisonConfig
 from hetrain.config import DataConfig as DataConfig
@@ -22,10 +26,14 @@ __all__ = [
     "TrainingConfig",
     "TrainingDataConfig",
     "__version__",
+    "ask",
     "cache",
     "doctor",
     "evaluate",
+    "export_gguf",
     "finetune",
+    "merge",
     "plan",
     "prepare",
+    "report",
 ]

@@ -7,9 +7,9 @@ backward  dx = dy·W + that of the adapter     dy·W on the worker, the gradient
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Protocol
 
@@ -31,7 +31,8 @@ from hetrain.transport.channel import Channel, Reply
 class ProductStats:
     """What one replica's remote products have cost since the last `reset`: seconds, bytes, and on what.
 
-    `wait_s` includes `verify_s`. `rejected` counts results that were refused.
+    `wait_s` includes `verify_s`. `products` counts those that were verified and opened, `rejected` results
+    that were refused, of `rejected_workers`. `workers` maps those that computed to the seconds of it.
     """
 
     encrypt_s: float = 0.0
@@ -41,20 +42,28 @@ class ProductStats:
     server_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    products: int = 0
     rejected: int = 0
+    rejected_workers: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    workers: Mapping[str, float] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Sets all to zero."""
-        for field in fields(self):
-            setattr(self, field.name, field.default)
+        for each in fields(self):
+            setattr(self, each.name, {} if each.default is MISSING else each.default)
 
     def add(self, reply: Reply) -> None:
-        """Counts one reply's bytes, seconds of computing, and devices."""
+        """Counts one verified reply: its bytes, seconds of computing, devices and workers."""
+        self.products += 1
         self.server_s += reply.server_s
         self.bytes_up += reply.bytes_up
         self.bytes_down += reply.bytes_down
         self.devices = tuple(sorted({*self.devices, *reply.devices}))
+        workers = dict(self.workers)  # a new one: copies of these figures share the old
+        for part in reply.parts:
+            workers[part.worker] = workers.get(part.worker, 0.0) + part.seconds
+        self.workers = workers
 
 
 @dataclass
@@ -118,8 +127,9 @@ class RemoteMatmul:
         begin = time.perf_counter()
         try:
             sealed.opening.check(part)
-        except ResultRejected:
+        except ResultRejected as error:
             self.stats.rejected += 1
+            self.stats.rejected_workers = tuple(sorted({*self.stats.rejected_workers, *error.workers}))
             raise
         finally:
             self.stats.verify_s += time.perf_counter() - begin

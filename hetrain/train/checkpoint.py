@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -200,14 +199,6 @@ def remove_checkpoint(output_dir: Path, step: int) -> None:
     shutil.rmtree(stale, ignore_errors=True)
     path.rename(stale)
     shutil.rmtree(stale, ignore_errors=True)
-
-
-def write_adapter(model: PeftModel, base_reference: str, values: Tensors, directory: Path) -> None:
-    """Writes an adapter as stock peft reads it, `values` being its parameters by name in `model`."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = base_reference
-    # The embeddings are never trained; by default peft looks for the base model on the hub.
-    model.save_pretrained(str(directory), state_dict=dict(values), save_embedding_layers=False)
 
 
 def _write_sums(directory: Path) -> None:

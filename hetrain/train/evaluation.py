@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 
 from peft import PeftModel
@@ -16,10 +14,12 @@ from hetrain.config import DEFAULT_MODEL, BatchingConfig, EvaluationSpec, LoraCo
 from hetrain.data.dataset import RawRow
 from hetrain.data.packing import MicroBatch, micro_batches, pack
 from hetrain.data.tokenization import Row, tokenize_rows
+from hetrain.nn.adapter_files import base_model_of
 from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
-from hetrain.public.errors import Interrupted, UsageError
+from hetrain.public.errors import Interrupted
 from hetrain.train.hints import OnPrepare, ignore_progress
+from hetrain.train.records import add_evaluation
 from hetrain.train.session import Session, open_base, open_session
 from hetrain.train.step import run_evaluation, share_cores, step_threads
 
@@ -55,7 +55,7 @@ def evaluate(
         HetrainError: whatever goes wrong; all rows are tokenized before anything starts.
     """
     batching, adapter = spec.batching, spec.adapter
-    base = open_base(spec.model or (_base_model_of(adapter) if adapter else DEFAULT_MODEL))
+    base = open_base(spec.model or (base_model_of(adapter) if adapter else DEFAULT_MODEL))
     rows = tokenize_rows(raw_rows, base.tokenizer, batching.longest_row, spec.data)
     with open_session(
         base,
@@ -73,9 +73,12 @@ def evaluate(
             else add_adapter(session.split, LoraConfig(r=1, alpha=1), 0)
         )
         try:
-            return evaluate_rows(session, adapted, rows, batching)
+            evaluation = evaluate_rows(session, adapted, rows, batching)
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
+    if adapter:
+        add_evaluation(adapter, spec.dataset, asdict(evaluation))
+    return evaluation
 
 
 def evaluate_rows(
@@ -95,19 +98,6 @@ def evaluate_rows(
     loss = total / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, perplexity, targets, sum(batch.n_tokens for batch in batches), seconds)
-
-
-def _base_model_of(adapter: Path) -> str:
-    """The base model that an adapter names."""
-    try:
-        name = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            "no adapter_config.json there that names a base model",
-            where=str(adapter),
-            hint="give the output directory of a training job, or `model`",
-        ) from error
-    return str(name)
 
 
 def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_flight: int) -> list[float]:

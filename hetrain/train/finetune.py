@@ -17,11 +17,15 @@ import hetrain
 from hetrain.config import JobSpec, TrainingConfig
 from hetrain.data.dataset import JobRows
 from hetrain.data.packing import MicroBatch, epochs
+from hetrain.data.prompts import prompt_template
 from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.data.updates import count_updates
+from hetrain.nn.adapter_files import write_adapter
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.disk import reason_of
 from hetrain.public.errors import DatasetError, Interrupted, StorageError, UsageError
+from hetrain.public.model.files import public_name
+from hetrain.secret.protection import protection_of
 from hetrain.train.checkpoint import (
     Checkpoint,
     Identity,
@@ -29,13 +33,14 @@ from hetrain.train.checkpoint import (
     checkpoint_steps,
     find_checkpoint,
     rows_digest,
-    write_adapter,
 )
 from hetrain.train.evaluation import Evaluation, evaluate_rows
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
+from hetrain.train.model_card import model_card
 from hetrain.train.output_dir import OutputDirectory
+from hetrain.train.records import add_evaluation, read_run
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals
@@ -202,7 +207,7 @@ def _run(
     updater = Updater(adapter_parameters(model), config, total_steps)
     if checkpoint is not None:
         checkpoint.restore(updater)
-    writer = partial(write_adapter, model, job.base.reference)
+    writer = partial(write_adapter, model, public_name(spec.model), job.base.tokenizer)
     run_log = RunLog(output, updater, writer, identity, config, total_steps, checkpoint)
     description = _describe(job, session)
     _write_job(output, description | {"status": "running"})
@@ -235,6 +240,8 @@ def _run(
             status = "failed"
         end = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
         _write_job(output, description | end)
+        if run_log.last is not None:
+            _write_card(output)
     if problem := failure or lost:
         raise _stored_in_part(problem, run_log.step, output.path, has_adapter=lost is None)
     if run_log.last is None:
@@ -256,8 +263,17 @@ def _run(
     if not job.held_out:
         return result
     evaluation = evaluate_rows(session, model, job.held_out, config)
-    _write_job(output, description | end | {"evaluation": asdict(evaluation)})
+    figures = asdict(evaluation)
+    _write_job(output, description | end | {"evaluation": figures})
+    add_evaluation(output.path, spec.data.eval_dataset or ("validation split",), figures)
     return replace(result, evaluation=evaluation)
+
+
+def _write_card(output: OutputDirectory) -> None:
+    try:
+        output.write_card(model_card(read_run(output.path)))
+    except (OSError, UsageError) as error:
+        _log.warning("the model card cannot be written: %s", error)
 
 
 def _write_job(output: OutputDirectory, job: Mapping[str, object]) -> None:
@@ -302,10 +318,18 @@ def _describe(job: _PreparedJob, session: Session) -> dict[str, object]:
     return {
         "hetrain": hetrain.__version__,
         "model": spec.model,
+        "model_path": str(job.base.files.directory.resolve())
+        if Path(spec.model).expanduser().is_dir()
+        else None,
+        "base_model": public_name(spec.model),
+        "prompt": asdict(prompt_template(job.rows, job.base.tokenizer)),
         "dataset": list(spec.dataset),
         "engine": spec.outsourcing.engine,
         "broker": "embedded" if spec.workers is None else "given",
         "device": spec.device,
+        "protection": asdict(
+            protection_of(spec.outsourcing.engine, session.split.plan, spec.outsourcing.verify_rows)
+        ),
         "plan_digest": session.split.plan.digest,
         "worker": {"name": session.worker.worker, "device": session.worker.device},
         "total_steps": job.total_steps,

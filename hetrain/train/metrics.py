@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from hetrain.train.loop import AppliedUpdate
@@ -18,8 +20,10 @@ class MicroBatchMetrics:
     an update is not, and `loss` may be NaN. `loss` is the mean over its `targets` supervised tokens;
     `staleness` counts the updates between its snapshot and its own. Times are seconds of this micro-batch:
     `wait_s` from the first byte sent to the last received and verified, `server_s` workers' computing and
-    `verify_s` verification within it; `elapsed_s` since training began. `rejected` counts results that failed
-    verification. `devices` are those that workers report.
+    `verify_s` verification within it; since training began, `begin_s` to its start and `elapsed_s` to its
+    update. `products` counts results that were verified, `rejected` those that failed verification, which
+    `rejected_workers` had computed. `devices` are those that workers report, `workers` their seconds of
+    computing by name.
     """
 
     step: int
@@ -38,11 +42,15 @@ class MicroBatchMetrics:
     verify_s: float
     decrypt_s: float
     server_s: float
+    products: int
     rejected: int
+    rejected_workers: tuple[str, ...]
     devices: tuple[str, ...]
+    workers: Mapping[str, float]
     staleness: int
     learning_rate: float
     grad_norm: float
+    begin_s: float
     elapsed_s: float
 
     def record(self) -> dict[str, object]:
@@ -61,14 +69,29 @@ class MicroBatchMetrics:
 
 
 def metrics_of(
-    applied: AppliedUpdate, total_steps: int, skipped_updates: int, elapsed_s: float
+    applied: AppliedUpdate, total_steps: int, skipped_updates: int, since: float
 ) -> list[MicroBatchMetrics]:
-    """The metrics of each micro-batch of an update."""
-    return [_of(applied, result, total_steps, skipped_updates, elapsed_s) for result in applied.results]
+    """The metrics of each micro-batch of an update that was made now.
+
+    Args:
+        applied: the update.
+        total_steps: see `MicroBatchMetrics`.
+        skipped_updates: see `MicroBatchMetrics`.
+        since: when training began, as `time.perf_counter` counts.
+    """
+    elapsed_s = time.perf_counter() - since
+    return [
+        _of(applied, result, total_steps, skipped_updates, since, elapsed_s) for result in applied.results
+    ]
 
 
 def _of(
-    applied: AppliedUpdate, result: StepResult, total_steps: int, skipped_updates: int, elapsed_s: float
+    applied: AppliedUpdate,
+    result: StepResult,
+    total_steps: int,
+    skipped_updates: int,
+    since: float,
+    elapsed_s: float,
 ) -> MicroBatchMetrics:
     update, batch = applied.update, result.batch
     return MicroBatchMetrics(
@@ -85,5 +108,6 @@ def _of(
         staleness=result.staleness,
         learning_rate=update.learning_rate,
         grad_norm=update.grad_norm,
+        begin_s=result.begin - since,
         elapsed_s=elapsed_s,
     )

@@ -88,6 +88,10 @@ class OutputDirectory:
         """Replaces job.json. Raises `OSError`."""
         self._replace("job.json", json.dumps(job, indent=2, default=str) + "\n")
 
+    def write_card(self, text: str) -> None:
+        """Replaces README.md, the adapter's model card."""
+        self._replace("README.md", text)
+
     def save_adapter(self, write: Callable[[Path], None]) -> None:
         """Moves the files that `write` makes into this directory, the adapter's weights last.
 
@@ -131,6 +135,9 @@ class OutputDirectory:
         for step in checkpoint_steps(self.path):
             if step > (self._keep or 0):
                 remove_checkpoint(self.path, step)
+        if not self._keep:
+            for name in ("evaluations.jsonl", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").splitlines() if self._keep and metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= (self._keep or 0)]

@@ -97,7 +97,7 @@ class RunLog:
             StorageError: something cannot be written, now or after the wait.
         """
         self.skipped_updates += applied.update.is_skipped
-        metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self.elapsed_s)
+        metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self._begin)
         self.step, self.last = applied.update.step, metrics[-1]
         self.tokens += sum(each.tokens for each in metrics)
         self.rejected += sum(each.rejected for each in metrics)

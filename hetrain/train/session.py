@@ -48,12 +48,6 @@ class BaseModelFiles:
     files: ModelFiles
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def reference(self) -> str:
-        """What `from_pretrained` takes to find the same base model: a directory, or the hub id as given."""
-        local = Path(self.name_or_path).expanduser().is_dir() or "/" not in self.name_or_path
-        return str(self.files.directory.resolve()) if local else self.name_or_path
-
 
 def open_base(name_or_path: str) -> BaseModelFiles:
     """Finds the model and loads its tokenizer.

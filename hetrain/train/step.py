@@ -30,6 +30,7 @@ class StepResult:
         staleness: updates between its snapshot and its own update.
         summed_loss: Σ −log p over its targets; NaN if the forward pass met a value that is not finite.
         gradients: of `summed_loss`, by adapter parameter; None if it, or a value to encrypt, is not finite.
+        begin: when it began, as `time.perf_counter` counts.
         seconds: wall time.
         stats: what its remote products cost.
     """
@@ -38,6 +39,7 @@ class StepResult:
     staleness: int
     summed_loss: float
     gradients: Tensors | None
+    begin: float
     seconds: float
     stats: ProductStats
 
@@ -87,6 +89,7 @@ def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int)
         staleness=snapshot.staleness,
         summed_loss=summed_loss,
         gradients=gradients,
+        begin=begin,
         seconds=time.perf_counter() - begin,
         stats=copy.copy(replica.stats),
     )

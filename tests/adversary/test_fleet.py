@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -107,7 +108,7 @@ def submit(model: Path, scratch: Path, name: str, *arguments: object) -> Complet
     )  # fmt: skip
 
 
-def metrics(scratch: Path, name: str) -> list[dict[str, float]]:
+def metrics(scratch: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -142,7 +143,10 @@ def test_beside_an_honest_worker_a_bad_one_changes_nothing(
         return
     assert "no result of worker liar@host is accepted any more" in text
     if kind not in {"long", "oversized", "undersized"}:  # these are not even downloaded
-        assert sum(line["rejected"] for line in metrics(tmp_path, "out")) > 0
+        lines = metrics(tmp_path, "out")
+        assert sum(line["rejected"] for line in lines) > 0
+        assert {name for line in lines for name in line["rejected_workers"]} == {"liar@host"}
+        assert "| workers rejected | liar@host |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_liar_with_a_new_name_for_each_answer_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def accepted_error(rows: int) -> float:
     return 2 * DEVIATIONS * math.sqrt(rows / 12) * MODULUS / (1 << RESULT_BITS)
 
 
+def noise_bound(norms: Norms, rows: int) -> float:
+    """The largest |error| of a result of so many rows: noise, roundings and what verification accepts."""
+    return OPERAND_ERROR * norms.l1 + RESULT_ERROR + accepted_error(rows)
+
+
 def operand_bound(norms: Norms, rows: int) -> OperandBound:
     """The bound for a matrix of so many rows W_j: no result that passes verification has wrapped.
 
@@ -49,7 +54,7 @@ def operand_bound(norms: Norms, rows: int) -> OperandBound:
     Raises:
         ParameterError: the matrix is so large that fewer than 8 bits would be left.
     """
-    room = MODULUS / 2 - RESULT_ERROR - accepted_error(rows) - OPERAND_ERROR * norms.l1
+    room = MODULUS / 2 - noise_bound(norms, rows)
     largest = int(room // max(norms.l1, 1))
     if largest < MIN_LEVELS:
         raise ParameterError(

@@ -78,6 +78,18 @@ def label_of(name_or_path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-._") or "model"
 
 
+def public_name(name_or_path: str) -> str:
+    """What others call a model: its hub id where it has one, else its label. Never a path of this machine."""
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        alias = ALIASES.get(name_or_path)
+        return name_or_path if alias is None else alias.hub_id
+    # A snapshot in the hub's cache: models--ORGANISATION--NAME/snapshots/COMMIT.
+    cached = [re.fullmatch(r"models--(.+?)--(.+)", part) for part in path.resolve().parts]
+    match = next((each for each in reversed(cached) if each), None)
+    return f"{match[1]}/{match[2]}" if match else label_of(name_or_path)
+
+
 def resolve(name_or_path: str) -> ModelFiles:
     """Finds a model's directory, converting or downloading it on first use.
 

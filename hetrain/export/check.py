@@ -1,0 +1,133 @@
+"""The self-check of an export: its loss on held-out rows is the trained adapter's, within a stated bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from hetrain.config import BatchingConfig, DataConfig
+from hetrain.data.packing import IGNORE_INDEX
+from hetrain.data.tokenization import Row, read_rows
+from hetrain.nn.adapter_files import read_job
+from hetrain.public.errors import ModelError
+from hetrain.train.records import evaluated_dataset
+
+LOSS_BOUNDS: Mapping[str, float] = MappingProxyType({"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2})
+"""Largest difference of two mean losses in nats, by the type of the exported weights.
+
+Five to ten times what SmolLM2-135M showed on rows of the handbook.
+"""
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class LossCheck:
+    """Mean losses per target over the same rows, in clear: of the trained adapter and of its export."""
+
+    dataset: Path
+    rows: int
+    trained: float
+    exported: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether they differ by `bound` at most; false if one is not finite."""
+        return abs(self.trained - self.exported) <= self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"loss on {self.rows} rows of {self.dataset}: trained {self.trained:.5f}, "
+            f"exported {self.exported:.5f}, apart by at most {self.bound}"
+        )
+
+    def require(self) -> None:
+        """Raises `ModelError` unless it holds."""
+        if not self.holds:
+            raise ModelError(
+                f"the export is not the trained adapter, and was not kept: its loss is {self.exported:.5f}, "
+                f"that of the adapter {self.trained:.5f}, more than {self.bound} apart",
+                where=str(self.dataset),
+                hint="choose a more exact type; if it is float32, report it as a fault",
+            )
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Rows to check with."""
+
+    dataset: Path
+    rows: Sequence[Row]
+
+    def compare(self, trained: float, exported: float, dtype: str) -> LossCheck:
+        """The check of two losses. Raises `ModelError` when it fails."""
+        check = LossCheck(self.dataset, len(self.rows), trained, exported, LOSS_BOUNDS[dtype])
+        check.require()
+        return check
+
+
+def held_out_rows(
+    given: Path | None, adapter: Path, tokenizer: PreTrainedTokenizerBase
+) -> HeldOutRows | None:
+    """The rows of the data set `given`, or else of the last one that the adapter was evaluated on.
+
+    Returns:
+        None when neither is there.
+
+    Raises:
+        DatasetError: they cannot be read.
+    """
+    dataset = given or evaluated_dataset(adapter)
+    if dataset is None:
+        return None
+    config = data_config(read_job(adapter))
+    return HeldOutRows(dataset, read_rows(dataset, tokenizer, BatchingConfig().longest_row, config))
+
+
+def data_config(job: Mapping[str, Any]) -> DataConfig:
+    """Which columns a run learned, from its job.json; the defaults for an adapter of elsewhere."""
+    recorded: Mapping[str, Any] = job.get("data") or {}
+    return DataConfig(
+        **{each.name: recorded[each.name] for each in fields(DataConfig) if each.name in recorded}
+    )
+
+
+@torch.inference_mode()
+def mean_loss(model: nn.Module, rows: Sequence[Row], device: str) -> float:
+    """Mean −log p over the targets of all rows, with the model's own forward pass."""
+    total, targets = 0.0, 0
+    for batch in _batches(rows):
+        width = max(len(row.tokens) for row in batch)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        labels = torch.full_like(tokens, IGNORE_INDEX)
+        for index, row in enumerate(batch):
+            length = len(row.tokens)
+            tokens[index, :length] = torch.tensor(row.tokens)
+            mask[index, :length] = 1
+            labels[index, :length] = torch.where(
+                torch.tensor(row.supervised), tokens[index, :length], IGNORE_INDEX
+            )
+        logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits.float()
+        predicted, expected = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(device)
+        total += float(cross_entropy(predicted, expected, ignore_index=IGNORE_INDEX, reduction="sum"))
+        targets += int((expected != IGNORE_INDEX).sum())
+    return total / targets
+
+
+def _batches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of similar lengths together, as many as fit when all are as long as the longest."""
+    batches: list[list[Row]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row.tokens)):
+        if (len(batches[-1]) + 1) * len(row.tokens) > _TOKENS_AT_ONCE and batches[-1]:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

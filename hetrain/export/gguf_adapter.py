@@ -1,0 +1,164 @@
+"""An adapter as llama.cpp reads it: one GGUF file with A and B of every matrix.
+
+y += (alpha / r)·B·A·x with ``adapter.lora.alpha`` and r = the columns of B; A is [r, in], B is [out, r].
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+
+from hetrain.export.check import held_out_rows, mean_loss
+from hetrain.export.gguf_names import TensorLayout
+from hetrain.export.loading import load_adapted, open_adapter
+from hetrain.export.merge import Export
+from hetrain.public.errors import ModelError, UsageError
+
+_PREFIX = "base_model.model."
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """The adapter of one linear: W += scale·B·A, with A [r, in] and B [out, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def delta(self) -> torch.Tensor:
+        """scale·B·A."""
+        return self.scale * (self.b @ self.a)
+
+
+def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | None, device: str) -> Export:
+    """Writes the adapter in float32, and checks the file, read back, before it gets its name.
+
+    Every matrix of the file must be that of the adapter. With rows, also the loss of the base model to which
+    the file's matrices are added.
+
+    Args:
+        adapter: see `open_adapter`.
+        output: a file that does not exist yet.
+        model: see `open_adapter`.
+        check: held-out rows; None takes those that the adapter was evaluated on last.
+        device: torch device to compute on.
+
+    Raises:
+        UsageError: `output` is there already or cannot be written, or there is no adapter.
+        UnsupportedArchitecture: the base model's layout in llama.cpp is not known.
+        ModelError: the base model cannot be loaded, or the file is not the adapter.
+        DatasetError: the rows cannot be read.
+    """
+    if output.exists():
+        raise UsageError("is there already", where=str(output), hint="choose a new file")
+    source = open_adapter(adapter, model)
+    held_out = held_out_rows(check, adapter, source.tokenizer())
+    adapted = load_adapted(source, device)
+    layout = TensorLayout(adapted.config.get_text_config())
+    trained = mean_loss(adapted, held_out.rows, device) if held_out else 0.0
+    scratch = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
+        os.close(handle)
+        scratch = Path(name)
+        pairs = pairs_of(adapted)
+        write_pairs(scratch, pairs, layout)
+        read = read_pairs(scratch, list(pairs), layout)
+        _require_same(pairs, read)
+        result = None
+        if held_out:
+            _add_to_base(adapted, read)
+            with adapted.disable_adapter():
+                exported = mean_loss(adapted, held_out.rows, device)
+            result = held_out.compare(trained, exported, "float32")
+        scratch.chmod(0o644)
+        os.replace(scratch, output)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(output)) from error
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+    return Export(output, "float32", result)
+
+
+def pairs_of(adapted: PeftModel) -> dict[str, LoraPair]:
+    """The adapter's matrices by the name of their linear in the base model."""
+    pairs = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, PeftLinear):
+            (active,) = module.active_adapters
+            pairs[name.removeprefix(_PREFIX)] = LoraPair(
+                module.lora_A[active].weight.detach().float().cpu(),
+                module.lora_B[active].weight.detach().float().cpu(),
+                float(module.scaling[active]),
+            )
+    return pairs
+
+
+def write_pairs(path: Path, pairs: Mapping[str, LoraPair], layout: TensorLayout) -> None:
+    """Writes a LoRA GGUF. The file has one alpha for all: where ranks or scales differ, B takes the rest."""
+    first = next(iter(pairs.values()))
+    alpha = first.scale * len(first.a)
+    writer = gguf.GGUFWriter(path, layout.architecture.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for module, pair in pairs.items():
+        b = layout.rows_to_gguf(module, pair.b) * (pair.scale * len(pair.a) / alpha)
+        name = layout.name(module)
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(pair.a.numpy()))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dict[str, LoraPair]:
+    """The matrices of a LoRA GGUF for these linears, rows in transformers' order.
+
+    Raises:
+        ModelError: one is missing, or the file is no adapter of this architecture.
+    """
+    reader = gguf.GGUFReader(path)
+    kind, architecture = (
+        reader.fields[key].contents() for key in (gguf.Keys.General.TYPE, gguf.Keys.General.ARCHITECTURE)
+    )
+    if kind != gguf.GGUFType.ADAPTER or architecture != layout.architecture.name:
+        raise ModelError(f"the file is a {kind} of {architecture}", where=str(path))
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    pairs = {}
+    for module in modules:
+        name = layout.name(module)
+        try:
+            a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        except KeyError as error:
+            raise ModelError(f"the file has no tensor {error}", where=str(path)) from error
+        pairs[module] = LoraPair(a, layout.rows_from_gguf(module, b), alpha / b.shape[1])
+    return pairs
+
+
+def _require_same(pairs: Mapping[str, LoraPair], read: Mapping[str, LoraPair]) -> None:
+    for module, pair in pairs.items():
+        wanted, found = pair.delta(), read[module].delta()
+        if not torch.allclose(wanted, found, rtol=_TOLERANCE, atol=_TOLERANCE * float(wanted.abs().max())):
+            raise ModelError("the file's matrices are not the adapter's; it was not kept", where=module)
+
+
+@torch.no_grad()
+def _add_to_base(adapted: PeftModel, read: Mapping[str, LoraPair]) -> None:
+    for module, pair in read.items():
+        weight = adapted.get_submodule(f"{_PREFIX}{module}").base_layer.weight
+        weight += pair.delta().to(weight.device)

@@ -1,0 +1,113 @@
+"""What a run has recorded in its output directory, read back: for the model card and the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetrain.public.errors import UsageError
+
+METRICS_FILE, JOB_FILE, EVALUATIONS_FILE = "metrics.jsonl", "job.json", "evaluations.jsonl"
+
+Record = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's records. Keys that an older version did not write are missing.
+
+    Attributes:
+        directory: where they lie.
+        job: job.json.
+        micro_batches: the lines of metrics.jsonl.
+        evaluations: the lines of evaluations.jsonl: evaluations of this adapter, with `step` and `dataset`.
+    """
+
+    directory: Path
+    job: Record
+    micro_batches: tuple[Record, ...]
+    evaluations: tuple[Record, ...]
+
+    def total(self, key: str) -> float:
+        """The sum over the micro-batches that have a value."""
+        return sum(record.get(key) or 0 for record in self.micro_batches)
+
+    def names(self, key: str) -> list[str]:
+        """Every name in a list or mapping of the micro-batches, sorted."""
+        return sorted({name for record in self.micro_batches for name in record.get(key) or ()})
+
+
+def read_run(directory: Path) -> RunRecord:
+    """The records in a run's output directory.
+
+    Raises:
+        UsageError: there is no job.json, or a file is damaged.
+    """
+    try:
+        job = dict(json.loads((directory / JOB_FILE).read_bytes()))
+        return RunRecord(
+            directory,
+            job,
+            tuple(_lines(directory / METRICS_FILE)),
+            tuple(_lines(directory / EVALUATIONS_FILE)),
+        )
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no {Path(error.filename).name}",
+            where=str(directory),
+            hint="give the output directory of a training job",
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"the run's records cannot be read: {error}", where=str(directory)) from error
+
+
+def add_evaluation(adapter: Path, names: Sequence[str], figures: Mapping[str, object]) -> None:
+    """Appends to evaluations.jsonl of the run that made `adapter`; does nothing for an adapter of elsewhere.
+
+    That it cannot be written is a warning: the evaluation is done.
+    """
+    is_checkpoint = adapter.name.startswith("checkpoint-")
+    directory = _run_directory(adapter)
+    if not (directory / JOB_FILE).is_file():
+        return
+    try:
+        job = json.loads((directory / JOB_FILE).read_bytes())
+        step = int(adapter.name.rpartition("-")[2]) if is_checkpoint else job.get("steps")
+        dataset = [str(Path(name).resolve()) if Path(name).is_file() else name for name in names]
+        line = json.dumps({"step": step, "dataset": dataset, **figures})
+        with (directory / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except (OSError, ValueError) as error:
+        _log.warning("the evaluation could not be recorded: %s", error)
+
+
+def evaluated_dataset(adapter: Path) -> Path | None:
+    """The file of rows of the last recorded evaluation of an adapter or checkpoint that is still there."""
+    for line in reversed(list(_lines(_run_directory(adapter) / EVALUATIONS_FILE))):
+        names = line.get("dataset") or ()
+        if len(names) == 1 and Path(names[0]).is_file():
+            return Path(names[0])
+    return None
+
+
+def dataset_label(record: Record) -> str:
+    """What a reader calls the data set of a job or an evaluation: the last parts of its names."""
+    return ", ".join(Path(name).name for name in record.get("dataset") or ())
+
+
+def _run_directory(adapter: Path) -> Path:
+    return adapter.resolve().parent if adapter.name.startswith("checkpoint-") else adapter
+
+
+def _lines(path: Path) -> Iterable[Record]:
+    if not path.exists():
+        return []
+    # A run that was killed may have left half a line at the end.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [dict(json.loads(line)) for line in lines if line.endswith("}")]

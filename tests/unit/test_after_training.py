@@ -1,0 +1,109 @@
+"""Prompts that are worded as in training, names of base models, and what is made of records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hetrain.data.prompts import PromptTemplate, prompt_template
+from hetrain.data.tokenization import read_rows
+from hetrain.export.check import LossCheck
+from hetrain.export.report.charts import ticks
+from hetrain.nn.adapter_files import base_model_of
+from hetrain.public.errors import ModelError, UsageError
+from hetrain.public.model.files import public_name
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_dir)
+
+
+def template_of(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, *rows: dict[str, object]
+) -> PromptTemplate:
+    path = directory / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return prompt_template(read_rows(path, tokenizer, 512), tokenizer)
+
+
+class TestPrompts:
+    def test_strings_share_their_beginning_and_end(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        rows = [
+            {"prompt": f"Question: What is {x}?\nAnswer:", "completion": " It."} for x in ("a pig", "one")
+        ]
+        template = template_of(tmp_path, tokenizer, *rows)
+        assert template == PromptTemplate(False, "Question: ", "\nAnswer:")
+        assert template.apply("Why?", tokenizer) == "Question: Why?\nAnswer:"
+        assert template.apply("Question: Why?\nAnswer:", tokenizer) == "Question: Why?\nAnswer:"
+
+    @pytest.mark.parametrize("prompts", [["What is it?", "What was it?"], ["Why? Say: yes\nA:"] * 2])
+    def test_nothing_is_made_of_a_coincidence(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+    ) -> None:
+        rows = [{"prompt": prompt, "completion": " It."} for prompt in prompts]
+        assert template_of(tmp_path, tokenizer, *rows) == PromptTemplate(False)
+
+    @pytest.mark.parametrize("form", ["messages", "pair"])
+    def test_lists_of_messages_take_the_chat_template(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, form: str
+    ) -> None:
+        ask, say = ({"role": role, "content": "Why?"} for role in ("user", "assistant"))
+        row = {"messages": [ask, say]} if form == "messages" else {"prompt": [ask], "completion": [say]}
+        template = template_of(tmp_path, tokenizer, row)
+        assert template.is_chat
+        expected = tokenizer.apply_chat_template([ask], tokenize=False, add_generation_prompt=True)
+        assert template.apply("Why?", tokenizer) == expected
+
+
+class TestBaseModel:
+    def test_public_names_have_no_path(self, tmp_path: Path) -> None:
+        snapshot = tmp_path / "hub/models--some-lab--a-model-7b/snapshots/0f3c"
+        own = tmp_path / "secret project" / "my model"
+        for directory in (snapshot, own):
+            directory.mkdir(parents=True)
+        assert public_name(str(snapshot)) == "some-lab/a-model-7b"
+        assert public_name(str(own)) == "my-model"
+        assert public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert public_name("some-lab/other") == "some-lab/other"
+
+    def test_is_where_the_run_found_it_or_goes_by_its_name(self, tmp_path: Path) -> None:
+        checkpoint, model = tmp_path / "out/checkpoint-3", tmp_path / "model"
+        checkpoint.mkdir(parents=True)
+        model.mkdir()
+        config = {"peft_type": "LORA", "base_model_name_or_path": "public/name"}
+        for directory in (checkpoint, checkpoint.parent):
+            (directory / "adapter_config.json").write_text(json.dumps(config))
+
+        def job(**values: object) -> None:
+            (checkpoint.parent / "job.json").write_text(json.dumps(values))
+
+        assert base_model_of(checkpoint) == "public/name"
+        job(model="./model", model_path=str(model))
+        assert base_model_of(checkpoint) == base_model_of(checkpoint.parent) == str(model)
+        job(model="smollm2-135m", model_path=None)
+        assert base_model_of(checkpoint) == "smollm2-135m"
+        job(model="./model", model_path="/elsewhere")  # the directory of another machine
+        assert base_model_of(checkpoint) == "public/name"
+        (checkpoint / "adapter_config.json").write_text("{}")
+        with pytest.raises(UsageError, match="names no base model"):
+            base_model_of(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (2.6, 3.7, [3, 3.5]), (7, 7, [7])]
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("exported", [2.06, 1.94, float("nan")])
+def test_an_export_with_another_loss_is_refused(exported: float) -> None:
+    LossCheck(Path("rows"), 3, 2.0, 2.04, 0.05).require()
+    with pytest.raises(ModelError, match="not kept"):
+        LossCheck(Path("rows"), 3, 2.0, exported, 0.05).require()
