@@ -17,6 +17,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = ("hetrain", "tasks", "worker_gpu", "cli", "benchmarks", "examples", "tests", "docker")
 EXTENSIONS = {
     "acl",
+    "gguf",
+    "html",
     "crt",
     "env",
     "example",

@@ -74,9 +74,9 @@ FORMATS: dict[str, bytes] = {
     "parquet_called.jsonl": as_parquet(ROWS),
 }
 FORMATS |= {
-    f"{name}.gz": gzip.compress(content) for name, content in FORMATS.items() if b"PAR1" not in content[:4]
+    f"{name}.gz": gzip.compress(content, mtime=0) for name, content in FORMATS.items() if b"PAR1" not in content[:4]
 }
-FORMATS["gzip_called.jsonl"] = gzip.compress(JSON_LINES)
+FORMATS["gzip_called.jsonl"] = gzip.compress(JSON_LINES, mtime=0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -146,8 +146,8 @@ def test_files_may_differ_in_form_but_not_within(tmp_path: Path) -> None:
         (b"\x80\x04\x95rest", "pickle"),
         ("{}".encode("utf-16"), "UTF-16"),
         (b"ARROW1\x00\x00", "Arrow"),
-        (gzip.compress(b"\x80\x04\x95rest"), "pickle"),
-        (gzip.compress(FORMATS["rows.parquet"]), "Decompress it once"),
+        (gzip.compress(b"\x80\x04\x95rest", mtime=0), "pickle"),
+        (gzip.compress(FORMATS["rows.parquet"], mtime=0), "Decompress it once"),
         (FORMATS["lines.jsonl.gz"][:-20], "gzip file is damaged"),
         (FORMATS["rows.parquet"][:-9], "Parquet file cannot be read"),
         (b"prompt,prompt\nx,y\n", "two columns are called 'prompt'"),
