@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hetrain.public.errors import DatasetError
+from hetrain.public.errors import DatasetError, ModelError
 from tests.harness.trl_rows import FORMS, TEMPLATES, assert_rows_equal, our_rows, random_lines, trl_rows
 
 
@@ -36,10 +36,14 @@ def test_every_chat_template(
     lines = random_lines(form, 20, seed=7)
     without_system = [line for line in lines if '"system"' not in json.dumps(line)]
     for some in (lines, without_system):
-        try:
-            trl_rows(some, tokenizer, 1024, tmp_path)
-        except TemplateError:
-            with pytest.raises(DatasetError, match="chat template refuses"):
-                our_rows(some, tokenizer, 1024, tmp_path)
-        else:
-            assert_rows_equal(some, tokenizer, 1024, tmp_path)
+        for options in ({}, {"assistant_only_loss": True}):
+            try:
+                trl_rows(some, tokenizer, 1024, tmp_path, **options)
+            except (TemplateError, TypeError):
+                with pytest.raises(DatasetError, match="chat template refuses"):
+                    our_rows(some, tokenizer, 1024, tmp_path, **options)
+            except (ValueError, RuntimeError):
+                with pytest.raises((ModelError, DatasetError)):
+                    our_rows(some, tokenizer, 1024, tmp_path, **options)
+            else:
+                assert_rows_equal(some, tokenizer, 1024, tmp_path, **options)
