@@ -10,6 +10,8 @@ from typing import Any
 from hetrain.data.records import Item, Record
 from hetrain.public.errors import DatasetError
 
+_log = logging.getLogger(__name__)
+
 # Builders of `datasets` that parse data: others unpickle, or decode media.
 _SAFE_BUILDERS = ("json", "csv", "parquet", "arrow")
 _DECODED = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
@@ -38,9 +40,8 @@ def _rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]
             where=name,
             hint='Check the path, or install it with: pip install "hetrain[data]"',
         ) from error
+    _log.info("%s: no such file, so it is looked for on the Hugging Face hub", name)
     datasets.disable_progress_bars()
-    for talker in ("httpx", "huggingface_hub", "datasets"):
-        logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         builder = datasets.load_dataset_builder(name, config)
         _require_harmless(builder, name)

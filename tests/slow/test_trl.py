@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jinja2 import TemplateError
@@ -35,15 +36,17 @@ def test_every_chat_template(
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     lines = random_lines(form, 20, seed=7)
     without_system = [line for line in lines if '"system"' not in json.dumps(line)]
-    for some in (lines, without_system):
-        for options in ({}, {"assistant_only_loss": True}):
-            try:
-                trl_rows(some, tokenizer, 1024, tmp_path, **options)
-            except (TemplateError, TypeError):
-                with pytest.raises(DatasetError, match="chat template refuses"):
-                    our_rows(some, tokenizer, 1024, tmp_path, **options)
-            except (ValueError, RuntimeError):
-                with pytest.raises((ModelError, DatasetError)):
-                    our_rows(some, tokenizer, 1024, tmp_path, **options)
-            else:
-                assert_rows_equal(some, tokenizer, 1024, tmp_path, **options)
+    cases: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [(lines, {}), (without_system, {})]
+    if form == "messages":
+        cases.append((without_system, {"assistant_only_loss": True}))
+    for some, options in cases:
+        try:
+            trl_rows(some, tokenizer, 1024, tmp_path, **options)
+        except (TemplateError, TypeError):
+            with pytest.raises(DatasetError, match="chat template refuses"):
+                our_rows(some, tokenizer, 1024, tmp_path, **options)
+        except (ValueError, RuntimeError):
+            with pytest.raises((ModelError, DatasetError)):
+                our_rows(some, tokenizer, 1024, tmp_path, **options)
+        else:
+            assert_rows_equal(some, tokenizer, 1024, tmp_path, **options)
