@@ -14,6 +14,10 @@ from hetrain.public.errors import DatasetError, ModelError
 from tests.harness.trl_rows import FORMS, TEMPLATES, assert_rows_equal, our_rows, random_lines, trl_rows
 
 
+# Of models that see pictures: they write no content that is a string, and TRL trains on what is left.
+DROP_STRINGS = ("idefics3", "smolvlm")
+
+
 @pytest.fixture
 def tokenizer(smollm2_dir: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(smollm2_dir)
@@ -49,4 +53,8 @@ def test_every_chat_template(
             with pytest.raises((ModelError, DatasetError)):
                 our_rows(some, tokenizer, 1024, tmp_path, **options)
         else:
-            assert_rows_equal(some, tokenizer, 1024, tmp_path, **options)
+            if template.startswith(DROP_STRINGS):
+                with pytest.raises(DatasetError, match="chat template drops"):
+                    our_rows(some, tokenizer, 1024, tmp_path, **options)
+            else:
+                assert_rows_equal(some, tokenizer, 1024, tmp_path, **options)
