@@ -97,6 +97,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in (
         "httpx",
+        "httpx2",
         "urllib3",
         "filelock",
         "celery",
@@ -108,6 +109,8 @@ def main() -> None:
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     _warn_of_passwords(sys.argv)

@@ -56,12 +56,19 @@ def read_sources(names: Sequence[str], hub: HubSplit) -> Iterator[tuple[str, Ite
         elif path.is_dir():
             for file in _files_in(path):
                 yield str(file), _read_file(file)
-        elif not path.exists() and _HUB_ID.fullmatch(name) and not _has_data_suffix(path):
+        elif _may_be_on_the_hub(name):
             from hetrain.data.hub import read_hub
 
             yield name, read_hub(name, hub.config, hub.split)
         else:
             yield str(path), _read_file(path)
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether it is no path: a name in a folder that exists is rather a file that is missing."""
+    path = Path(name)
+    is_path = path.exists() or path.parent.exists() or _has_data_suffix(path)
+    return _HUB_ID.fullmatch(name) is not None and not is_path
 
 
 def _has_data_suffix(path: Path) -> bool:

@@ -369,16 +369,25 @@ def test_a_data_set_of_the_hub_runs_no_code(tmp_path: Path, monkeypatch: pytest.
     metadata = "---\nconfigs:\n- config_name: default\n  data_files: train.pkl\n---\n"
     (pickled / "README.md").write_text(metadata)
     text = in_hub(tmp_path / "text", lambda to: (to / "train.txt").write_text("a line"))
-    for folder in (scripted, pickled, text):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"text": "private"}')
+    elsewhere = in_hub(tmp_path / "elsewhere", lambda to: (to / "train.jsonl").write_text('{"text": "x"}'))
+    (elsewhere / "README.md").write_text(metadata.replace("train.pkl", str(mine)))
+    for folder in (scripted, pickled, text, elsewhere):
         with pytest.raises(DatasetError) as caught:
             list(read_hub(str(folder), None, "train"))
         assert caught.value.hint
     assert not mark.exists()
 
 
-def test_without_datasets_a_name_of_the_hub_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets_a_name_of_the_hub_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DatasetError, match=r"no such file.*pip install \"hetrain\[data\]\""):
         read("owner/name")
-    with pytest.raises(DatasetError, match="cannot be read: No such file"):
-        read("data/rows.jsonl")
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for missing in ("other/rows.jsonl", "data/rows"):
+        with pytest.raises(DatasetError, match="cannot be read: No such file"):
+            read(missing)
