@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hetrain.public.protocol.registration import REGISTRY_KEY
 from hetrain.transport.requests.decision import MOST_REJECTIONS
@@ -30,18 +31,42 @@ LIAR = """
     import itertools
     from worker_gpu.service import Service
     from hetrain.public.protocol.messages import Completion
+    from hetrain.public.protocol import keys
     from tasks import evaluate as tasks_evaluate
+    from tasks import request_log
     from tasks.app import app
 
     honest, count = Service.evaluate, itertools.count(1)
     if {kind!r} == "renamed":
         tasks_evaluate._worker_name = lambda task: f"honest-{{next(count)}}@host"
 
+    def end(log, job, completion, parts=None):
+        if {kind!r} == "vanishing":
+            log._store.client.delete(keys.lease(job, completion.request))
+        elif {kind!r} == "missing":
+            report = completion.to_json(), 900, 900, int(completion.state == "done")
+            log._call(request_log._eval(request_log._END, request_log._keys(job, completion.request), report))
+        else:
+            honest_end(log, job, completion, parts)
+
+    honest_end, request_log.RequestLog.end = request_log.RequestLog.end, end
+
     written = Completion.to_json
     announced = {{"oversized": {{"nbytes": 200 << 20}}, "undersized": {{"nbytes": 1}}}}
     announced["foreign"] = {{"job": "f" * 32}}
 
     def to_json(completion):
+        if {kind!r} == "malformed" and completion.state == "done":
+            return "{{"
+        if {kind!r} == "vague" and completion.state == "done":
+            completion = completion.model_copy(update={{"state": "failed", "output": None}})
+        if {kind!r} == "nothing":
+            completion = completion.model_copy(update={{"output": None}})
+        if {kind!r} == "other" and completion.output:
+            output = completion.output.model_copy(
+                update={{"token": keys.output_token("f" * 32, completion.worker)}}
+            )
+            completion = completion.model_copy(update={{"request": "f" * 32, "output": output}})
         output = completion.output and completion.output.model_copy(update=announced.get({kind!r}, {{}}))
         return written(completion.model_copy(update={{"output": output}}))
 
@@ -73,8 +98,8 @@ LIAR = """
 
 
 @contextmanager
-def fleet(model: Path, kinds: Sequence[str]) -> Iterator[str]:
-    """The URL of a broker with a worker of each kind: honest, or a liar."""
+def fleet(model: Path, kinds: Sequence[str | Path]) -> Iterator[str]:
+    """The URL of a broker with a worker of each kind: honest, a liar, or one that serves other files."""
     with broker_server() as served, ExitStack() as stack:
         settings = {
             "HETRAIN_BROKER_URL": served.url,
@@ -82,9 +107,10 @@ def fleet(model: Path, kinds: Sequence[str]) -> Iterator[str]:
             "OMP_NUM_THREADS": "1",
         }
         for kind in kinds:
+            files = {"HETRAIN_MODELS": json.dumps([str(kind)])} if isinstance(kind, Path) else {}
             worker = (
-                spawn_worker("honest", settings, served.log)
-                if kind == "honest"
+                spawn_worker("liar" if files else "honest", settings | files, served.log)
+                if kind == "honest" or files
                 else subprocess.Popen(
                     [sys.executable, "-c", textwrap.dedent(LIAR.format(kind=kind))],
                     env=os.environ | settings,
@@ -127,7 +153,11 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize(
-    "kind", ["always", "sometimes", "short", "empty", "long", "oversized", "undersized", "foreign", "failing"]
+    "kind",
+    [
+        *("always", "sometimes", "short", "empty", "long", "oversized", "undersized", "foreign", "failing"),
+        *("nothing", "other", "malformed", "vague", "missing", "vanishing"),
+    ],
 )
 def test_beside_an_honest_worker_a_bad_one_changes_nothing(
     tiny_llama: Path, tmp_path: Path, undisturbed: Path, kind: str
@@ -139,14 +169,28 @@ def test_beside_an_honest_worker_a_bad_one_changes_nothing(
     assert disturbed.returncode == 0, text
     adapters = [load_file(path / "adapter_model.safetensors") for path in (undisturbed, tmp_path / "out")]
     assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0] | adapters[1])
-    if kind in {"foreign", "failing"}:  # no result of the request: another is asked, request by request
-        return
     assert "no result of worker liar@host is accepted any more" in text
-    if kind not in {"long", "oversized", "undersized"}:  # these are not even downloaded
+    if kind in {"always", "sometimes", "short", "empty"}:  # the others' results are not even downloaded
         lines = metrics(tmp_path, "out")
         assert sum(line["rejected"] for line in lines) > 0
         assert {name for line in lines for name in line["rejected_workers"]} == {"liar@host"}
         assert "| workers rejected | liar@host |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_beside_a_good_worker_one_with_other_weights_is_passed_over(
+    tiny_llama: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    other = tmp_path / "other" / tiny_llama.name
+    shutil.copytree(tiny_llama, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -each for name, each in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with fleet(tiny_llama, ["honest", other]) as url:
+        done = submit(tiny_llama, tmp_path, "out", *RUN, "--broker-url", url)
+    text = " ".join(done.stderr.split())
+    assert done.returncode == 0, text
+    adapters = [load_file(path / "adapter_model.safetensors") for path in (undisturbed, tmp_path / "out")]
+    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0] | adapters[1])
+    assert "is passed over: worker liar@" in text
 
 
 def test_a_liar_with_a_new_name_for_each_answer_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:

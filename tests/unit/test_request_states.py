@@ -35,6 +35,7 @@ from hetrain.transport.requests.state import (
     observe,
     sent,
 )
+from hetrain.transport.requests.strikes import Strikes
 from tests.harness.request_orders import (
     COMPLETIONS,
     EVENTS,
@@ -202,6 +203,11 @@ def test_workers_failures_end_a_request_or_send_it_again() -> None:
     assert decided(refused, 600.1) == Fail(Reason.REFUSED)
     assert [decided(refused, serving=serving) for serving in ({}, {"b": "gpu"})] == [Fail(Reason.REFUSED)] * 2
     assert refused.refused_on == {"gpu"}
+    both = {"a": "gpu", "b": "gpu"}
+    assert decided(refused, serving=both) == Resend(Reason.REFUSED), "it has other weights than another one"
+    assert decided(after(Sent("gpu"), failed("a", WorkerRefused), state=refused), serving=both) == Fail(
+        Reason.REFUSED
+    )
 
 
 def test_a_rejected_worker_is_excluded() -> None:
@@ -267,3 +273,23 @@ def test_the_documentation_has_a_row_for_every_reason_and_no_other() -> None:
         assert observed == reason.value
         assert len(action) > 10
     assert len([row for row in rows if row[0].strip("| `").isupper()]) == len(Reason)
+
+
+def test_three_strikes_count_unless_the_broker_or_a_good_result_excuses_them() -> None:
+    strikes = Strikes()
+    # A broker that restarts loses many results at once.
+    assert not any(strikes.add("a", now / 10, at_once=False) for now in range(20))
+    assert not strikes.add("a", 2.0, at_once=False)
+    assert not strikes.add("b", 2.0, at_once=False)
+    assert strikes.add("a", 4.0, at_once=False)
+    strikes.forgive("a")
+    assert [strikes.add("a", 5.0, at_once=True) for _ in range(3)] == [False, False, True]
+    strikes.forgive_all()
+    assert not strikes.add("a", 9.0, at_once=False)
+
+
+def test_a_completion_of_another_request_is_a_lie() -> None:
+    other = COMPLETIONS["a"].model_copy(update={"request": "f" * 32})
+    event = event_of(other, REQUEST)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, WireError)

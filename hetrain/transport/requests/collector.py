@@ -37,6 +37,7 @@ TICK_S = 1.0
 _POP_COUNT = 64
 _SENDS_AT_ONCE = 3
 _AT_ONCE = frozenset({Reason.RESULT_REJECTED, Reason.FAILED})
+_AT_ONCE_WHILE_EARLY = frozenset({Reason.WORKER_EXCLUDED, Reason.REFUSED})
 
 logger = logging.getLogger(__name__)
 
@@ -191,13 +192,14 @@ class Collector:
     def _resend_if_rejected(self, request: str, decision: Decision) -> None:
         """Sends what was rejected or has failed again now: a worker that waits already gets it first.
 
-        What an excluded worker answers waits for the next round from its third sending on: no other is free.
+        What an excluded worker or one that does not serve it answers waits for the next round from its third
+        sending on: no other is free.
         """
         if not isinstance(decision, Resend) or self._ends:
             return
         state, reason = self._table.get(request), decision.reason
         is_early = state is not None and state.sends < _SENDS_AT_ONCE
-        if reason in _AT_ONCE or (reason is Reason.WORKER_EXCLUDED and is_early):
+        if reason in _AT_ONCE or (reason in _AT_ONCE_WHILE_EARLY and is_early):
             with suppress(BrokerError):  # the next round tries again
                 self._recovery.send_again(request, reason)
 

@@ -104,8 +104,9 @@ def decide(
 
 
 def takers(state: RequestState, serving: Mapping[str, str]) -> dict[str, str]:
-    """Of `serving` the workers that have neither failed nor given a wrong result."""
-    return {worker: queue for worker, queue in serving.items() if worker not in state.rejections}
+    """Of `serving` the workers that have neither failed, nor refused, nor given a wrong result."""
+    passed_over = state.refused_by.union(state.rejections)
+    return {worker: queue for worker, queue in serving.items() if worker not in passed_over}
 
 
 def _is_final(
@@ -114,8 +115,7 @@ def _is_final(
     """Whether a request that is due fails instead of being sent again."""
     is_late = now - state.asked_at > state.request.run_limit_s
     if due is Reason.REFUSED:
-        is_stranger = bool(serving) and state.worker not in serving
-        return is_late or not is_stranger
+        return is_late or not takers(state, serving)
     if due is Reason.WORKER_EXCLUDED:
         return is_late or not takers(state, serving)
     if due in (Reason.RESULT_REJECTED, Reason.FAILED) and (

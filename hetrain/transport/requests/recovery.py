@@ -20,6 +20,7 @@ from hetrain.transport.requests.request import Source
 from hetrain.transport.requests.state import (
     COUNTED,
     Event,
+    Failed,
     Observation,
     Reason,
     RequestState,
@@ -185,7 +186,7 @@ class RecoveryLoop:
             try:
                 return event_of(parse(Completion, finished, where="finished request"), state.request)
             except WireError as error:
-                logger.warning("ignored a message: %s", error)
+                return Failed(state.worker, error)
         return Observation.LEASE_MISSING
 
     def _declare_alive(self) -> None:

@@ -145,6 +145,7 @@ class RequestState:
         missed_looks: how many looks in a row found its worker gone.
         unserved_at: since when no registered worker has served its group, None while one does.
         refused_on: queues of workers that do not serve it.
+        refused_by: those workers.
         rejections: why a worker is not asked again, by its name: its result was rejected, or it failed.
         due: why it must be sent again, or fail.
         error: what `due` was reported with, if it was.
@@ -163,6 +164,7 @@ class RequestState:
     missed_looks: int = 0
     unserved_at: float | None = None
     refused_on: frozenset[str] = frozenset()
+    refused_by: frozenset[str] = frozenset()
     rejections: Mapping[str, HetrainError] = field(default_factory=dict)
     due: Reason | None = None
     error: HetrainError | None = None
@@ -210,7 +212,10 @@ def excluding(state: RequestState, worker: str, error: HetrainError) -> RequestS
 
 
 def event_of(completion: Completion, request: Request) -> WorkerEvent:
-    """What a worker's message says about `request`, to which it is addressed."""
+    """What a worker's message says about `request`, to which it is addressed, or under which it was kept."""
+    if completion.request != request.id:
+        error = WireError("a worker reported another request in its place", where=str(request))
+        return Failed(completion.worker, error)
     if completion.state == "started":
         return Started(completion.worker)
     if completion.state == "failed" and completion.failure is not None:
@@ -268,7 +273,8 @@ def _failed(state: RequestState, error: HetrainError) -> RequestState:
     if isinstance(error, BlobMissing):
         return _due(state, Reason.INPUT_LOST, error)
     if isinstance(error, WorkerRefused):
-        return _due(replace(state, refused_on=state.refused_on | {state.queue}), Reason.REFUSED, error)
+        refused_on, refused_by = state.refused_on | {state.queue}, state.refused_by | {state.worker}
+        return _due(replace(state, refused_on=refused_on, refused_by=refused_by), Reason.REFUSED, error)
     return _due(excluding(state, state.worker, error), Reason.FAILED, error)
 
 
@@ -292,4 +298,8 @@ def _missed(state: RequestState) -> RequestState:
     if state.started_at is None or state.due is not None:
         return state
     state = replace(state, missed_looks=state.missed_looks + 1)
-    return _due(state, Reason.WORKER_LOST) if state.missed_looks >= LOOKS_UNTIL_LOST else state
+    if state.missed_looks < LOOKS_UNTIL_LOST:
+        return state
+    if state.worker in state.rejections:
+        return _due(state, Reason.WORKER_EXCLUDED, state.rejections[state.worker])
+    return _due(state, Reason.WORKER_LOST)

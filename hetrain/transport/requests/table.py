@@ -8,25 +8,37 @@ from concurrent.futures import Future
 from dataclasses import replace
 from time import monotonic
 
-from hetrain.public.errors import HetrainError, TaskFailed
+from hetrain.public.errors import HetrainError, TaskFailed, WireError
 from hetrain.public.protocol.messages import Completion, EvaluateTask
-from hetrain.transport.requests.decision import Decision, Done, Fail, Progress, Wait, decide
+from hetrain.transport.requests.decision import (
+    MOST_REJECTIONS,
+    Decision,
+    Done,
+    Fail,
+    Progress,
+    Wait,
+    decide,
+    takers,
+)
 from hetrain.transport.requests.request import Timeouts
 from hetrain.transport.requests.state import (
     ClientEvent,
     Event,
+    Observation,
     Reason,
     RequestState,
     ResultRefused,
     excluding,
     observe,
 )
+from hetrain.transport.requests.strikes import Strikes
 from hetrain.transport.scheduling.router import Router
 from hetrain.transport.scheduling.throughput import work_of
 
 logger = logging.getLogger(__name__)
 
 Outcome = Future[Completion]
+_STRIKES = frozenset({Reason.FAILED, Reason.RESULT_LOST, Reason.WORKER_LOST})
 
 
 class RequestTable:
@@ -44,11 +56,15 @@ class RequestTable:
         self._outcomes: dict[str, Outcome] = {}
         self._removed: list[RequestState] = []
         self._rejections: dict[str, HetrainError] = {}
+        self._refusers: frozenset[str] = frozenset()
+        self._strikes = Strikes()
         self.progress = Progress(monotonic())
 
     def add(self, state: RequestState, outcome: Outcome) -> None:
         """Takes a request that is being sent, and is counted on its queue."""
-        self._states[state.request.id] = replace(state, rejections=dict(self._rejections))
+        self._states[state.request.id] = replace(
+            state, rejections=dict(self._rejections), refused_by=self._refusers
+        )
         self._outcomes[state.request.id] = outcome
 
     def remove(self, ids: Iterable[str]) -> None:
@@ -58,6 +74,8 @@ class RequestTable:
             if state is None:
                 continue
             self._removed.append(state)
+            if state.completion is not None:  # its result was accepted
+                self._strikes.forgive(state.completion.worker)
             if not self._outcomes.pop(each).done():
                 self._router.count(state.queue, -1)
 
@@ -88,6 +106,10 @@ class RequestTable:
             self._router.count(after.queue, 1)
         if before.completion is None and after.completion is not None:
             self._measure(after, after.completion)
+        if event is Observation.BROKER_RESTARTED:
+            self._strikes.forgive_all()
+        elif after.due is not None and after.due is not before.due:
+            self._judge(after, after.due, now)
         return self.settle(request)
 
     def reopen(self, request: str, event: ClientEvent, outcome: Outcome) -> Decision:
@@ -130,6 +152,25 @@ class RequestTable:
         self._router.exclude(worker)
         for each, state in self._states.items():
             self._states[each] = excluding(state, worker, error)
+
+    def _judge(self, state: RequestState, due: Reason, now: float) -> None:
+        """Passes over the worker of `state`, while another one serves the request.
+
+        That is, if nothing ends well by it, or if it refuses what it is registered to serve.
+        """
+        worker, serving = state.worker, self._router.serving(state.request, state.queue)
+        if worker in self._rejections or not set(takers(state, serving)) - {worker}:
+            return
+        if due is Reason.REFUSED:
+            if worker in serving and worker not in self._refusers:
+                logger.warning("worker %s is passed over: %s", worker, state.error)
+                self._refusers |= {worker}
+                self._router.exclude(worker)
+        elif due in _STRIKES and len(self._rejections) < MOST_REJECTIONS // 2:
+            error = state.error or self._error(state, due)
+            is_lie = isinstance(error, WireError)
+            if is_lie or self._strikes.add(worker, now, at_once=due is Reason.FAILED):
+                self._exclude(worker, error)
 
     def _measure(self, state: RequestState, completion: Completion) -> None:
         if isinstance(state.request.task, EvaluateTask):
