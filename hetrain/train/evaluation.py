@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 
 from peft import PeftModel
@@ -16,7 +14,8 @@ from hetrain.data.packing import MicroBatch, micro_batches, pack
 from hetrain.data.tokenization import read_rows
 from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
-from hetrain.public.errors import Interrupted, UsageError
+from hetrain.public.errors import Interrupted
+from hetrain.train.adapter_base import base_model_of, require_base
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.session import Session, open_base, open_session
 from hetrain.train.step import run_evaluation, share_cores, step_threads
@@ -50,7 +49,9 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
         HetrainError: whatever goes wrong; the data set is checked in whole before anything starts.
     """
     batching, adapter = spec.batching, spec.adapter
-    base = open_base(spec.model or (_base_model_of(adapter) if adapter else DEFAULT_MODEL))
+    base = open_base(spec.model or (base_model_of(adapter) if adapter else DEFAULT_MODEL))
+    if adapter and spec.model:
+        require_base(adapter, spec.model, base.files)
     rows = read_rows(spec.dataset, base.tokenizer, batching.longest_row)
     batches = list(micro_batches(rows, pack(rows, batching.tokens_per_micro_batch, range(len(rows)))))
     in_flight = min(batching.in_flight, len(batches))
@@ -62,6 +63,7 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
         on_prepare=on_prepare,
         in_flight=batching.in_flight,
         max_bytes_in_flight=batching.max_bytes_in_flight,
+        tokens=batching.tokens_per_micro_batch,
     ) as session:
         # A fresh adapter, whose B is zero, changes nothing.
         adapted = (
@@ -79,19 +81,6 @@ def evaluate(spec: EvaluationSpec, on_prepare: OnPrepare = ignore_progress) -> E
     loss = total / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, perplexity, targets, sum(batch.n_tokens for batch in batches), seconds)
-
-
-def _base_model_of(adapter: Path) -> str:
-    """The base model that an adapter names."""
-    try:
-        name = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            "no adapter_config.json there that names a base model",
-            where=str(adapter),
-            hint="give the output directory of a training job, or `model`",
-        ) from error
-    return str(name)
 
 
 def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_flight: int) -> list[float]:
