@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from hetrain.public.broker.server_info import BrokerReport
     from hetrain.public.protocol.messages import WorkerReport
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model-name-or-path",
+        "-m",
+        help="Say whether this model can be trained, and which workers have it.",
+        show_default=False,
+    ),
+]
 _MB = 1e6
 _STATES = {
     "ready": "{name}: {description}",
@@ -29,10 +38,12 @@ _STATES = {
 
 
 def doctor(
-    broker_url: Annotated[str | None, option(JobSpec, "workers")] = None, as_json: AsJson = False
+    broker_url: Annotated[str | None, option(JobSpec, "workers")] = None,
+    as_json: AsJson = False,
+    model: Model = None,
 ) -> None:
     """Say at once whether this machine and the workers can run a job, and on what."""
-    found = api.doctor(broker_url)
+    found = api.doctor(broker_url, model=model)
     if as_json:
         typer.echo(json.dumps(_report(found)))
     else:
@@ -45,6 +56,7 @@ def _report(found: api.DoctorReport) -> dict[str, object]:
     failure = found.failure
     return {
         "client": asdict(found.client),
+        "model": found.model,
         "embedded": found.embedded,
         "broker": found.broker and asdict(found.broker),
         "workers": [worker.model_dump() for worker in found.workers],
@@ -82,7 +94,8 @@ def _sections(found: api.DoctorReport) -> Iterator[tuple[str, list[str]]]:
         yield "worker", _worker(worker)
     if found.failure is None:
         names = [half.name if half.hides else f"{half.name} (hides nothing)" for half in found.runnable]
-        yield "a job", [f"can run with {' or '.join(names)}" if names else "no engine is there on both sides"]
+        job = f"a job on {found.model}" if found.model else "a job"
+        yield job, [f"can run with {' or '.join(names)}" if names else "no engine is there on both sides"]
 
 
 def _broker(broker: BrokerReport | None, *, embedded: bool) -> list[str]:

@@ -225,15 +225,17 @@ def plan(
     return plan_report(model, outsource, training, name, comparison, _address(workers))
 
 
-def doctor(workers: str | None = None) -> DoctorReport:
+def doctor(workers: str | None = None, *, model: str | None = None) -> DoctorReport:
     """Whether this machine and the workers can run a job, and on what. Raises nothing: see its `failure`.
 
     Args:
         workers: as of `finetune`.
+        model: as of `finetune`; says also whether it can be trained, and which workers have it. None asks
+            about none.
     """
     from hetrain.inspection.doctor import diagnose
 
-    return diagnose(workers)
+    return diagnose(workers, model)
 
 
 def merge(

@@ -33,11 +33,11 @@ class Statistics(bootsteps.StartStopStep):
     def info(self, parent: Any) -> dict[str, Any]:
         """The statistics' ``pool``, and their ``broker`` without the secrets of a URL."""
         from worker_gpu.service import service
-        from worker_gpu.weights.store import served_models
+        from worker_gpu.weights.store import available_models
 
         settings = WorkerSettings()
         # Lists, as Flower rewrites bare strings: "tiny-llama" becomes "Tiny llama".
-        identity: dict[str, Any] = {"device": [service().description], "models": list(served_models())}
+        identity: dict[str, Any] = {"device": [service().description], "models": list(available_models())}
         if settings.shards is not None:
             identity["shards"] = [str(settings.shards)]
         connection = parent.connection.info() if parent.connection else {}

@@ -149,14 +149,14 @@ def _await_withdrawal(**_: object) -> None:
 def _registration(consumer: Any) -> WorkerRegistration:
     """Raises `ValidationError` for a name or a queue that clients would not understand."""
     from worker_gpu.service import service
-    from worker_gpu.weights.store import served_models
+    from worker_gpu.weights.store import available_models
 
     queues = [queue.name for queue in consumer.task_consumer.queues]
     return WorkerRegistration(
         worker=plain_line(consumer.hostname),
         device=plain_line(service().description),
         queue=QUEUE if QUEUE in queues else queues[0],
-        models=tuple(plain_line(label) for label in served_models()),
+        models=tuple(plain_line(label) for label in available_models()),
         shards=None if (shards := WorkerSettings().shards) is None else str(shards),
         concurrency=consumer.controller.concurrency,
     )

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def report(state: Any) -> dict[str, Any]:
     """This worker's `WorkerReport`, as JSON types."""
     from worker_gpu.service import service
-    from worker_gpu.weights.store import served_models
+    from worker_gpu.weights.store import available_models
 
     consumer = state.consumer
     return WorkerReport(
@@ -37,7 +37,7 @@ def report(state: Any) -> dict[str, Any]:
         hetrain=hetrain.__version__,
         device=plain_line(service().description),
         engines=_engine_reports(),
-        models=[plain_line(label) for label in served_models()],
+        models=[plain_line(label) for label in available_models()],
         shards=str(WorkerSettings().shards or ""),
         queues=[plain_line(queue.name) for queue in consumer.task_consumer.queues],
         concurrency=consumer.controller.concurrency,

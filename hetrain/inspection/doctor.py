@@ -15,9 +15,13 @@ import torch
 import hetrain
 from hetrain.inspection.probe import ProbeResult, probe_workers
 from hetrain.local.launcher import start_embedded
+from hetrain.nn.checkpoint_io.checkpoint_names import tensor_names
+from hetrain.nn.checkpoint_io.loading import skeleton, tensor_of
+from hetrain.nn.families import block_linears
 from hetrain.public.broker.connection import plaintext_warning, redacted
 from hetrain.public.broker.server_info import BrokerReport, ask_broker
 from hetrain.public.errors import HetrainError, NoWorker, UsageError, WireError
+from hetrain.public.model.files import ModelFiles, label_of, resolve
 from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.messages import QUEUE, WorkerReport
 from hetrain.public.protocol.plan import Group, Member, Plan
@@ -72,6 +76,7 @@ class DoctorReport:
 
     Attributes:
         client: this machine.
+        model: what workers call the model that was asked about; empty if none was.
         embedded: whether broker and worker were started for this report.
         broker: None when it could not be reached.
         workers: all that answered.
@@ -80,6 +85,7 @@ class DoctorReport:
     """
 
     client: ClientReport
+    model: str
     embedded: bool
     broker: BrokerReport | None
     workers: tuple[WorkerReport, ...]
@@ -92,26 +98,30 @@ class DoctorReport:
         ready = {
             engine.name
             for worker in self.workers
-            if _listens(worker)
+            if _serves(worker, self.model)
             for engine in worker.engines
             if engine.state == "ready"
         }
         return tuple(half for half in self.client.engines if not half.reason and half.name in ready)
 
 
-def diagnose(workers: str | None) -> DoctorReport:
+def diagnose(workers: str | None, model: str | None = None) -> DoctorReport:
     """Inspects client, broker and workers.
 
     Never raises a `HetrainError`: see `DoctorReport.failure`.
 
     Args:
         workers: URL of the workers' broker; None starts an embedded broker and a worker meanwhile.
+        model: the model that a job is to train; None asks about none.
     """
     client = _client()
+    label = "" if model is None else label_of(model)
     broker: BrokerReport | None = None
     found = ProbeResult((), ())
     try:
-        with _target(workers) as target:
+        if model is not None:
+            _require_splittable(resolve(model))
+        with _target(workers, model or _EMBEDDED_MODEL) as target:
             broker = ask_broker(target.url, pings=5)
             found = probe_workers(
                 target.url,
@@ -120,11 +130,12 @@ def diagnose(workers: str | None) -> DoctorReport:
                 expected=target.workers,
                 health_check=target.health_check,
             )
-            failure = _no_worker(target, found)
+            failure = _no_worker(target, found, label)
     except HetrainError as error:
         failure = error
     return DoctorReport(
         client=client,
+        model=label,
         embedded=workers is None,
         broker=broker,
         workers=found.workers,
@@ -149,14 +160,22 @@ class _Target:
 
 
 @contextmanager
-def _target(broker_url: str | None) -> Iterator[_Target]:
+def _target(broker_url: str | None, model: str) -> Iterator[_Target]:
     if broker_url is not None:
         yield _Target(broker_address(broker_url), None, _FIRST_S, lambda: None)
         return
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hetrain-log-"))
-        embedded = stack.enter_context(start_embedded(_EMBEDDED_MODEL, Path(scratch) / "worker.log"))
+        embedded = stack.enter_context(start_embedded(model, Path(scratch) / "worker.log"))
         yield _Target(embedded.url, 1, _EMBEDDED_FIRST_S, embedded.failure)
+
+
+def _require_splittable(files: ModelFiles) -> None:
+    """Raises `ModelError` for a model that no job could train, as far as its files' names and shapes tell."""
+    causal = skeleton(files)
+    tensors = tensor_names(causal, files)
+    for name in block_linears(causal):
+        tensor_of(tensors, files, f"{name}.weight")
 
 
 def _client() -> ClientReport:
@@ -199,10 +218,18 @@ def _half(engine: ClientEngine) -> ClientHalf:
     return ClientHalf(engine.name, engine.hides, reason)
 
 
-def _no_worker(target: _Target, found: ProbeResult) -> HetrainError | None:
+def _no_worker(target: _Target, found: ProbeResult, model: str) -> HetrainError | None:
     """Why no worker can take a job; None when one can."""
-    if any(_listens(worker) for worker in found.workers):
+    listening = [worker for worker in found.workers if _serves(worker)]
+    if any(_serves(worker, model) for worker in listening):
         return None
+    if listening:
+        served = sorted({label for worker in listening for label in worker.models})
+        return NoWorker(
+            f"no worker serves {model!r}, only: {', '.join(served) or 'no model'}",
+            where=redacted(target.url),
+            hint="start one with HETRAIN_MODELS=<name or path> in its environment",
+        )
     if found.refused and not found.workers:
         return WireError(
             "no worker's answer can be read",
@@ -247,10 +274,12 @@ def _of_workers(found: ProbeResult) -> Iterator[str]:
                 f"worker {worker.worker} runs hetrain {worker.hetrain}, this client {hetrain.__version__}; "
                 "install the same version on both sides"
             )
-        if not _listens(worker):
+        if not _serves(worker):
             yield f"worker {worker.worker} does not take from queue {QUEUE!r}; start it with -Q {QUEUE}"
 
 
-def _listens(worker: WorkerReport) -> bool:
-    """Whether it takes tasks, from the common queue or from that of its shards."""
-    return any(queue == QUEUE or queue.startswith(f"{QUEUE}.") for queue in worker.queues)
+def _serves(worker: WorkerReport, model: str = "") -> bool:
+    """Whether it takes tasks, from the common queue or from that of its shards, and for `model` if given."""
+    return (not model or model in worker.models) and any(
+        queue == QUEUE or queue.startswith(f"{QUEUE}.") for queue in worker.queues
+    )

@@ -28,6 +28,7 @@ def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
             no such layer.
     """
     _require_layers(split, lora)
+    _require_targets(split, lora)
     is_all, numbers = lora.target_modules == (ALL_LINEAR,), lora.layer_numbers
     config = peft.LoraConfig(
         r=lora.r,
@@ -77,7 +78,12 @@ def load_adapter(split: SplitModel, directory: Path) -> PeftModel:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(split.causal, str(directory))
     except (ValueError, RuntimeError, OSError, TypeError) as error:
-        raise UsageError(f"the adapter does not fit this model: {error}", where=str(directory)) from error
+        reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()  # torch begins with a heading
+        raise UsageError(
+            f"the adapter does not fit this model: {reason}",
+            where=str(directory),
+            hint="leave `model` out: the adapter names its base model",
+        ) from error
     if any("missing adapter keys" in str(warning.message).lower() for warning in caught):
         raise UsageError("the adapter lacks weights that this model needs", where=str(directory))
     _seed_dropouts(model)
@@ -141,6 +147,19 @@ def _require_layers(split: SplitModel, lora: LoraConfig) -> None:
         raise UsageError(
             f"the model has no layer {lora.layer_numbers[-1]}", field="layers", hint=f"it has 0-{count - 1}"
         )
+
+
+def _require_targets(split: SplitModel, lora: LoraConfig) -> None:
+    """Each name must be that of a module, or its end: of names that match nothing peft says nothing."""
+    names = [name for name, _ in split.causal.named_modules()]
+    for target in lora.target_modules if lora.target_modules != (ALL_LINEAR,) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in split.block_linears})
+            raise UsageError(
+                f"the model has no module {target!r}",
+                field="target_modules",
+                hint=f"use {ALL_LINEAR} alone, or names such as {', '.join(known)}",
+            )
 
 
 def _require_block_linears(model: PeftModel, split: SplitModel) -> None:

@@ -18,6 +18,7 @@ from hetrain.nn.adapter_files import base_model_of
 from hetrain.nn.lora import add_adapter, load_adapter
 from hetrain.nn.replica import Replica
 from hetrain.public.errors import Interrupted
+from hetrain.train.adapter_base import require_base
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.records import add_evaluation
 from hetrain.train.session import Session, open_base, open_session
@@ -56,6 +57,8 @@ def evaluate(
     """
     batching, adapter = spec.batching, spec.adapter
     base = open_base(spec.model or (base_model_of(adapter) if adapter else DEFAULT_MODEL))
+    if adapter and spec.model:
+        require_base(adapter, spec.model, base.files)
     rows = tokenize_rows(raw_rows, base.tokenizer, batching.longest_row, spec.data)
     with open_session(
         base,
@@ -65,6 +68,7 @@ def evaluate(
         on_prepare=on_prepare,
         in_flight=batching.in_flight,
         max_bytes_in_flight=batching.max_bytes_in_flight,
+        tokens=batching.tokens_per_micro_batch,
     ) as session:
         # A fresh adapter, whose B is zero, changes nothing.
         adapted = (

@@ -151,6 +151,7 @@ def finetune(
             on_prepare=on_prepare,
             in_flight=spec.training.replicas,
             max_bytes_in_flight=spec.training.max_bytes_in_flight,
+            tokens=spec.training.tokens_per_micro_batch,
         ) as session:
             return _run(job, session, output, on_step, on_stop)
     except KeyboardInterrupt:

@@ -22,10 +22,12 @@ from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.broker.connection import plaintext_warning
 from hetrain.public.errors import UsageError
+from hetrain.public.lattice.parameters import SLOTS, parameters_for
+from hetrain.public.lattice.result_format import ResultFormat
 from hetrain.public.model.files import ModelFiles, resolve
 from hetrain.public.protocol.messages import Completion
-from hetrain.public.protocol.plan import Group, stack_group
-from hetrain.public.protocol.product import Product, ProductKey
+from hetrain.public.protocol.plan import Group, Plan, stack_group
+from hetrain.public.protocol.product import Product, ProductKey, products_of
 from hetrain.public.system import available_cores, flush_denormals
 from hetrain.secret.engine import JobOptions, Sealer, client_engine
 from hetrain.secret.engines.rlwe.hints import client_hints
@@ -84,6 +86,7 @@ def open_session(
     *,
     in_flight: int = 1,
     max_bytes_in_flight: int | None = None,
+    tokens: int = 1,
     on_prepare: OnPrepare = ignore_progress,
 ) -> Iterator[Session]:
     """Splits the model, finds workers (or starts one on this machine), and agrees with them on the plan.
@@ -99,6 +102,7 @@ def open_session(
         log_file: log of an embedded broker and worker; None takes a temporary one.
         in_flight: number of them at once; an embedded worker runs as many tasks, as far as it has cores.
         max_bytes_in_flight: see `BatchingConfig`.
+        tokens: the most of a micro-batch.
         on_prepare: hears of hints that are being made.
 
     Raises:
@@ -137,6 +141,7 @@ def open_session(
             lambda group, matrix: kept.update(kept_rows(group, matrix)),
         )
         split.causal.to(target)
+        channel.budget.require(_largest_product(split.plan, tokens))
         plan, verification = split.plan, Verification(kept, weights_of(base.files), outsourcing.verify_rows)
         sealer = engine.open(plan, JobOptions(verification, outsourcing.activation_bits, hints))
         worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
@@ -144,6 +149,12 @@ def open_session(
         if hints is not None:
             make_hints(hints, plan, channel, verification.weights, on_prepare)
         yield Session(split, channel, sealer, worker)
+
+
+def _largest_product(plan: Plan, tokens: int) -> int:
+    """Bytes of the largest operand and its result, encrypted by `rlwe`; other engines take more."""
+    sizes = ResultFormat(parameters_for(min(tokens, SLOTS)))
+    return max(sizes.operand_bytes(each.k) + sizes.result_bytes(each.n) for each in products_of(plan))
 
 
 def weights_of(files: ModelFiles) -> Weights:

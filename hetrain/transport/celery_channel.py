@@ -85,8 +85,9 @@ class CeleryChannel:
         health_check: Callable[[], HetrainError | None] = lambda: None,
         max_bytes_in_flight: int | None = None,
     ) -> None:
-        limit = max_bytes_in_flight or share_of(ask_broker(url).maxmemory)
-        self.budget = ByteBudget(limit, strict=max_bytes_in_flight is not None)
+        capacity = ask_broker(url).maxmemory
+        limit = max_bytes_in_flight or share_of(capacity)
+        self.budget = ByteBudget(limit, strict=max_bytes_in_flight is not None, capacity=capacity)
         timeouts = timeouts or Timeouts()
         self.job = job or new_job()
         self._connection = JobConnection(

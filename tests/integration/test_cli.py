@@ -126,6 +126,7 @@ def test_plan_says_what_would_leave(tiny_llama: Path) -> None:
         (("--learning-rate", "0"), 2, "--learning-rate"),
         (("--max-length", "512"), 2, "--max-length"),
         (("--lora-target-modules", "nonsense"), 2, "--lora-target-modules"),
+        (("--lora-target-modules", "q_proj,nonsense"), 2, "no module 'nonsense'"),
         (("--device", "warp"), 2, "--device"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from safetensors.torch import load_file, save_file
 
 import hetrain
 import worker_gpu.engines
@@ -20,11 +23,12 @@ from cli.doctor import doctor
 from hetrain.inspection.doctor import diagnose
 from hetrain.inspection.probe import probe_workers
 from hetrain.public.broker.connection import parse_broker_url
-from hetrain.public.errors import BrokerUnreachable, WireError
+from hetrain.public.errors import BrokerUnreachable, ModelError, NoWorker, WireError
 from hetrain.public.protocol.messages import CONTROL_REPORT, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 from tasks.supervisor.server import start_worker, stop
+from tasks.supervisor.worker_process import spawn_worker
 from tests.harness.processes import broker_server, connect
 from tests.harness.processes import hetrain as hetrain_command
 
@@ -195,3 +199,40 @@ def test_another_version_is_a_warning_and_a_slow_engine_is_waited_for(empty: str
     (warning,) = found.warnings
     assert "0.0.9" in warning
     assert hetrain.__version__ in warning
+
+
+def test_a_model_is_said_to_run_where_a_worker_has_it(
+    served: tuple[str, Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, _ = served
+    doctor(url, model="smollm2-135m")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a job on smollm2-135m can run with rlwe" in text
+    with pytest.raises(NoWorker, match="no worker serves 'tiny-llama', only: smollm2-135m"):
+        doctor(url, as_json=True, model=str(tiny_llama))
+    assert json.loads(capsys.readouterr().out)["runnable"] == []
+    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "layers.1.mlp.up" not in name},
+        broken / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    found = diagnose(url, str(broken))
+    assert isinstance(found.failure, ModelError)
+    assert "layers.1.mlp.up_proj" in str(found.failure)
+
+
+def test_a_worker_without_its_model_does_not_call_itself_ready(tmp_path: Path, tiny_llama: Path) -> None:
+    missing = tmp_path / "missing"
+    with broker_server() as broker, (tmp_path / "log").open("wb") as log:
+        worker = start_worker(1, broker.url, str(missing), log)
+        assert worker.wait(60) == os.EX_CONFIG
+        assert str(missing) in (tmp_path / "log").read_text()
+        both = {"HETRAIN_BROKER_URL": broker.url, "HETRAIN_MODELS": f"{missing},{tiny_llama}"}
+        worker = spawn_worker("partial", both, log)
+        try:
+            (found,) = probe_workers(broker.url, first_s=60, settle_s=30, expected=1).workers
+        finally:
+            stop([worker])
+    assert found.models == ["tiny-llama"]

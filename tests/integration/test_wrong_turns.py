@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from hetrain.public.errors import UsageError
+from hetrain.public.model.files import resolve
+from hetrain.train.adapter_base import require_base
 from tasks.supervisor.embedded import trim_log
 from tests.harness.cli_process import run_forked
-from tests.harness.processes import HANDBOOK
+from tests.harness.processes import HANDBOOK, broker_server
 from tests.harness.small_disk import SmallDisk, small_disk
 
 SMALL = ("--micro-batch-tokens", 256, "--batch-tokens", 256, "--max-length", 64, "--max-steps", 1)
@@ -68,6 +73,30 @@ def test_output_where_there_is_a_file(tiny_llama: Path, tmp_path: Path) -> None:
     said = ends(2, "submit", HANDBOOK, "-m", tiny_llama, "-o", tmp_path / "out", *SMALL)
     assert f"{tmp_path / 'out'}: cannot be written" in said
     assert "--output-dir" in said
+
+
+def test_a_broker_too_small_for_one_product(tmp_path: Path) -> None:
+    job = ("submit", HANDBOOK, "-m", "smollm2-135m", "-o", tmp_path / "out", "--max-steps", 1)
+    with broker_server(maxmemory=4 << 20) as broker:
+        said = ends(7, *job, "--engine", "clear", HETRAIN_BROKER_URL=broker.url)
+    assert "one product and its operand take 21 MB, more than the 4 MB that the broker can hold" in said
+    assert "--micro-batch-tokens" in said
+
+
+def test_an_adapter_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_llama)}))
+    said = ends(2, "eval", HANDBOOK, "--adapter", adapter, "-m", "smollm2-135m")
+    assert f"belongs to {tiny_llama}, not to smollm2-135m" in said
+    assert "--model-name-or-path" in said
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    require_base(adapter, str(copy), resolve(str(copy)))
+    weights = load_file(copy / "model.safetensors")
+    first = min(weights)
+    save_file(weights | {first: weights[first] + 1}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="belongs to"):
+        require_base(adapter, str(copy), resolve(str(copy)))
 
 
 def test_the_cache_is_shown_and_cleared(tmp_path: Path) -> None:

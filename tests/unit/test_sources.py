@@ -74,7 +74,9 @@ FORMATS: dict[str, bytes] = {
     "parquet_called.jsonl": as_parquet(ROWS),
 }
 FORMATS |= {
-    f"{name}.gz": gzip.compress(content, mtime=0) for name, content in FORMATS.items() if b"PAR1" not in content[:4]
+    f"{name}.gz": gzip.compress(content, mtime=0)
+    for name, content in FORMATS.items()
+    if b"PAR1" not in content[:4]
 }
 FORMATS["gzip_called.jsonl"] = gzip.compress(JSON_LINES, mtime=0)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from hetrain.public.errors import HetrainError, ModelError, WorkerRefused
@@ -10,6 +15,8 @@ from hetrain.public.model.quantization import matrix_digest
 from hetrain.public.protocol.plan import Group, Plan, check_shapes, stack_group
 from hetrain.public.settings import WorkerSettings
 from worker_gpu.lru import LruCache
+
+logger = logging.getLogger(__name__)
 
 _GPU_SHARE = 0.75  # the rest is for operands and results
 
@@ -20,6 +27,32 @@ def served_models() -> dict[str, str]:
     Only these: a message must not choose which files this machine opens.
     """
     return {label or label_of(path): path for label, path in WorkerSettings().models}
+
+
+@functools.cache
+def available_models() -> Mapping[str, str]:
+    """Those of `served_models` whose files are here; found, converted or downloaded at the first call.
+
+    Raises:
+        ModelError: there is none.
+    """
+    available: dict[str, str] = {}
+    failure: HetrainError | None = None
+    for label, path in served_models().items():
+        try:
+            resolve(path)
+        except HetrainError as error:
+            logger.error("this worker does not serve %s: %s", label, error)
+            failure = error
+        else:
+            available[label] = path
+    if failure is not None and not available:
+        raise ModelError(
+            f"none of the models that this worker is to serve is here; the last one: {failure}",
+            where="HETRAIN_MODELS",
+            hint="name a model that is, or set HETRAIN_CACHE to where it lies",
+        ) from failure
+    return MappingProxyType(available)
 
 
 def weights_limit(device: torch.device) -> int | None:
@@ -38,15 +71,15 @@ class WeightStore:
 
     Args:
         device: where the matrices lie.
-        models: label -> name or path; by default `served_models`.
+        models: label -> name or path; by default `available_models`.
         limit: bytes of matrices to hold; None for no limit.
     """
 
     def __init__(
-        self, device: torch.device, models: dict[str, str] | None = None, limit: int | None = None
+        self, device: torch.device, models: Mapping[str, str] | None = None, limit: int | None = None
     ) -> None:
         self.device = device
-        self.models = served_models() if models is None else models
+        self.models = available_models() if models is None else models
         self._matrices: LruCache[torch.Tensor] = LruCache(limit, lambda matrix: matrix.nbytes)
         self._checkpoints: LruCache[ModelFiles] = LruCache()
         self._checked: set[tuple[str, Group]] = set()

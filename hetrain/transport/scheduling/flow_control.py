@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hetrain.public.errors import HetrainError, UsageError
+from hetrain.public.errors import BrokerFull, HetrainError, UsageError
 
 DEFAULT_BYTES = 1 << 30
 """The limit where the broker has no maxmemory, or does not report it."""
@@ -30,10 +30,11 @@ class ByteBudget:
     Args:
         limit: bytes that may be held at once.
         strict: whether a request of more than `limit` is refused. Otherwise it waits until it is alone.
+        capacity: bytes that the broker can hold at all; None for no known limit.
     """
 
-    def __init__(self, limit: int, *, strict: bool) -> None:
-        self._limit, self._strict = limit, strict
+    def __init__(self, limit: int, *, strict: bool, capacity: int | None = None) -> None:
+        self._limit, self._strict, self._capacity = limit, strict, capacity
         self._held: list[int] = []
         self._line: deque[object] = deque()
         self._changed = threading.Condition()
@@ -50,12 +51,12 @@ class ByteBudget:
         """How many threads wait in `acquire`."""
         return len(self._line)
 
-    def acquire(self, nbytes: int) -> None:
-        """Waits until `nbytes` more may be held, and holds them.
+    def require(self, nbytes: int) -> None:
+        """Refuses what can never be held.
 
         Raises:
             UsageError: it is more than the limit, and the budget is strict.
-            HetrainError: what the budget was closed with.
+            BrokerFull: it is more than the broker can hold.
         """
         if self._strict and nbytes > self._limit:
             raise UsageError(
@@ -64,6 +65,22 @@ class ByteBudget:
                 field="max_bytes_in_flight",
                 hint="raise it, or lower `micro_batch_tokens`",
             )
+        if self._capacity and nbytes > self._capacity:
+            raise BrokerFull(
+                f"one product and its operand take {nbytes / 1e6:.0f} MB, "
+                f"more than the {self._capacity / 1e6:.0f} MB that the broker can hold (maxmemory)",
+                hint="raise its maxmemory, or lower `micro_batch_tokens`",
+            )
+
+    def acquire(self, nbytes: int) -> None:
+        """Waits until `nbytes` more may be held, and holds them.
+
+        Raises:
+            UsageError: as `require`.
+            BrokerFull: as `require`.
+            HetrainError: what the budget was closed with.
+        """
+        self.require(nbytes)
         ticket = object()
         with self._changed:
             self._line.append(ticket)
