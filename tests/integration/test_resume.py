@@ -129,7 +129,10 @@ def test_in_lock_step_a_stop_changes_not_a_bit(
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "optimizer.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer_state.json",
     ]
     # How much may be in flight changes nothing: room for little more than one product is enough.
