@@ -126,7 +126,6 @@ def test_in_lock_step_a_stop_changes_not_a_bit(
     assert_same_adapter(stopped, stopped / f"checkpoint-{reached}")
     files = sorted(path.name for path in (stopped / f"checkpoint-{reached}").iterdir())
     assert files == [
-        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
