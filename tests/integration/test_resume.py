@@ -130,11 +130,13 @@ def test_in_lock_step_a_stop_changes_not_a_bit(
     assert_same_adapter(stopped, stopped / f"checkpoint-{reached}")
     files = sorted(path.name for path in (stopped / f"checkpoint-{reached}").iterdir())
     assert files == [
-        "README.md",
         "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "optimizer.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer_state.json",
     ]
     # How much may be in flight changes nothing: room for little more than one product is enough.

@@ -22,6 +22,7 @@ EXTENSIONS = {
     "crt",
     "env",
     "example",
+    "jinja",
     "json",
     "jsonl",
     "key",
