@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from hetrain.inspection.plan_report import GroupReport as GroupReport
     from hetrain.inspection.plan_report import PlanReport as PlanReport
     from hetrain.train.evaluation import Evaluation as Evaluation
-    from hetrain.train.finetune import JobResult as JobResult
     from hetrain.train.metrics import MicroBatchMetrics as MicroBatchMetrics
+    from hetrain.train.outcome import JobResult as JobResult
     from hetrain.train.preparation import Preparation as Preparation
 
 DatasetNames = str | PathLike[str] | Sequence[str | PathLike[str]]

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 
-import hetrain
 from hetrain.config import JobSpec, TrainingConfig
 from hetrain.data.dataset import JobRows
 from hetrain.data.packing import MicroBatch, epochs
@@ -22,35 +18,30 @@ from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.data.updates import count_updates
 from hetrain.nn.adapter_files import write_adapter
 from hetrain.nn.lora import adapter_parameters, add_adapter
-from hetrain.public.disk import reason_of
 from hetrain.public.errors import DatasetError, Interrupted, StorageError, UsageError
 from hetrain.public.model.files import public_name
-from hetrain.secret.protection import protection_of
 from hetrain.train.checkpoint import (
     Checkpoint,
     Identity,
-    checkpoint_path,
-    checkpoint_steps,
     find_checkpoint,
     rows_digest,
 )
-from hetrain.train.evaluation import Evaluation, evaluate_rows
+from hetrain.train.evaluation import evaluate_rows
 from hetrain.train.hints import OnPrepare, ignore_progress
+from hetrain.train.job_record import describe, write_card, write_job
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
-from hetrain.train.model_card import model_card
+from hetrain.train.outcome import JobResult, interrupted, stored_in_part
 from hetrain.train.output_dir import OutputDirectory
-from hetrain.train.records import add_evaluation, read_run
+from hetrain.train.records import add_evaluation
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
 from hetrain.train.signals import stop_on_signals
 from hetrain.train.step import share_cores
-from hetrain.train.storage import after_failure
 from hetrain.train.updater import Updater
 
 _log = logging.getLogger(__name__)
 
-_VERSIONED = ("torch", "transformers", "peft", "celery", "redis", "numpy", "cryptography")
 # Settings that a resumed run may change: they decide neither what is computed nor in which micro-batches.
 _FREE = (
     "verify_rows",
@@ -60,35 +51,6 @@ _FREE = (
     "save_steps",
     "save_total_limit",
 )
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory.
-
-    Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite. `rejected`
-    results of workers failed verification in this run. `evaluation` is that of the finished adapter on the
-    rows that were held out, if there are any.
-    """
-
-    steps: int
-    total_steps: int
-    tokens: int
-    skipped_updates: int
-    rejected: int
-    seconds: float
-    last: MicroBatchMetrics = field(repr=False)
-    output_dir: Path
-    evaluation: Evaluation | None = None
-
-    def __str__(self) -> str:
-        skipped = f" ({self.skipped_updates} of them skipped)" if self.skipped_updates else ""
-        rejected = f", {self.rejected} results of workers rejected" if self.rejected else ""
-        held_out = f", held-out loss {self.evaluation.loss:.3f}" if self.evaluation else ""
-        return (
-            f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s{rejected}, "
-            f"last loss {self.last.loss:.3f}{held_out}. Adapter in {self.output_dir}"
-        )
 
 
 @dataclass(frozen=True)
@@ -210,8 +172,8 @@ def _run(
         checkpoint.restore(updater)
     writer = partial(write_adapter, model, public_name(spec.model), job.base.tokenizer)
     run_log = RunLog(output, updater, writer, identity, config, total_steps, checkpoint)
-    description = _describe(job, session)
-    _write_job(output, description | {"status": "running"})
+    description = _description(job, session)
+    write_job(output, description | {"status": "running"})
     share_cores(config.replicas)
     replicas = session.replicas(model, config.replicas)
     batches = _draw(job.rows, config, job.done_steps, total_steps)
@@ -240,17 +202,17 @@ def _run(
             _log.error("%s", lost)
             status = "failed"
         end = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
-        _write_job(output, description | end)
+        write_job(output, description | end)
         if run_log.last is not None:
-            _write_card(output)
+            write_card(output)
     if problem := failure or lost:
-        raise _stored_in_part(problem, run_log.step, output.path, has_adapter=lost is None)
+        raise stored_in_part(problem, run_log.step, output.path, has_adapter=lost is None)
     if run_log.last is None:
         if status == "interrupted":
             raise KeyboardInterrupt
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
-        raise _interrupted(run_log.step, total_steps, output.path)
+        raise interrupted(run_log.step, total_steps, output.path)
     result = JobResult(
         run_log.step,
         total_steps,
@@ -265,45 +227,9 @@ def _run(
         return result
     evaluation = evaluate_rows(session, model, job.held_out, config)
     figures = asdict(evaluation)
-    _write_job(output, description | end | {"evaluation": figures})
+    write_job(output, description | end | {"evaluation": figures})
     add_evaluation(output.path, spec.data.eval_dataset or ("validation split",), figures)
     return replace(result, evaluation=evaluation)
-
-
-def _write_card(output: OutputDirectory) -> None:
-    try:
-        output.write_card(model_card(read_run(output.path)))
-    except (OSError, UsageError) as error:
-        _log.warning("the model card cannot be written: %s", error)
-
-
-def _write_job(output: OutputDirectory, job: Mapping[str, object]) -> None:
-    try:
-        output.write_job(job)
-    except OSError as error:
-        _log.warning("job.json cannot be written: %s", reason_of(error))
-
-
-def _stored_in_part(error: StorageError, step: int, output: Path, *, has_adapter: bool) -> StorageError:
-    """`error`, with what was written of update `step`."""
-    checkpoint = checkpoint_path(output, step)
-    parts = ["the adapter"] * has_adapter + [checkpoint.name] * checkpoint.is_dir()
-    saved = f"{' and '.join(parts) or 'nothing'} {'were' if len(parts) > 1 else 'was'} written"
-    steps = checkpoint_steps(output)
-    newest = checkpoint_path(output, steps[-1]).name if steps else ""
-    return after_failure(error, output, f"after update {step} {saved}", newest)
-
-
-def _interrupted(step: int, total_steps: int, output: Path) -> Interrupted:
-    text = f"stopped after {step} of {total_steps} updates; the adapter as it stood was written"
-    saved = checkpoint_path(output, step)
-    if not saved.is_dir():
-        return Interrupted(f"{text}, but no checkpoint", where=str(output))
-    return Interrupted(
-        f"{text}, and {saved.name}",
-        where=str(output),
-        hint="Go on with the same settings and `resume_from_checkpoint` latest",
-    )
 
 
 def _draw(rows: list[Row], config: TrainingConfig, done: int, total: int) -> Iterator[MicroBatch]:
@@ -313,32 +239,10 @@ def _draw(rows: list[Row], config: TrainingConfig, done: int, total: int) -> Ite
     return islice(drawn, done * config.batches_per_update, total * config.batches_per_update)
 
 
-def _describe(job: _PreparedJob, session: Session) -> dict[str, object]:
-    """job.json: everything needed to say what ran, and no secret: the broker's URL stays out."""
-    spec = job.spec
-    return {
-        "hetrain": hetrain.__version__,
-        "model": spec.model,
-        "model_path": str(job.base.files.directory.resolve())
-        if Path(spec.model).expanduser().is_dir()
-        else None,
-        "base_model": public_name(spec.model),
+def _description(job: _PreparedJob, session: Session) -> dict[str, object]:
+    """What job.json says of the job, whatever becomes of it."""
+    return describe(job.spec, job.base, session) | {
         "prompt": asdict(prompt_template(job.rows, job.base.tokenizer)),
-        "dataset": list(spec.dataset),
-        "engine": spec.outsourcing.engine,
-        "broker": "embedded" if spec.workers is None else "given",
-        "device": spec.device,
-        "protection": asdict(
-            protection_of(spec.outsourcing.engine, session.split.plan, spec.outsourcing.verify_rows)
-        ),
-        "plan_digest": session.split.plan.digest,
-        "worker": {"name": session.worker.worker, "device": session.worker.device},
         "total_steps": job.total_steps,
         "resumed_at": job.done_steps,
-        "data": asdict(spec.data),
-        "lora": asdict(spec.lora),
-        "training": asdict(spec.training),
-        "outsourcing": asdict(spec.outsourcing),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in _VERSIONED},
     }

@@ -17,8 +17,9 @@ from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfi
 from hetrain.data.dataset import read_job_rows
 from hetrain.public.errors import Interrupted, NotFinite, UsageError
 from hetrain.train.checkpoint import checkpoint_steps
-from hetrain.train.finetune import JobResult, finetune
+from hetrain.train.finetune import finetune
 from hetrain.train.metrics import MicroBatchMetrics
+from hetrain.train.outcome import JobResult
 from hetrain.train.signals import stop_on_signals
 from tests.harness.processes import HANDBOOK, broker_with_worker
 
