@@ -17,14 +17,15 @@ class SmallDisk:
 
     Attributes:
         path: the directory.
+        is_mounted: whether it is a disk of its own, on which one file's room can be given to another.
     """
 
     def __init__(self, path: Path, *, is_mounted: bool) -> None:
-        self.path, self._is_mounted = path, is_mounted
+        self.path, self.is_mounted = path, is_mounted
 
     def fill(self) -> None:
         """Leaves no room for anything; for this process only where the disk is no disk of its own."""
-        if not self._is_mounted:
+        if not self.is_mounted:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             return
         with suppress(OSError), (self.path / "ballast").open("ab", buffering=0) as ballast:
