@@ -138,7 +138,7 @@ def metrics(scratch: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
 
 
-RUN = ("--engine", "clear", "--max-steps", 4)
+RUN = ("--engine", "clear", "--max-steps", 2)
 
 
 @pytest.fixture(scope="module")
