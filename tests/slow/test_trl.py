@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hetrain.public.errors import DatasetError, ModelError
 from tests.harness.trl_rows import FORMS, TEMPLATES, assert_rows_equal, our_rows, random_lines, trl_rows
 
-
 # Of models that see pictures: they write no content that is a string, and TRL trains on what is left.
 DROP_STRINGS = ("idefics3", "smolvlm")
 
