@@ -74,9 +74,11 @@ FORMATS: dict[str, bytes] = {
     "parquet_called.jsonl": as_parquet(ROWS),
 }
 FORMATS |= {
-    f"{name}.gz": gzip.compress(content) for name, content in FORMATS.items() if b"PAR1" not in content[:4]
+    f"{name}.gz": gzip.compress(content, mtime=0)
+    for name, content in FORMATS.items()
+    if b"PAR1" not in content[:4]
 }
-FORMATS["gzip_called.jsonl"] = gzip.compress(JSON_LINES)
+FORMATS["gzip_called.jsonl"] = gzip.compress(JSON_LINES, mtime=0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -155,6 +157,7 @@ def test_files_may_differ_in_form_but_not_within(tmp_path: Path) -> None:
         (b"prompt,completion\n", "is empty"),
         (b"[]", "is empty"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_file_of_rows_is_called_by_its_name(content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "rows"
