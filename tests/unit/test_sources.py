@@ -157,6 +157,7 @@ def test_files_may_differ_in_form_but_not_within(tmp_path: Path) -> None:
         (b"prompt,completion\n", "is empty"),
         (b"[]", "is empty"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_file_of_rows_is_called_by_its_name(content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "rows"
