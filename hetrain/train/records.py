@@ -90,7 +90,7 @@ def add_evaluation(adapter: Path, names: Sequence[str], figures: Mapping[str, ob
 def evaluated_dataset(adapter: Path) -> Path | None:
     """The file of rows of the last recorded evaluation of an adapter or checkpoint that is still there."""
     for line in reversed(list(_lines(_run_directory(adapter) / EVALUATIONS_FILE))):
-        names = line.get("dataset") or ()
+        names = list(line.get("dataset") or ())
         if len(names) == 1 and Path(names[0]).is_file():
             return Path(names[0])
     return None
