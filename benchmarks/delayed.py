@@ -90,6 +90,12 @@ class DelayedService:
         """Reads the plan; there is nothing to load."""
         self._plan(task, load_plan)
 
+    def check(self, task: EvaluateTask, load_plan: Callable[[], bytes]) -> None:
+        """Compares the announced size of an operand with the product's."""
+        expected = self._pace.scaled(product_of(task, self._plan(task, load_plan))).bytes_up
+        if task.input.nbytes != expected:
+            raise WireError(f"the operand has {task.input.nbytes} bytes, not {expected}")
+
     def evaluate(
         self, task: EvaluateTask, load_plan: Callable[[], bytes], payload: memoryview
     ) -> list[memoryview]:

