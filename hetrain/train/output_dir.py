@@ -51,6 +51,24 @@ class OutputDirectory:
         """The log of an embedded broker and worker."""
         return self.path / "worker.log"
 
+    def measure(self, write: Callable[[Path], None]) -> int:
+        """The bytes of the files that `write` makes in a directory, which is then removed.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        self._remove_scratch()
+        scratch = self.path / ".adapter"
+        try:
+            with os_errors():
+                scratch.mkdir(0o700)
+                write(scratch)
+            return sum(file.stat().st_size for file in scratch.iterdir())
+        except OSError as error:
+            raise _no_room(f"the adapter's files cannot be written: {reason_of(error)}", self.path) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
     def reserve(self, nbytes: int) -> None:
         """Takes room on the disk for what the run writes last, until `release_reserve`.
 
@@ -66,11 +84,10 @@ class OutputDirectory:
                 os.close(descriptor)
         except OSError as error:
             self.release_reserve()
-            raise StorageError(
+            raise _no_room(
                 f"the adapter and a checkpoint take up to {nbytes / 1e6:.0f} MB, for which there is no room: "
                 f"{reason_of(error)}",
-                where=str(self.path),
-                hint="make room on this disk, or choose another `output_dir`",
+                self.path,
             ) from error
 
     def release_reserve(self) -> None:
@@ -175,6 +192,10 @@ def _make(path: Path) -> None:
         ) from error
     if is_open:
         _log.warning("%s: other users of this machine may enter it, and read the adapter: chmod 700", path)
+
+
+def _no_room(what: str, path: Path) -> StorageError:
+    return StorageError(what, where=str(path), hint="make room on this disk, or choose another `output_dir`")
 
 
 def _append(descriptor: int, line: bytes) -> None:

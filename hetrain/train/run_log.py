@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _RESERVED_ADAPTERS = 4
 """A checkpoint takes three times an adapter's bytes, with the optimizer's two moments."""
+_RESERVED_COPIES = 2
+"""The tokenizer lies in the checkpoint and beside the adapter."""
 _RESERVED_BYTES = 1 << 20
 
 
@@ -81,7 +83,8 @@ class RunLog:
         self._unwritten: list[MicroBatchMetrics] = []
         self._is_waiting = False
         adapter = sum(value.nbytes for value in updater.snapshot().values.values())
-        output.reserve(_RESERVED_ADAPTERS * adapter + _RESERVED_BYTES)
+        beside = output.measure(partial(write_adapter, {}))
+        output.reserve(_RESERVED_ADAPTERS * adapter + _RESERVED_COPIES * beside + _RESERVED_BYTES)
 
     @property
     def elapsed_s(self) -> float:
