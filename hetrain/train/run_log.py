@@ -168,8 +168,11 @@ class RunLog:
         path = self._output.path
         write_checkpoint(path, state, moments, partial(self._write_adapter, values))
         limit = self._config.save_total_limit
-        for step in checkpoint_steps(path)[:-limit] if limit else ():
-            remove_checkpoint(path, step)
+        try:
+            for step in checkpoint_steps(path)[:-limit] if limit else ():
+                remove_checkpoint(path, step)
+        except OSError as error:
+            _log.warning("an earlier checkpoint could not be removed: %s", reason_of(error))
 
     def _write_metrics(self) -> None:
         while self._unwritten:
