@@ -15,6 +15,7 @@ from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_lock import OutputLock
+from hetrain.train.storage import append_whole
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class OutputDirectory:
         """Appends a line to metrics.jsonl. Raises `OSError`; no part of the line is then there."""
         if self._metrics < 0:
             self._metrics = self._begin()
-        _append(self._metrics, (json.dumps(metrics.record()) + "\n").encode())
+        append_whole(self._metrics, (json.dumps(metrics.record()) + "\n").encode())
 
     def write_job(self, job: Mapping[str, object]) -> None:
         """Replaces job.json. Raises `OSError`."""
@@ -196,16 +197,6 @@ def _make(path: Path) -> None:
 
 def _no_room(what: str, path: Path) -> StorageError:
     return StorageError(what, where=str(path), hint="make room on this disk, or choose another `output_dir`")
-
-
-def _append(descriptor: int, line: bytes) -> None:
-    begin, rest = os.fstat(descriptor).st_size, memoryview(line)
-    try:
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-    except OSError:
-        os.ftruncate(descriptor, begin)
-        raise
 
 
 def _step_of(line: str) -> float:
