@@ -11,10 +11,13 @@ from celery.concurrency import get_implementation
 
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, plaintext_warning, redacted
-from hetrain.public.errors import HetrainError, UsageError
+from hetrain.public.errors import HetrainError, ModelError, ModelUnreachable, UsageError, WorkerError
 from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.settings import WorkerSettings, broker_address
 from tasks.intake import transport
+
+_LASTING = (UsageError, ModelError, WorkerError)
+"""What a worker that is started again would meet again: settings, its models, its device."""
 
 
 def broker_url() -> str:
@@ -67,9 +70,13 @@ def _set_flower_defaults() -> None:
 
 
 def _refusal(error: Exception) -> SystemExit:
-    """Ends the process: Celery would log an Exception of a signal handler and go on."""
+    """Ends the process: Celery would log an Exception of a signal handler and go on.
+
+    A supervisor tries again unless the status is EX_CONFIG: that is for what cannot pass.
+    """
     sys.stderr.write(f"hetrain worker cannot start: {type(error).__name__}: {error}\n")
-    return SystemExit(os.EX_CONFIG if isinstance(error, HetrainError) else 1)
+    is_lasting = isinstance(error, _LASTING) and not isinstance(error, ModelUnreachable)
+    return SystemExit(os.EX_CONFIG if is_lasting else 1)
 
 
 transport.register()

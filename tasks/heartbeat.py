@@ -24,7 +24,7 @@ from hetrain.public.protocol.registration import (
 from hetrain.public.settings import WorkerSettings
 from tasks.app import broker_url
 from tasks.inspect_command import plain_line
-from tasks.stall import end_stalled_process, expect_signs, running_tasks, stands_still
+from tasks.stall import end_stalled_process, expect_end, expect_signs, running_tasks, stands_still
 
 _WITHDRAWAL_S = 2.0
 
@@ -74,6 +74,7 @@ class Heartbeat:
                 self._withdrawals.get(timeout=HEARTBEAT_S)
             except Empty:
                 continue
+            expect_end()
             return self._try(self._remove)
 
     def _stands_still(self) -> bool:

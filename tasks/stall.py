@@ -10,11 +10,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
+from hetrain.public.protocol import keys
+
 logger = logging.getLogger(__name__)
 
 STALLED = os.EX_TEMPFAIL
 """The exit status of a worker that has stood still. A supervisor starts it again."""
 _SILENCE_S = 600
+_LAST_TASKS_S = int(max(keys.PREPARE_LIMIT_S, keys.RUN_LIMIT_S))
 _STDERR = 2  # Celery replaces sys.stderr by its log
 
 
@@ -55,6 +58,11 @@ def stands_still(ends: Collection[float], slots: int, now: float) -> bool:
 def expect_signs() -> None:
     """Ends the process unless this is called again within 10 minutes, even while no thread can run."""
     faulthandler.dump_traceback_later(_SILENCE_S, exit=True, file=_STDERR)
+
+
+def expect_end() -> None:
+    """Ends the process unless it ends by itself before its last tasks' clients give up: no sign comes now."""
+    faulthandler.dump_traceback_later(_LAST_TASKS_S, exit=True, file=_STDERR)
 
 
 def end_stalled_process() -> None:

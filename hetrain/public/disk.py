@@ -27,11 +27,15 @@ def reason_of(error: OSError) -> str:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Raises what safetensors raises for a failed write as the `OSError` that it was."""
+    """Raises what safetensors and tokenizers raise for a failed write as the `OSError` that it was."""
     try:
         yield
-    except SafetensorError as error:
+    except (OSError, HetrainError):
+        raise
+    except Exception as error:  # tokenizers raises no subclass of it
         found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None and not isinstance(error, SafetensorError):
+            raise
         raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
 
 

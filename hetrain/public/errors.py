@@ -4,6 +4,7 @@
     ├── UsageError                   2   a setting makes no sense
     ├── DatasetError                 3   a row of the data set cannot be used
     ├── ModelError                   4   a checkpoint cannot be found or read
+    │   ├── ModelUnreachable             the hub does not answer, which may pass
     │   └── UnsupportedArchitecture      a model that cannot be split between client and workers
     ├── ParameterError               5   an encryption parameter set is weak or inconsistent
     ├── WireError                    6   a message or a blob is malformed
@@ -74,6 +75,10 @@ class ModelError(HetrainError):
     """A checkpoint cannot be found or read."""
 
     exit_code = 4
+
+
+class ModelUnreachable(ModelError):
+    """The hub does not answer, or not now: the same call may succeed later."""
 
 
 class UnsupportedArchitecture(ModelError):

@@ -162,7 +162,7 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
 def write_checkpoint(
     output_dir: Path, state: TrainerState, optimizer: Tensors, write_adapter: Callable[[Path], None]
 ) -> None:
-    """Writes a checkpoint, which appears under its name when it is complete and on disk.
+    """Writes a checkpoint, which appears under its name when it is complete and on disk, in place of another.
 
     Args:
         output_dir: the run's directory.
@@ -185,8 +185,11 @@ def write_checkpoint(
         _write_sums(scratch)
         for path in (*scratch.iterdir(), scratch):
             _sync(path)
+        replaced = _set_aside(target) if target.exists() else None  # written before, but not followed up
         scratch.rename(target)
         _sync(output_dir)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -194,11 +197,14 @@ def write_checkpoint(
 
 def remove_checkpoint(output_dir: Path, step: int) -> None:
     """Removes a checkpoint. No part of it is ever visible under its name."""
-    path = checkpoint_path(output_dir, step)
+    shutil.rmtree(_set_aside(checkpoint_path(output_dir, step)), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
     stale = path.with_name(f".{path.name}.old")
     shutil.rmtree(stale, ignore_errors=True)
     path.rename(stale)
-    shutil.rmtree(stale, ignore_errors=True)
+    return stale
 
 
 def _write_sums(directory: Path) -> None:

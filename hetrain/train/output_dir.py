@@ -15,6 +15,7 @@ from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_lock import OutputLock
+from hetrain.train.storage import append_whole
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,24 @@ class OutputDirectory:
         """The log of an embedded broker and worker."""
         return self.path / "worker.log"
 
+    def measure(self, write: Callable[[Path], None]) -> int:
+        """The bytes of the files that `write` makes in a directory, which is then removed.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        self._remove_scratch()
+        scratch = self.path / ".adapter"
+        try:
+            with os_errors():
+                scratch.mkdir(0o700)
+                write(scratch)
+            return sum(file.stat().st_size for file in scratch.iterdir())
+        except OSError as error:
+            raise _no_room(f"the adapter's files cannot be written: {reason_of(error)}", self.path) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
     def reserve(self, nbytes: int) -> None:
         """Takes room on the disk for what the run writes last, until `release_reserve`.
 
@@ -66,11 +85,10 @@ class OutputDirectory:
                 os.close(descriptor)
         except OSError as error:
             self.release_reserve()
-            raise StorageError(
+            raise _no_room(
                 f"the adapter and a checkpoint take up to {nbytes / 1e6:.0f} MB, for which there is no room: "
                 f"{reason_of(error)}",
-                where=str(self.path),
-                hint="make room on this disk, or choose another `output_dir`",
+                self.path,
             ) from error
 
     def release_reserve(self) -> None:
@@ -82,7 +100,7 @@ class OutputDirectory:
         """Appends a line to metrics.jsonl. Raises `OSError`; no part of the line is then there."""
         if self._metrics < 0:
             self._metrics = self._begin()
-        _append(self._metrics, (json.dumps(metrics.record()) + "\n").encode())
+        append_whole(self._metrics, (json.dumps(metrics.record()) + "\n").encode())
 
     def write_job(self, job: Mapping[str, object]) -> None:
         """Replaces job.json. Raises `OSError`."""
@@ -177,14 +195,8 @@ def _make(path: Path) -> None:
         _log.warning("%s: other users of this machine may enter it, and read the adapter: chmod 700", path)
 
 
-def _append(descriptor: int, line: bytes) -> None:
-    begin, rest = os.fstat(descriptor).st_size, memoryview(line)
-    try:
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-    except OSError:
-        os.ftruncate(descriptor, begin)
-        raise
+def _no_room(what: str, path: Path) -> StorageError:
+    return StorageError(what, where=str(path), hint="make room on this disk, or choose another `output_dir`")
 
 
 def _step_of(line: str) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hetrain.public.errors import UsageError
+from hetrain.train.storage import append_whole
 
 METRICS_FILE, JOB_FILE, EVALUATIONS_FILE = "metrics.jsonl", "job.json", "evaluations.jsonl"
 
@@ -47,7 +49,7 @@ def read_run(directory: Path) -> RunRecord:
     """The records in a run's output directory.
 
     Raises:
-        UsageError: there is no job.json, or a file is damaged.
+        UsageError: there is no job.json, or a file cannot be read.
     """
     try:
         job = dict(json.loads((directory / JOB_FILE).read_bytes()))
@@ -80,16 +82,14 @@ def add_evaluation(adapter: Path, names: Sequence[str], figures: Mapping[str, ob
         job = json.loads((directory / JOB_FILE).read_bytes())
         step = int(adapter.name.rpartition("-")[2]) if is_checkpoint else job.get("steps")
         dataset = [str(Path(name).resolve()) if Path(name).is_file() else name for name in names]
-        line = json.dumps({"step": step, "dataset": dataset, **figures})
-        with (directory / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        _append_line(directory / EVALUATIONS_FILE, json.dumps({"step": step, "dataset": dataset, **figures}))
     except (OSError, ValueError) as error:
         _log.warning("the evaluation could not be recorded: %s", error)
 
 
 def evaluated_dataset(adapter: Path) -> Path | None:
     """The file of rows of the last recorded evaluation of an adapter or checkpoint that is still there."""
-    for line in reversed(list(_lines(_run_directory(adapter) / EVALUATIONS_FILE))):
+    for line in reversed(_lines(_run_directory(adapter) / EVALUATIONS_FILE)):
         names = list(line.get("dataset") or ())
         if len(names) == 1 and Path(names[0]).is_file():
             return Path(names[0])
@@ -105,9 +105,23 @@ def _run_directory(adapter: Path) -> Path:
     return adapter.resolve().parent if adapter.name.startswith("checkpoint-") else adapter
 
 
-def _lines(path: Path) -> Iterable[Record]:
+def _append_line(path: Path, line: str) -> None:
+    """Raises `OSError`; no part of the line is then there."""
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        start = "" if file.read(1) in (b"", b"\n") else "\n"  # whoever wrote half a line was killed
+        append_whole(file.fileno(), f"{start}{line}\n".encode())
+
+
+def _lines(path: Path) -> list[Record]:
+    """The records in a file, which may not exist, without lines that were written in part."""
     if not path.exists():
         return []
-    # A run that was killed may have left half a line at the end.
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [dict(json.loads(line)) for line in lines if line.endswith("}")]
+    records: list[Record] = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            _log.warning("%s: a damaged line is passed over", path)
+    return records

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _RESERVED_ADAPTERS = 4
 """A checkpoint takes three times an adapter's bytes, with the optimizer's two moments."""
+_RESERVED_COPIES = 2
+"""The tokenizer lies in the checkpoint and beside the adapter."""
 _RESERVED_BYTES = 1 << 20
 
 
@@ -81,7 +83,8 @@ class RunLog:
         self._unwritten: list[MicroBatchMetrics] = []
         self._is_waiting = False
         adapter = sum(value.nbytes for value in updater.snapshot().values.values())
-        output.reserve(_RESERVED_ADAPTERS * adapter + _RESERVED_BYTES)
+        beside = output.measure(partial(write_adapter, {}))
+        output.reserve(_RESERVED_ADAPTERS * adapter + _RESERVED_COPIES * beside + _RESERVED_BYTES)
 
     @property
     def elapsed_s(self) -> float:
@@ -165,8 +168,11 @@ class RunLog:
         path = self._output.path
         write_checkpoint(path, state, moments, partial(self._write_adapter, values))
         limit = self._config.save_total_limit
-        for step in checkpoint_steps(path)[:-limit] if limit else ():
-            remove_checkpoint(path, step)
+        try:
+            for step in checkpoint_steps(path)[:-limit] if limit else ():
+                remove_checkpoint(path, step)
+        except OSError as error:
+            _log.warning("an earlier checkpoint could not be removed: %s", reason_of(error))
 
     def _write_metrics(self) -> None:
         while self._unwritten:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,17 @@ def write_when_there_is_room(write: Callable[[], object], what: str, wait_s: flo
         except KeyboardInterrupt:
             end = time.monotonic()
         pause = min(2 * pause, _MAX_PAUSE_S)
+
+
+def append_whole(descriptor: int, line: bytes) -> None:
+    """Appends to a file that was opened for that. Raises `OSError`; no part of the line is then there."""
+    begin, rest = os.fstat(descriptor).st_size, memoryview(line)
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError:
+        os.ftruncate(descriptor, begin)
+        raise
 
 
 def _is_stopped(stop: Stop) -> bool:

@@ -12,6 +12,7 @@ from hetrain.transport.requests.request import Request, Timeouts
 from hetrain.transport.requests.state import (
     COUNTED,
     ClientEvent,
+    CompletionDamaged,
     Event,
     Failed,
     Finished,
@@ -192,4 +193,5 @@ EVENTS: tuple[Event, ...] = (
     *(failed(worker, error) for worker in WORKERS for error in ERRORS),
     *Observation,
     *[Observation.LEASE_MISSING] * 3,
+    CompletionDamaged(ERRORS[BlobMissing]),
 )

@@ -23,14 +23,16 @@ class SmallDisk:
     def __init__(self, path: Path, *, is_mounted: bool) -> None:
         self.path, self.is_mounted = path, is_mounted
 
-    def fill(self) -> None:
-        """Leaves no room for anything; for this process only where the disk is no disk of its own."""
+    def fill(self, leave: int = 0) -> None:
+        """Leaves room for so many bytes; in one file of this process where the disk is no disk of its own."""
         if not self.is_mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (leave, resource.RLIM_INFINITY))
             return
-        with suppress(OSError), (self.path / "ballast").open("ab", buffering=0) as ballast:
-            while ballast.write(_BLOCK):
-                pass
+        with (self.path / "ballast").open("ab", buffering=0) as ballast:
+            with suppress(OSError):
+                while ballast.write(_BLOCK):
+                    pass
+            ballast.truncate(max(ballast.tell() - leave, 0))
 
     def free(self) -> None:
         """Undoes `fill`."""

@@ -29,6 +29,7 @@ from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 from tasks.supervisor.server import start_worker, stop
 from tasks.supervisor.worker_process import spawn_worker
+from tests.harness.hub import hub_with
 from tests.harness.processes import broker_server, connect
 from tests.harness.processes import hetrain as hetrain_command
 
@@ -236,3 +237,12 @@ def test_a_worker_without_its_model_does_not_call_itself_ready(tmp_path: Path, t
         finally:
             stop([worker])
     assert found.models == ["tiny-llama"]
+
+
+def test_a_worker_is_started_again_unless_what_it_lacks_will_never_be_there(tmp_path: Path) -> None:
+    model = {"HETRAIN_MODELS": "owner/model", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
+    with broker_server() as broker, hub_with("owner/rows", {}) as hub, (tmp_path / "log").open("wb") as log:
+        for endpoint, status in ((hub, os.EX_CONFIG), ("http://127.0.0.1:1", 1)):
+            settings = {"HETRAIN_BROKER_URL": broker.url, "HF_ENDPOINT": endpoint, **model}
+            assert spawn_worker("lacking", settings, log).wait(90) == status
+    assert "ModelUnreachable: HETRAIN_MODELS: none of the models" in (tmp_path / "log").read_text()

@@ -10,15 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
+from hetrain.data.dataset import read_job_rows
 from hetrain.public.errors import StorageError
 from hetrain.train.checkpoint import checkpoint_steps
-from hetrain.train.finetune import finetune
+from hetrain.train.finetune import JobResult, finetune
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_dir import OutputDirectory
 from tests.harness.processes import HANDBOOK, broker_with_worker, hetrain
@@ -28,7 +30,7 @@ TRAINING = TrainingConfig(
     batch_tokens=256, micro_batch_tokens=256, max_length=64, max_steps=9, max_staleness=0, save_steps=2
 )
 ALL = list(range(1, 10))
-DISK_BYTES = 12 << 20
+DISK_BYTES = 24 << 20
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +69,10 @@ def mounted(disk: SmallDisk) -> SmallDisk:
     if not disk.is_mounted:
         pytest.skip("no file system can be mounted here")
     return disk
+
+
+def train(spec: JobSpec, on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None) -> JobResult:
+    return finetune(spec, read_job_rows(spec), on_step)
 
 
 def at(step: int, act: Callable[[], object]) -> Callable[[MicroBatchMetrics], None]:
@@ -121,11 +127,12 @@ def assert_tidy(output: Path) -> None:
     assert output.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("leave", [0, 1 << 20], ids=["for nothing", "for the adapter but not its tokenizer"])
 def test_training_waits_for_room(
-    spec: JobSpec, disk: SmallDisk, waits: Callable[[Callable[[], object]], WhenItWaits]
+    spec: JobSpec, disk: SmallDisk, waits: Callable[[Callable[[], object]], WhenItWaits], leave: int
 ) -> None:
     waiting = waits(disk.free)
-    result = finetune(spec, at(3, disk.fill))
+    result = train(spec, at(3, partial(disk.fill, leave)))
     assert waiting.times == 1
     assert result.steps == 9
     assert steps_of(spec.output_dir) == ALL
@@ -138,7 +145,7 @@ def test_a_disk_that_stays_full_ends_training_at_its_last_state(
 ) -> None:
     monkeypatch.setenv("HETRAIN_DISK_WAIT_S", "0.3")
     with pytest.raises(StorageError) as caught:
-        finetune(spec, at(3, mounted.fill))
+        train(spec, at(3, mounted.fill))
     assert caught.value.exit_code == 10
     last = checkpoint_steps(spec.output_dir)[-1]
     mounted.free()
@@ -153,7 +160,7 @@ def test_a_disk_that_stays_full_ends_training_at_its_last_state(
         for path in (spec.output_dir, spec.output_dir / f"checkpoint-{last}")
     )
     assert all(bool((kept[name] == checkpoint[name]).all()) for name in kept)
-    assert finetune(replace(spec, resume_from_checkpoint="latest")).steps == 9
+    assert train(replace(spec, resume_from_checkpoint="latest")).steps == 9
     assert steps_of(spec.output_dir) == ALL
 
 
@@ -162,11 +169,11 @@ def test_a_signal_ends_the_wait(
 ) -> None:
     waits(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(StorageError, match="the adapter and checkpoint-"):
-        finetune(spec, at(3, mounted.fill))
+        train(spec, at(3, mounted.fill))
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(spec: JobSpec, mounted: SmallDisk) -> None:
-    result = finetune(replace(spec, training=replace(TRAINING, save_steps=0)), at(9, mounted.fill))
+    result = train(replace(spec, training=replace(TRAINING, save_steps=0)), at(9, mounted.fill))
     assert result.steps == 9
     assert status_of(spec.output_dir) == "done"
     assert load_file(spec.output_dir / "adapter_model.safetensors")
@@ -177,7 +184,7 @@ def test_no_room_at_the_start_is_said_before_training(spec: JobSpec, disk: Small
     spec.output_dir.mkdir(mode=0o700)
     disk.fill()
     with pytest.raises(StorageError, match="cannot be written"):
-        finetune(spec)
+        train(spec)
     disk.free()
     assert checkpoint_steps(spec.output_dir) == []
 
@@ -194,7 +201,7 @@ def test_a_second_run_in_the_same_directory_is_refused(shared: JobSpec, tmp_path
             )
         )  # fmt: skip
 
-    assert finetune(spec, at(2, start_another)).steps == 9
+    assert train(spec, at(2, start_another)).steps == 9
     (other,) = others
     said = " ".join(other.stderr.split())
     assert other.returncode == 2, said

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetrain.public.protocol.keys import PREPARE_LIMIT_S
 from hetrain.public.protocol.registration import REGISTRY_KEY
 from hetrain.transport.celery_channel import CeleryChannel
 from tasks.stall import STALLED, stands_still
@@ -105,6 +106,36 @@ def test_a_worker_that_stands_still_leaves_and_is_started_again(
         log = (served.directory / "log").read_text()
     assert "no task of this worker ends, while others wait" in log
     assert "in evaluate" in log  # the stack that does not move
+
+
+# Prints after how many seconds the process would be ended, each time that is put off.
+WITHDRAWS = """
+    import faulthandler
+    faulthandler.dump_traceback_later = lambda seconds, **_: print(seconds)
+
+    from hetrain.public.protocol.registration import WorkerRegistration
+    from tasks.app import broker_url
+    from tasks.heartbeat import Heartbeat
+
+    heartbeat = Heartbeat(
+        broker_url(), WorkerRegistration(worker="w@h", device="cpu", queue="gpu", models=(), concurrency=1)
+    )
+    heartbeat.start()
+    heartbeat.withdraw()
+    heartbeat.wait(60)
+"""
+
+
+def test_a_worker_that_is_to_end_has_as_long_as_its_last_task_may_take() -> None:
+    with broker_server() as served:
+        said = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(WITHDRAWS)],
+            env=os.environ | {"HETRAIN_BROKER_URL": served.url},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+    *_, last = map(float, said.split())
+    assert last >= PREPARE_LIMIT_S
 
 
 @given(ends=st.lists(st.integers(0, 20), max_size=6), slots=st.integers(1, 6), now=st.integers(0, 20))

@@ -50,6 +50,8 @@ def test_broker_addresses(url: str, redis: str, celery: str) -> None:
         "redis://",
         "redis://:s3cret@h:port/0",
         "redis://:s3cret@h:0/0",
+        "redis://:s3cret@a..b/0",
+        f"redis://:s3cret@{'a' * 64}.org/0",
         "redis://:s3cret@h/x",
         "redis://:pa/s3cret@h:1/0",
         "unix://:s3cret@host/path",

@@ -105,6 +105,15 @@ def test_a_writer_may_be_killed_before_any_operation(tmp_path: Path) -> None:
     assert len(found) > 20
 
 
+def test_a_checkpoint_that_is_there_already_is_replaced(tmp_path: Path) -> None:
+    """Its directory may not have been synchronised: then it is written again."""
+    write(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / STATE_FILE).write_text("of another run")
+    write(tmp_path, 1)
+    assert_whole(find_checkpoint(LATEST, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the checkpoints of updates 1 and 2."""

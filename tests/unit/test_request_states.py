@@ -23,6 +23,7 @@ from hetrain.transport.requests.decision import (
     decide,
 )
 from hetrain.transport.requests.state import (
+    CompletionDamaged,
     Event,
     Failed,
     Finished,
@@ -209,6 +210,19 @@ def test_workers_failures_end_a_request_or_send_it_again() -> None:
     assert decided(after(Sent("gpu"), failed("a", WorkerRefused), state=refused), serving=both) == Fail(
         Reason.REFUSED
     )
+
+
+def test_a_damaged_completion_is_a_lost_result_and_no_lie() -> None:
+    damaged = CompletionDamaged(BlobMissing("damaged"))
+    state = after(Started("a"), damaged)
+    assert decided(state) == Resend(Reason.RESULT_LOST), "though no other worker serves it"
+    assert (state.rejections, state.error) == ({}, damaged.error)
+    assert decided(after(Finished(COMPLETIONS["a"]), state=state)) == Done(COMPLETIONS["a"])
+    for _ in range(TIMEOUTS.attempts):
+        state = after(Sent("gpu"), Started("a"), damaged, state=state)
+    assert decided(state) == Fail(Reason.RESULT_LOST)
+    excluded = excluding(after(Started("a")), "a", ResultRejected("wrong"))
+    assert after(damaged, state=excluded).due is Reason.WORKER_EXCLUDED
 
 
 def test_a_rejected_worker_is_excluded() -> None:

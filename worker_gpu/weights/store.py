@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from hetrain.public.errors import HetrainError, ModelError, WorkerRefused
+from hetrain.public.errors import HetrainError, ModelError, ModelUnreachable, StorageError, WorkerRefused
 from hetrain.public.model.files import ModelFiles, label_of, resolve
 from hetrain.public.model.quantization import matrix_digest
 from hetrain.public.protocol.plan import Group, Plan, check_shapes, stack_group
@@ -34,20 +34,23 @@ def available_models() -> Mapping[str, str]:
     """Those of `served_models` whose files are here; found, converted or downloaded at the first call.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none; `ModelUnreachable` or `StorageError` if that may pass.
     """
     available: dict[str, str] = {}
     failure: HetrainError | None = None
+    kind: type[HetrainError] = ModelError
     for label, path in served_models().items():
         try:
             resolve(path)
         except HetrainError as error:
             logger.error("this worker does not serve %s: %s", label, error)
             failure = error
+            if isinstance(error, ModelUnreachable | StorageError):
+                kind = type(error)
         else:
             available[label] = path
     if failure is not None and not available:
-        raise ModelError(
+        raise kind(
             f"none of the models that this worker is to serve is here; the last one: {failure}",
             where="HETRAIN_MODELS",
             hint="name a model that is, or set HETRAIN_CACHE to where it lies",

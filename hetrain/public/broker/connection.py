@@ -113,7 +113,7 @@ def parse_broker_url(url: str) -> BrokerUrl:
         if host or not parts.path.strip("/"):
             raise _bad_url(url, "does not name a socket")
     else:
-        if not parts.hostname or not has_port:
+        if not parts.hostname or not has_port or not _is_host(parts.hostname):
             raise _bad_url(url, "has no valid host and port")
         database = parts.path.strip("/") or database
     if not (database.isascii() and database.isdecimal()):
@@ -129,6 +129,15 @@ def parse_broker_url(url: str) -> BrokerUrl:
         database=int(database),
         options=tuple(sorted(query.items())),
     )
+
+
+def _is_host(host: str) -> bool:
+    """Whether a name can be looked up: no label of it is empty or too long."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def plaintext_warning(url: str) -> str | None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from hetrain.public.errors import ModelError
+from hetrain.public.disk import is_full, reason_of
+from hetrain.public.errors import ModelError, ModelUnreachable, StorageError
 from hetrain.public.model.packaged import ALIASES, materialize
 from hetrain.public.settings import Settings
 from hetrain.public.spelling import did_you_mean
@@ -95,6 +96,7 @@ def resolve(name_or_path: str) -> ModelFiles:
 
     Raises:
         ModelError: there is no such model, it cannot be downloaded, or it has no safetensors.
+        StorageError: the disk is full.
     """
     require_model_name(name_or_path)
     path = Path(name_or_path).expanduser()
@@ -133,11 +135,23 @@ def _download(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(
+        if isinstance(error, OSError) and is_full(error):
+            what, hint = f"the model cannot be downloaded: {reason_of(error)}", "make room, or set HF_HOME"
+            raise StorageError(what, where=hub_id, hint=hint) from error
+        kind = ModelUnreachable if _may_pass(error) else ModelError
+        raise kind(
             f"neither a local directory nor reachable on the hub: {type(error).__name__}",
             where=hub_id,
             hint=f"check the name and the network, or use one of: {', '.join(ALIASES)}",
         ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failed download may succeed later: unless the hub, or its client, has refused the request."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None:
+        return not isinstance(error, ValueError)
+    return status >= 500 or status in (408, 429)
 
 
 def _open(label: str, directory: Path) -> ModelFiles:

@@ -10,7 +10,7 @@ import logging
 from time import monotonic
 
 from hetrain.public.broker.connection import while_full
-from hetrain.public.errors import BrokerFull, WireError
+from hetrain.public.errors import BlobMissing, BrokerFull, WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import Completion, parse
 from hetrain.transport.requests.cleanup import JobKeys
@@ -19,8 +19,8 @@ from hetrain.transport.requests.job_connection import JobConnection
 from hetrain.transport.requests.request import Source
 from hetrain.transport.requests.state import (
     COUNTED,
+    CompletionDamaged,
     Event,
-    Failed,
     Observation,
     Reason,
     RequestState,
@@ -186,7 +186,8 @@ class RecoveryLoop:
             try:
                 return event_of(parse(Completion, finished, where="finished request"), state.request)
             except WireError as error:
-                return Failed(state.worker, error)
+                what = f"the completion that the broker keeps is damaged: {error.what}"
+                return CompletionDamaged(BlobMissing(what, where=str(state.request)))
         return Observation.LEASE_MISSING
 
     def _declare_alive(self) -> None:

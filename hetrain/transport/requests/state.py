@@ -43,7 +43,9 @@ class Reason(Enum):
         f"a worker began it; its lease is gone and there is no completion, in {LOOKS_UNTIL_LOST} looks"
     )
     INPUT_LOST = "a worker reports `BlobMissing`"
-    RESULT_LOST = "it is done, and its result is gone from the broker"
+    RESULT_LOST = (
+        "it is done, and its result is gone from the broker, or what is kept of its completion is damaged"
+    )
     RESULT_REJECTED = (
         "the client's check rejects the result, or it has another size than it can have; its worker is named"
     )
@@ -109,6 +111,13 @@ class Observation(Enum):
 
 
 @dataclass(frozen=True)
+class CompletionDamaged:
+    """A look at the broker shows a completion that cannot be read: whoever damaged it is not known."""
+
+    error: HetrainError
+
+
+@dataclass(frozen=True)
 class ResultLost:
     """The client could not download the result."""
 
@@ -125,7 +134,7 @@ class ResultRefused:
 
 WorkerEvent = Started | Finished | Failed
 ClientEvent = ResultLost | ResultRefused
-Event = WorkerEvent | ClientEvent | Observation | Sent
+Event = WorkerEvent | ClientEvent | Observation | CompletionDamaged | Sent
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,10 @@ def observe(state: RequestState, event: Event, now: float) -> RequestState:
             return replace(state, completion=completion, worker=completion.worker, due=None, error=None)
         case Failed(worker, error):
             return _failed(replace(state, worker=worker), error)
+        case CompletionDamaged() if state.worker in state.rejections:
+            return _due(state, Reason.WORKER_EXCLUDED, state.rejections[state.worker])
+        case CompletionDamaged(error):
+            return _due(state, Reason.RESULT_LOST, error)
         case Observation.LEASE_SEEN:
             return _alive(state, now)
         case Observation.LEASE_MISSING:

@@ -159,7 +159,7 @@ class RequestTable:
         That is, if nothing ends well by it, or if it refuses what it is registered to serve.
         """
         worker, serving = state.worker, self._router.serving(state.request, state.queue)
-        if worker in self._rejections or not set(takers(state, serving)) - {worker}:
+        if not worker or worker in self._rejections or not set(takers(state, serving)) - {worker}:
             return
         if due is Reason.REFUSED:
             if worker in serving and worker not in self._refusers:
