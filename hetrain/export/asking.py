@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Generation:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1)):
             value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{value} is less than {least}", field=name)
+            if not least <= value < math.inf:  # nan neither
+                raise UsageError(f"{value} is no number from {least} on", field=name)
 
 
 class Respondent:
