@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hetrain.config import DataConfig
 from hetrain.data.prompts import PromptTemplate, prompt_template
 from hetrain.data.tokenization import read_rows
+from hetrain.export.asking import Generation
 from hetrain.export.check import LossCheck
 from hetrain.export.report.charts import ticks
 from hetrain.nn.adapter_files import base_model_of
@@ -23,21 +25,26 @@ def tokenizer(smollm2_dir: Path) -> PreTrainedTokenizerBase:
 
 
 def template_of(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, *rows: dict[str, object]
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *rows: dict[str, object],
+    completion_only_loss: bool | None = None,
 ) -> PromptTemplate:
+    config = DataConfig(completion_only_loss=completion_only_loss)
     path = directory / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return prompt_template(read_rows(path, tokenizer, 512), tokenizer)
+    return prompt_template(read_rows(path, tokenizer, 512, config), tokenizer)
 
 
 class TestPrompts:
+    @pytest.mark.parametrize("completion_only_loss", [None, False])
     def test_strings_share_their_beginning_and_end(
-        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool | None
     ) -> None:
         rows = [
             {"prompt": f"Question: What is {x}?\nAnswer:", "completion": " It."} for x in ("a pig", "one")
         ]
-        template = template_of(tmp_path, tokenizer, *rows)
+        template = template_of(tmp_path, tokenizer, *rows, completion_only_loss=completion_only_loss)
         assert template == PromptTemplate(False, "Question: ", "\nAnswer:")
         assert template.apply("Why?", tokenizer) == "Question: Why?\nAnswer:"
         assert template.apply("Question: Why?\nAnswer:", tokenizer) == "Question: Why?\nAnswer:"
@@ -100,6 +107,13 @@ class TestBaseModel:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -0.1])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Generation(temperature=temperature)
+    assert caught.value.field == "temperature"
 
 
 @pytest.mark.parametrize("exported", [2.06, 1.94, float("nan")])
