@@ -9,17 +9,19 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hetrain
 from hetrain.export.gguf_names import TensorLayout
+from hetrain.export.loading import load_adapted, open_adapter
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
 from hetrain.public.model.packaged import ALIASES
 from tests.harness.processes import HANDBOOK
@@ -71,6 +73,19 @@ def logits(model: torch.nn.Module, tokenizer_directory: Path) -> torch.Tensor:
     tokens = AutoTokenizer.from_pretrained(tokenizer_directory)(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         return model(tokens).logits.float()
+
+
+def foreign_adapter(base: Path, directory: Path, **settings: Any) -> Path:
+    """An adapter by stock peft, whose tensors have all been moved."""
+    torch.manual_seed(5)
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"]} | settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(directory))
+    return directory
 
 
 class TestAdapterDirectory:
@@ -151,6 +166,18 @@ class TestMerge:
         assert "not checked: no held-out rows" in done.stdout
 
 
+@pytest.mark.parametrize(("layers", "problem"), [(1, "no place for its"), (3, "it lacks")])
+def test_an_adapter_of_another_depth_is_refused(
+    tiny_llama: Path, tmp_path: Path, layers: int, problem: str
+) -> None:
+    adapter = foreign_adapter(tiny_llama, tmp_path / "adapter")
+    config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=layers)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    source = open_adapter(adapter, str(tmp_path / "other"))
+    with pytest.raises(UsageError, match=rf"does not fit .*{problem} .* and 3 more"):
+        load_adapted(source)
+
+
 class TestGguf:
     def test_added_to_llama_cpps_weights_it_is_the_merged_model(self, run: Run, tmp_path: Path) -> None:
         """By llama.cpp's own rule, y += alpha / r * B A x, with its names and its order of rows."""
@@ -206,8 +233,6 @@ class TestGguf:
             assert torch.equal(layout.rows_from_gguf(module, ours), model.get_submodule(module).weight)
 
     def test_an_unknown_layout_is_refused(self, run: Run, tmp_path: Path) -> None:
-        from transformers import AutoConfig
-
         with pytest.raises(UnsupportedArchitecture, match="merge the adapter"):
             TensorLayout(AutoConfig.for_model("gpt_neox"))
 
