@@ -236,6 +236,31 @@ class TestGguf:
         with pytest.raises(UnsupportedArchitecture, match="merge the adapter"):
             TensorLayout(AutoConfig.for_model("gpt_neox"))
 
+    @pytest.mark.parametrize(
+        ("settings", "tensor"),
+        [
+            ({"bias": "all"}, "bias"),
+            ({"lora_bias": True}, "lora_B.bias"),
+            ({"use_dora": True}, "lora_magnitude_vector"),
+            ({"modules_to_save": ["norm"]}, "norm.weight"),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+            ({"trainable_token_indices": [5, 7]}, "token_adapter"),
+        ],
+    )
+    def test_what_the_file_cannot_hold_is_refused(
+        self, tiny_llama: Path, tmp_path: Path, settings: dict[str, Any], tensor: str
+    ) -> None:
+        base = tiny_llama
+        if settings.get("bias"):  # the tiny model's linears have none
+            base = tmp_path / "biased"
+            biased = AutoConfig.from_pretrained(tiny_llama, attention_bias=True)
+            AutoModelForCausalLM.from_config(biased).save_pretrained(base)
+            AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
+        adapter = foreign_adapter(base, tmp_path / "adapter", **settings)
+        with pytest.raises(UsageError, match=rf"holds \S*{tensor}.* has no place"):
+            hetrain.export_gguf(adapter, tmp_path / "adapter.gguf", model=str(base))
+        assert not (tmp_path / "adapter.gguf").exists()
+
 
 class TestAsk:
     def test_answers_as_the_merged_model_does(self, run: Run, tmp_path: Path) -> None:
