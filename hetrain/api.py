@@ -257,7 +257,7 @@ def merge(
         output_dir: a directory that is new or empty.
         dtype: of the weights: ``bfloat16``, ``float16`` or ``float32``. Merging itself is done in float32.
         model: the base model; None takes the adapter's.
-        check: held-out rows; None takes those that the adapter was evaluated on last, if any.
+        check: held-out rows; None takes those that the adapter was evaluated on last, or else a fixed text.
         device: torch device to compute on.
 
     Raises:

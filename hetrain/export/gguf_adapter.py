@@ -44,14 +44,14 @@ class LoraPair:
 def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | None, device: str) -> Export:
     """Writes the adapter in float32, and checks the file, read back, before it gets its name.
 
-    Every matrix of the file must be that of the adapter. With rows, also the loss of the base model to which
-    the file's matrices are added.
+    Every matrix of the file must be that of the adapter, and the loss of the base model to which the file's
+    matrices are added that of the adapted model.
 
     Args:
         adapter: see `open_adapter`.
         output: a file that does not exist yet.
         model: see `open_adapter`.
-        check: held-out rows; None takes those that the adapter was evaluated on last.
+        check: see `merge`.
         device: torch device to compute on.
 
     Raises:
@@ -69,7 +69,7 @@ def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | No
     layout = TensorLayout(adapted.config.get_text_config())
     pairs = pairs_of(adapted)
     _require_pairs_alone(source, pairs)
-    trained = mean_loss(adapted, held_out.rows, device) if held_out else 0.0
+    trained = mean_loss(adapted, held_out.rows, device)
     del adapted
     scratch = None
     try:
@@ -80,12 +80,10 @@ def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | No
         write_pairs(scratch, pairs, layout)
         read = read_pairs(scratch, list(pairs), layout)
         _require_same(pairs, read)
-        result = None
-        if held_out:
-            base = load_base(source.base, device)  # afresh: peft may have changed more than the file holds
-            _add_to_base(base, read)
-            exported = mean_loss(base, held_out.rows, device)
-            result = held_out.compare(trained, exported, "float32")
+        base = load_base(source.base, device)  # afresh: peft may have changed more than the file holds
+        _add_to_base(base, read)
+        exported = mean_loss(base, held_out.rows, device)
+        result = held_out.compare(trained, exported, "float32")
         scratch.chmod(0o644)
         os.replace(scratch, output)
     except OSError as error:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hetrain
+from hetrain.export.check import fixed_text, mean_loss
 from hetrain.export.gguf_names import TensorLayout
 from hetrain.export.loading import load_adapted, open_adapter
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
@@ -150,7 +151,7 @@ class TestMerge:
             hetrain.merge(run.output, tmp_path / "merged", dtype="float16", model=str(large))
         assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
-    def test_without_rows_it_says_that_nothing_was_checked(self, run: Run, tmp_path: Path) -> None:
+    def test_without_rows_it_is_checked_on_a_fixed_text(self, run: Run, tmp_path: Path) -> None:
         result = command("merge", run.output / "checkpoint-4", tmp_path / "m", "--dtype", "float64")
         assert result.returncode == 2
         assert "one of: float32, float16, bfloat16" in " ".join(result.stderr.split())
@@ -163,7 +164,38 @@ class TestMerge:
         assert "base model tiny-llama is not here" in " ".join(missing.stderr.split())
         done = command("merge", alone, tmp_path / "merged", "-m", run.base)
         assert done.returncode == 0, done.stderr
-        assert "not checked: no held-out rows" in done.stdout
+        assert "loss on a fixed text: trained" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 7]},
+    ],
+)
+def test_an_adapter_of_one_end_of_tied_embeddings_is_not_merged(
+    tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = foreign_adapter(tiny_llama, tmp_path / "adapter", **settings)
+    with pytest.raises(UsageError, match="output head too"):
+        hetrain.merge(adapter, tmp_path / "merged", dtype="float32")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_without_rows_another_adapter_is_checked_on_a_fixed_text(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = foreign_adapter(tiny_llama, tmp_path / "adapter")
+    rows = fixed_text(AutoTokenizer.from_pretrained(tiny_llama)).rows
+    plain = mean_loss(AutoModelForCausalLM.from_pretrained(tiny_llama), rows, "cpu")
+    for result in (
+        hetrain.merge(adapter, tmp_path / "merged", dtype="float32"),
+        hetrain.export_gguf(adapter, tmp_path / "adapter.gguf"),
+    ):
+        assert result.check.dataset is None
+        assert result.check.exported == pytest.approx(result.check.trained, abs=1e-5)
+        assert abs(result.check.trained - plain) > 1e-3
 
 
 @pytest.mark.parametrize(("layers", "problem"), [(1, "no place for its"), (3, "it lacks")])
