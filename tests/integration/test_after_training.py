@@ -17,7 +17,7 @@ import torch
 from gguf.quants import dequantize
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hetrain
 from hetrain.export.check import fixed_text, mean_loss
@@ -300,15 +300,29 @@ class TestAsk:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
         inputs = tokenizer(PROMPT, return_tensors="pt")
-        output = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id
-        )
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         expected = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
         # The rows' prompts are "Question: ...\nAnswer:". Padding beside a longer question changes nothing.
         question = "Who must approve my trip to a customer?"
         longer = "I need staples from the supply cupboard, and I need them now. What code do I type in?"
         answers = hetrain.ask(run.output, [question, longer, PROMPT], max_new_tokens=8)
         assert answers[0] == answers[2] == expected
+
+    def test_ends_where_the_model_says_that_an_answer_ends(self, tiny_llama: Path, tmp_path: Path) -> None:
+        """Models end a turn with tokens that their tokenizers do not name."""
+        adapter = foreign_adapter(tiny_llama, tmp_path / "adapter")
+        base = tmp_path / "base"
+        shutil.copytree(tiny_llama, base)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        inputs = tokenizer(PROMPT, return_tensors="pt")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        ends = [tokenizer.eos_token_id, int(new[3])]
+        GenerationConfig(eos_token_id=ends).save_pretrained(base)
+        length = new.tolist().index(ends[1]) + 1
+        expected = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
+        (answer,) = hetrain.ask(adapter, [PROMPT], model=str(base), prompt_template="{}", max_new_tokens=8)
+        assert answer == expected != tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def test_reads_questions_from_standard_input(self, run: Run, tmp_path: Path) -> None:
         import subprocess
