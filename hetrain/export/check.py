@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +18,10 @@ from hetrain.config import BatchingConfig, DataConfig
 from hetrain.data.packing import IGNORE_INDEX
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.nn.adapter_files import read_job
-from hetrain.public.errors import ModelError
-from hetrain.train.records import evaluated_dataset
+from hetrain.public.errors import DatasetError, HetrainError, ModelError, UsageError
+from hetrain.train.records import last_evaluated
+
+_log = logging.getLogger(__name__)
 
 LOSS_BOUNDS: Mapping[str, float] = MappingProxyType({"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2})
 """Largest difference of two mean losses in nats, by the type of the exported weights.
@@ -96,16 +99,38 @@ class HeldOutRows:
 def held_out_rows(given: Path | None, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOutRows:
     """The rows of the data set `given`, or else of the last one that the adapter was evaluated on.
 
-    Without either it is a fixed text: the losses of an adapter and of its export agree on any.
+    Without either, or if the latter cannot be read, which is a warning, it is a fixed text: the losses of an
+    adapter and of its export agree on any.
 
     Raises:
-        DatasetError: they cannot be read.
+        DatasetError: the rows of `given` have neither the columns of the training job nor the default ones.
+        UsageError: as DatasetError.
     """
-    dataset = given or evaluated_dataset(adapter)
-    if dataset is None:
-        return fixed_text(tokenizer)
-    config = data_config(read_job(adapter))
-    return HeldOutRows(dataset, read_rows(dataset, tokenizer, BatchingConfig().longest_row, config))
+    learned = data_config(read_job(adapter).get("data") or {})
+    if given is not None:
+        return _given_rows(given, tokenizer, learned)
+    evaluated = last_evaluated(adapter)
+    if evaluated is not None:
+        dataset, recorded = evaluated
+        try:
+            return _read(dataset, tokenizer, data_config(recorded) if recorded else learned)
+        except HetrainError as error:
+            _log.warning("not checked on the rows of the last evaluation: %s", error)
+    return fixed_text(tokenizer)
+
+
+def _given_rows(given: Path, tokenizer: PreTrainedTokenizerBase, learned: DataConfig) -> HeldOutRows:
+    try:
+        return _read(given, tokenizer, learned)
+    except (DatasetError, UsageError) as error:
+        try:
+            return _read(given, tokenizer, DataConfig())
+        except (DatasetError, UsageError):
+            raise error from None
+
+
+def _read(dataset: Path, tokenizer: PreTrainedTokenizerBase, columns: DataConfig) -> HeldOutRows:
+    return HeldOutRows(dataset, read_rows(dataset, tokenizer, BatchingConfig().longest_row, columns))
 
 
 def fixed_text(tokenizer: PreTrainedTokenizerBase) -> HeldOutRows:
@@ -114,9 +139,8 @@ def fixed_text(tokenizer: PreTrainedTokenizerBase) -> HeldOutRows:
     return HeldOutRows(None, [Row(tokens, (False,) + (True,) * (len(tokens) - 1), 1)])
 
 
-def data_config(job: Mapping[str, Any]) -> DataConfig:
-    """Which columns a run learned, from its job.json; the defaults for an adapter of elsewhere."""
-    recorded: Mapping[str, Any] = job.get("data") or {}
+def data_config(recorded: Mapping[str, Any]) -> DataConfig:
+    """Which columns a run read, as job.json or evaluations.jsonl have it; defaults for what is missing."""
     return DataConfig(
         **{each.name: recorded[each.name] for each in fields(DataConfig) if each.name in recorded}
     )

@@ -59,7 +59,7 @@ def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | No
             A and B of linears.
         UnsupportedArchitecture: the base model's layout in llama.cpp is not known.
         ModelError: the base model cannot be loaded, or the file is not the adapter.
-        DatasetError: the rows cannot be read.
+        DatasetError: the rows of `check` cannot be read.
     """
     if output.exists():
         raise UsageError("is there already", where=str(output), hint="choose a new file")

@@ -51,7 +51,7 @@ def merge(
         UsageError: a setting makes no sense, `output` cannot be written, or the adapter changes one end alone
             of a model whose embeddings are its output head.
         ModelError: the base model cannot be loaded, or the merged model's loss is not the adapter's.
-        DatasetError: the rows cannot be read.
+        DatasetError: the rows of `check` cannot be read.
     """
     require_dtype(dtype)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

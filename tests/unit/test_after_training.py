@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from hetrain.config import DataConfig
 from hetrain.data.prompts import PromptTemplate, prompt_template
 from hetrain.data.tokenization import read_rows
 from hetrain.export.asking import Generation
-from hetrain.export.check import LossCheck
+from hetrain.export.check import LossCheck, fixed_text, held_out_rows
 from hetrain.export.report.charts import ticks
 from hetrain.nn.adapter_files import base_model_of
-from hetrain.public.errors import ModelError, UsageError
+from hetrain.public.errors import DatasetError, ModelError, UsageError
 from hetrain.public.model.files import public_name
+from hetrain.train.records import add_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,58 @@ class TestPrompts:
         assert template.is_chat
         expected = tokenizer.apply_chat_template([ask], tokenize=False, add_generation_prompt=True)
         assert template.apply("Why?", tokenizer) == expected
+
+
+class TestHeldOutRows:
+    """Of a run that learned `question` and `answer`."""
+
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> Path:
+        directory = tmp_path / "out"
+        directory.mkdir()
+        columns = {"prompt_field": "question", "completion_field": "answer"}
+        (directory / "job.json").write_text(json.dumps({"data": columns, "steps": 3}))
+        return directory
+
+    @staticmethod
+    def write(path: Path, prompt: str, completion: str, count: int) -> Path:
+        path.write_text(f"{json.dumps({prompt: 'Why?', completion: ' So.'})}\n" * count)
+        return path
+
+    def test_of_an_evaluation_are_read_as_it_read_them(
+        self, tmp_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        first = self.write(tmp_path / "first.jsonl", "question", "answer", 1)
+        add_evaluation(adapter, [str(first)], {"loss": 1.0})  # with the job's own columns
+        assert held_out_rows(None, adapter, tokenizer).dataset == first
+        second = self.write(tmp_path / "second.jsonl", "q", "a", 2)
+        columns = asdict(DataConfig(prompt_field="q", completion_field="a"))
+        add_evaluation(adapter, [str(second)], {"loss": 1.0, "data": columns})
+        found = held_out_rows(None, adapter, tokenizer)
+        assert (found.dataset, len(found.rows)) == (second, 2)
+
+    def test_of_an_evaluation_that_cannot_be_read_give_way_to_a_text(
+        self,
+        tmp_path: Path,
+        adapter: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        rows = self.write(tmp_path / "rows.jsonl", "other", "columns", 1)
+        add_evaluation(adapter, [str(rows)], {"loss": 1.0})
+        assert held_out_rows(None, adapter, tokenizer) == fixed_text(tokenizer)
+        assert f"not checked on the rows of the last evaluation: {rows}" in caplog.text
+        with pytest.raises(
+            DatasetError, match="none of the known columns"
+        ):  # given by name, they are an error
+            held_out_rows(rows, adapter, tokenizer)
+
+    def test_that_are_given_have_the_columns_of_the_job_or_the_usual_ones(
+        self, tmp_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        for count, names in enumerate((("question", "answer"), ("prompt", "completion")), 1):
+            rows = self.write(tmp_path / "rows.jsonl", *names, count)
+            assert len(held_out_rows(rows, adapter, tokenizer).rows) == count
 
 
 class TestBaseModel:
