@@ -16,9 +16,10 @@ from rich.table import Table
 from cli import comparison
 from cli.options import AsJson, as_options, option
 from hetrain import api
-from hetrain.config import AUTO, ComparisonConfig, JobSpec, OutsourcingConfig, TrainingConfig
+from hetrain.config import AUTO, ComparisonConfig, DataConfig, JobSpec, OutsourcingConfig, TrainingConfig
 
 _ALL = list(OutsourcingConfig.outsource)
+_DATA = DataConfig()
 _TRAINING = TrainingConfig()
 _COMPARISON = ComparisonConfig()
 
@@ -30,6 +31,13 @@ def plan(
         str | None,
         typer.Option(help="Rows as of `hetrain submit`, for the number of updates and their bytes."),
     ] = None,
+    text_field: Annotated[str, option(DataConfig, "text_field")] = _DATA.text_field,
+    prompt_field: Annotated[str, option(DataConfig, "prompt_field")] = _DATA.prompt_field,
+    completion_field: Annotated[str, option(DataConfig, "completion_field")] = _DATA.completion_field,
+    dataset_config: Annotated[str | None, option(DataConfig, "dataset_config")] = _DATA.dataset_config,
+    dataset_train_split: Annotated[
+        str, option(DataConfig, "dataset_train_split")
+    ] = _DATA.dataset_train_split,
     max_length: Annotated[int | None, option(TrainingConfig, "max_length")] = None,
     batch_tokens: Annotated[int, option(TrainingConfig, "batch_tokens")] = _TRAINING.batch_tokens,
     micro_batch_tokens: Annotated[
@@ -68,11 +76,19 @@ def plan(
         max_steps=max_steps,
         num_train_epochs=num_train_epochs,
     )
+    data = DataConfig(
+        text_field=text_field,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+        dataset_config=dataset_config,
+        dataset_train_split=dataset_train_split,
+    )
     found = api.plan(
         model,
         outsource=outsource,
         training=training,
         dataset=dataset,
+        data=data,
         comparison=compared,
         workers=broker_url,
     )

@@ -196,6 +196,7 @@ def plan(
     outsource: Sequence[str] = OutsourcingConfig.outsource,
     training: TrainingConfig = config.JobSpec.training,
     dataset: str | PathLike[str] | None = None,
+    data: DataConfig = config.EvaluationSpec.data,
     comparison: ComparisonConfig = _COMPARISON,
     workers: str | None = None,
 ) -> PlanReport:
@@ -210,6 +211,7 @@ def plan(
             `comparison`.
         training: as of `finetune`.
         dataset: as of `finetune`; None leaves the number of updates open.
+        data: its columns.
         comparison: the link, and what is measured and assumed.
         workers: URL of a broker against which the link is to be measured.
 
@@ -222,7 +224,7 @@ def plan(
     from hetrain.inspection.plan_report import plan_report
 
     name = None if dataset is None else str(dataset)
-    return plan_report(model, outsource, training, name, comparison, _address(workers))
+    return plan_report(model, outsource, training, name, comparison, _address(workers), data)
 
 
 def doctor(workers: str | None = None, *, model: str | None = None) -> DoctorReport:
@@ -257,7 +259,7 @@ def merge(
         output_dir: a directory that is new or empty.
         dtype: of the weights: ``bfloat16``, ``float16`` or ``float32``. Merging itself is done in float32.
         model: the base model; None takes the adapter's.
-        check: held-out rows; None takes those that the adapter was evaluated on last, if any.
+        check: held-out rows; None takes those that the adapter was evaluated on last, or else a fixed text.
         device: torch device to compute on.
 
     Raises:

@@ -43,7 +43,7 @@ class PromptTemplate:
 
 
 def prompt_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
-    """The template of the rows' prompts, which are the tokens before the first target.
+    """The template of the rows' prompts; of rows without one, those are the tokens before the first target.
 
     It is the chat template where rows were rendered with it. Otherwise it is what all prompts share: the
     beginning up to a colon and a space or a line's end, and the end from a line's end on; of fewer than two
@@ -54,7 +54,10 @@ def prompt_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> 
         if before_answer.strip() and before_answer in tokenizer.decode(rows[0].tokens):
             return PromptTemplate(True)
     prompts = {
-        tokenizer.decode(row.tokens[: row.supervised.index(True)], skip_special_tokens=True) for row in rows
+        tokenizer.decode(
+            row.tokens[: row.prompt_length or row.supervised.index(True)], skip_special_tokens=True
+        )
+        for row in rows
     }
     if len(prompts) < 2:
         return PromptTemplate(False)

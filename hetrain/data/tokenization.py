@@ -41,11 +41,13 @@ class Row:
         supervised: ``supervised[i]`` says whether token i is a target of the loss; at least one is, and
             token 0 never is, because nothing predicts it.
         line: line of its file, or row of a columnar one, from 1.
+        prompt_length: how many of the first tokens are the prompt; 0 for a row without one.
     """
 
     tokens: tuple[int, ...]
     supervised: tuple[bool, ...]
     line: int
+    prompt_length: int = 0
 
 
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
@@ -83,6 +85,7 @@ class _Tokenized:
     tokens: list[int]
     targets: list[bool]
     prompt_kept: bool = True  # whether the prompt's own tokens are a prefix of the whole
+    prompt_length: int = 0
 
 
 def tokenize_rows(
@@ -128,7 +131,7 @@ def tokenize_rows(
         if not tokenized.prompt_kept:
             notes.changed_prompts.append(raw.where)
         if any(supervised):
-            rows.append(Row(tokens, supervised, raw.line))
+            rows.append(Row(tokens, supervised, raw.line, min(tokenized.prompt_length, len(tokens))))
     problems.raise_any()
     notes.warn(len(rows))
     return rows
@@ -205,7 +208,7 @@ class _Tokenizer:
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         first = 0 if self._learns_prompts else shared
         targets = [said_here and place >= first for place, said_here in enumerate(said)]
-        return _Tokenized(whole, targets, prompt_kept=shared == len(prompt))
+        return _Tokenized(whole, targets, prompt_kept=shared == len(prompt), prompt_length=shared)
 
     def _pair_of(self, row: InstructionForm) -> MessagePair | StringPair:
         """A question and an answer by the chat template; Stanford Alpaca's prompt where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Generation:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1)):
             value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{value} is less than {least}", field=name)
+            if not least <= value < math.inf:  # nan neither
+                raise UsageError(f"{value} is no number from {least} on", field=name)
 
 
 class Respondent:
@@ -69,6 +70,7 @@ class Respondent:
         self.template = _template(adapter, template, self._tokenizer)
         self._device = device
         self._model: PeftModel = load_adapted(source, device)
+        self._ends = _ends(self._model, self._tokenizer)
         _log.info("asking in clear, on this machine, as %s", self.template)
 
     def answer(
@@ -108,11 +110,18 @@ class Respondent:
             **inputs,
             max_new_tokens=how.max_new_tokens,
             pad_token_id=self._tokenizer.pad_token_id,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=self._ends or None,
             **sampling,
         )
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _ends(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the model's own, such as the end of a turn, and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    tokens = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(tokens - {None})
 
 
 def _template(adapter: Path, given: str | None, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:

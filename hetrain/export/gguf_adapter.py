@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
 
 from hetrain.export.check import held_out_rows, mean_loss
 from hetrain.export.gguf_names import TensorLayout
-from hetrain.export.loading import load_adapted, open_adapter
+from hetrain.export.loading import AdapterSource, adapter_tensors, load_adapted, load_base, open_adapter
 from hetrain.export.merge import Export
 from hetrain.public.errors import ModelError, UsageError
 
@@ -43,21 +44,22 @@ class LoraPair:
 def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | None, device: str) -> Export:
     """Writes the adapter in float32, and checks the file, read back, before it gets its name.
 
-    Every matrix of the file must be that of the adapter. With rows, also the loss of the base model to which
-    the file's matrices are added.
+    Every matrix of the file must be that of the adapter, and the loss of the base model to which the file's
+    matrices are added that of the adapted model.
 
     Args:
         adapter: see `open_adapter`.
         output: a file that does not exist yet.
         model: see `open_adapter`.
-        check: held-out rows; None takes those that the adapter was evaluated on last.
+        check: see `merge`.
         device: torch device to compute on.
 
     Raises:
-        UsageError: `output` is there already or cannot be written, or there is no adapter.
+        UsageError: `output` is there already or cannot be written, there is no adapter, or it is more than
+            A and B of linears.
         UnsupportedArchitecture: the base model's layout in llama.cpp is not known.
         ModelError: the base model cannot be loaded, or the file is not the adapter.
-        DatasetError: the rows cannot be read.
+        DatasetError: the rows of `check` cannot be read.
     """
     if output.exists():
         raise UsageError("is there already", where=str(output), hint="choose a new file")
@@ -65,23 +67,23 @@ def export_gguf(adapter: Path, output: Path, model: str | None, check: Path | No
     held_out = held_out_rows(check, adapter, source.tokenizer())
     adapted = load_adapted(source, device)
     layout = TensorLayout(adapted.config.get_text_config())
-    trained = mean_loss(adapted, held_out.rows, device) if held_out else 0.0
+    pairs = pairs_of(adapted)
+    _require_pairs_alone(source, pairs)
+    trained = mean_loss(adapted, held_out.rows, device)
+    del adapted
     scratch = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
         os.close(handle)
         scratch = Path(name)
-        pairs = pairs_of(adapted)
         write_pairs(scratch, pairs, layout)
         read = read_pairs(scratch, list(pairs), layout)
         _require_same(pairs, read)
-        result = None
-        if held_out:
-            _add_to_base(adapted, read)
-            with adapted.disable_adapter():
-                exported = mean_loss(adapted, held_out.rows, device)
-            result = held_out.compare(trained, exported, "float32")
+        base = load_base(source.base, device)  # afresh: peft may have changed more than the file holds
+        _add_to_base(base, read)
+        exported = mean_loss(base, held_out.rows, device)
+        result = held_out.compare(trained, exported, "float32")
         scratch.chmod(0o644)
         os.replace(scratch, output)
     except OSError as error:
@@ -150,6 +152,19 @@ def read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dict
     return pairs
 
 
+def _require_pairs_alone(source: AdapterSource, modules: Collection[str]) -> None:
+    """Biases, magnitudes of DoRA, embeddings and whole modules have no place in the file."""
+    sides = {f"{_PREFIX}{module}.lora_{side}.weight" for module in modules for side in "AB"}
+    others = sorted(set(adapter_tensors(source)) - sides)
+    if others or not modules:
+        what = f"holds {others[0]}, for which" if others else "has no A and B of a linear, and for others"
+        raise UsageError(
+            f"the adapter {what} a LoRA GGUF has no place",
+            where=str(source.directory),
+            hint="merge the adapter, and convert the directory with llama.cpp's convert_hf_to_gguf.py",
+        )
+
+
 def _require_same(pairs: Mapping[str, LoraPair], read: Mapping[str, LoraPair]) -> None:
     for module, pair in pairs.items():
         wanted, found = pair.delta(), read[module].delta()
@@ -158,7 +173,7 @@ def _require_same(pairs: Mapping[str, LoraPair], read: Mapping[str, LoraPair]) -
 
 
 @torch.no_grad()
-def _add_to_base(adapted: PeftModel, read: Mapping[str, LoraPair]) -> None:
+def _add_to_base(base: nn.Module, read: Mapping[str, LoraPair]) -> None:
     for module, pair in read.items():
-        weight = adapted.get_submodule(f"{_PREFIX}{module}").base_layer.weight
-        weight += pair.delta().to(weight.device)
+        weight = base.get_parameter(f"{module}.weight")
+        weight.add_(pair.delta().to(weight.device))

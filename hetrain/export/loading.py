@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -80,11 +80,35 @@ def load_adapted(source: AdapterSource, device: str = "cpu") -> PeftModel:
     base = load_base(source.base, device)
     try:
         with quiet_transformers():
-            return PeftModel.from_pretrained(base, str(source.directory)).eval()
+            adapted = PeftModel.from_pretrained(base, str(source.directory)).eval()
+            stored = adapter_tensors(source)
     except (ValueError, RuntimeError, OSError, TypeError) as error:
         raise UsageError(
             f"the adapter does not fit {source.base.label}: {error}", where=str(source.directory)
         ) from error
+    _require_all(adapted, stored, source)
+    return adapted
+
+
+def adapter_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter's file by name. Raises what peft raises where there is none."""
+    tensors: dict[str, torch.Tensor] = load_peft_weights(str(source.directory), device="cpu")
+    return tensors
+
+
+def _require_all(adapted: PeftModel, stored: Collection[str], source: AdapterSource) -> None:
+    # peft only warns of tensors that it misses, and says nothing of those that have no place.
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    missing = sorted(wanted - set(stored))
+    left_over = sorted(set(stored) - wanted - adapted.state_dict().keys())
+    for what, names in (("it lacks", missing), ("there is no place for its", left_over)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(
+                f"the adapter does not fit {source.base.label}: {what} {names[0]}{more}",
+                where=str(source.directory),
+                hint="leave `model` out: the adapter names its base model",
+            )
 
 
 @contextmanager

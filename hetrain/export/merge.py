@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -21,15 +24,14 @@ from hetrain.public.errors import UsageError
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and its check; None where there were no rows to check with."""
+    """What was written, and its check."""
 
     path: Path
     dtype: str
-    check: LossCheck | None
+    check: LossCheck
 
     def __str__(self) -> str:
-        checked = self.check or "not checked: no held-out rows were given or recorded"
-        return f"{self.path} in {self.dtype}; {checked}"
+        return f"{self.path} in {self.dtype}; {self.check}"
 
 
 def merge(
@@ -42,13 +44,14 @@ def merge(
         output: a directory that does not exist yet, or is empty.
         dtype: a key of `LOSS_BOUNDS`.
         model: see `open_adapter`.
-        check: held-out rows; None takes those that the adapter was evaluated on last.
+        check: held-out rows; None takes those that the adapter was evaluated on last, or else a fixed text.
         device: torch device to compute on.
 
     Raises:
-        UsageError: a setting makes no sense, or `output` cannot be written.
+        UsageError: a setting makes no sense, `output` cannot be written, or the adapter changes one end alone
+            of a model whose embeddings are its output head.
         ModelError: the base model cannot be loaded, or the merged model's loss is not the adapter's.
-        DatasetError: the rows cannot be read.
+        DatasetError: the rows of `check` cannot be read.
     """
     require_dtype(dtype)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -59,7 +62,8 @@ def merge(
     tokenizer = source.tokenizer()
     held_out = held_out_rows(check, adapter, tokenizer)
     adapted = load_adapted(source, device)
-    trained = mean_loss(adapted, held_out.rows, device) if held_out else 0.0
+    _require_mergeable(adapted, adapter)
+    trained = mean_loss(adapted, held_out.rows, device)
     merged = adapted.merge_and_unload().to(getattr(torch, dtype))
     merged.config.dtype = dtype
     with whole_directory(output) as scratch:
@@ -67,11 +71,9 @@ def merge(
             merged.save_pretrained(scratch)
         tokenizer.save_pretrained(str(scratch))
         del adapted, merged
-        result = None
-        if held_out:
-            with quiet_transformers():
-                written = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto").to(device).eval()
-            result = held_out.compare(trained, mean_loss(written, held_out.rows, device), dtype)
+        with quiet_transformers():
+            written = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto").to(device).eval()
+        result = held_out.compare(trained, mean_loss(written, held_out.rows, device), dtype)
     return Export(output, dtype, result)
 
 
@@ -79,6 +81,19 @@ def require_dtype(dtype: str) -> None:
     """Raises `UsageError` unless it is one that an export has a bound for."""
     if dtype not in LOSS_BOUNDS:
         raise UsageError(f"{dtype!r} is not known", field="dtype", hint=f"one of: {', '.join(LOSS_BOUNDS)}")
+
+
+def _require_mergeable(adapted: PeftModel, adapter: Path) -> None:
+    """Merged into tied embeddings, an adapter of one end would change the other too."""
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    wrapped = any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends)
+    if wrapped and adapted.config.get_text_config().tie_word_embeddings:
+        raise UsageError(
+            "the base model's embeddings are its output head too, so that an adapter of one of them cannot "
+            "be merged",
+            where=str(adapter),
+            hint="use it with peft as it is, or train it without `embed_tokens` and `lm_head`",
+        )
 
 
 @contextmanager

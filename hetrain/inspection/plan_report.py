@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from hetrain.config import AUTO, ComparisonConfig, TrainingConfig
+from hetrain.config import AUTO, ComparisonConfig, DataConfig, TrainingConfig
 from hetrain.data.tokenization import load_tokenizer, read_rows
 from hetrain.data.updates import Course
 from hetrain.inspection.comparison import Comparison, ModelFacts, Surroundings, survey
@@ -84,6 +84,7 @@ def plan_report(
     dataset: str | None,
     comparison: ComparisonConfig | None = None,
     workers: str | None = None,
+    data: DataConfig | None = None,
 ) -> PlanReport:
     """Splits `model` and reports.
 
@@ -103,7 +104,7 @@ def plan_report(
     files = resolve(model)
     course = None
     if dataset is not None:
-        rows = read_rows(dataset, load_tokenizer(files), training.longest_row)
+        rows = read_rows(dataset, load_tokenizer(files), training.longest_row, data or DataConfig())
         course = Course.of(rows, training)
     split = split_model(files, ("*",) if is_auto else outsource)
     report = _report(split, split.plan, training, course)

@@ -81,7 +81,7 @@ def evaluate(
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
     if adapter:
-        add_evaluation(adapter, spec.dataset, asdict(evaluation))
+        add_evaluation(adapter, spec.dataset, asdict(evaluation) | {"data": asdict(spec.data)})
     return evaluation
 
 

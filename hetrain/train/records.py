@@ -87,12 +87,15 @@ def add_evaluation(adapter: Path, names: Sequence[str], figures: Mapping[str, ob
         _log.warning("the evaluation could not be recorded: %s", error)
 
 
-def evaluated_dataset(adapter: Path) -> Path | None:
-    """The file of rows of the last recorded evaluation of an adapter or checkpoint that is still there."""
+def last_evaluated(adapter: Path) -> tuple[Path, Record] | None:
+    """The file of rows of the last recorded evaluation of an adapter or checkpoint that is still there.
+
+    With the settings that they were read with, as of `DataConfig`; none where they are the training job's.
+    """
     for line in reversed(_lines(_run_directory(adapter) / EVALUATIONS_FILE)):
         names = list(line.get("dataset") or ())
         if len(names) == 1 and Path(names[0]).is_file():
-            return Path(names[0])
+            return Path(names[0]), line.get("data") or {}
     return None
 
 

@@ -9,17 +9,20 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hetrain
+from hetrain.export.check import fixed_text, mean_loss
 from hetrain.export.gguf_names import TensorLayout
+from hetrain.export.loading import load_adapted, open_adapter
 from hetrain.public.errors import ModelError, UnsupportedArchitecture, UsageError
 from hetrain.public.model.packaged import ALIASES
 from tests.harness.processes import HANDBOOK
@@ -71,6 +74,19 @@ def logits(model: torch.nn.Module, tokenizer_directory: Path) -> torch.Tensor:
     tokens = AutoTokenizer.from_pretrained(tokenizer_directory)(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         return model(tokens).logits.float()
+
+
+def foreign_adapter(base: Path, directory: Path, **settings: Any) -> Path:
+    """An adapter by stock peft, whose tensors have all been moved."""
+    torch.manual_seed(5)
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"]} | settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(directory))
+    return directory
 
 
 class TestAdapterDirectory:
@@ -135,7 +151,7 @@ class TestMerge:
             hetrain.merge(run.output, tmp_path / "merged", dtype="float16", model=str(large))
         assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
-    def test_without_rows_it_says_that_nothing_was_checked(self, run: Run, tmp_path: Path) -> None:
+    def test_without_rows_it_is_checked_on_a_fixed_text(self, run: Run, tmp_path: Path) -> None:
         result = command("merge", run.output / "checkpoint-4", tmp_path / "m", "--dtype", "float64")
         assert result.returncode == 2
         assert "one of: float32, float16, bfloat16" in " ".join(result.stderr.split())
@@ -148,7 +164,50 @@ class TestMerge:
         assert "base model tiny-llama is not here" in " ".join(missing.stderr.split())
         done = command("merge", alone, tmp_path / "merged", "-m", run.base)
         assert done.returncode == 0, done.stderr
-        assert "not checked: no held-out rows" in done.stdout
+        assert "loss on a fixed text: trained" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 7]},
+    ],
+)
+def test_an_adapter_of_one_end_of_tied_embeddings_is_not_merged(
+    tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = foreign_adapter(tiny_llama, tmp_path / "adapter", **settings)
+    with pytest.raises(UsageError, match="output head too"):
+        hetrain.merge(adapter, tmp_path / "merged", dtype="float32")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_without_rows_another_adapter_is_checked_on_a_fixed_text(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = foreign_adapter(tiny_llama, tmp_path / "adapter")
+    rows = fixed_text(AutoTokenizer.from_pretrained(tiny_llama)).rows
+    plain = mean_loss(AutoModelForCausalLM.from_pretrained(tiny_llama), rows, "cpu")
+    for result in (
+        hetrain.merge(adapter, tmp_path / "merged", dtype="float32"),
+        hetrain.export_gguf(adapter, tmp_path / "adapter.gguf"),
+    ):
+        assert result.check.dataset is None
+        assert result.check.exported == pytest.approx(result.check.trained, abs=1e-5)
+        assert abs(result.check.trained - plain) > 1e-3
+
+
+@pytest.mark.parametrize(("layers", "problem"), [(1, "no place for its"), (3, "it lacks")])
+def test_an_adapter_of_another_depth_is_refused(
+    tiny_llama: Path, tmp_path: Path, layers: int, problem: str
+) -> None:
+    adapter = foreign_adapter(tiny_llama, tmp_path / "adapter")
+    config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=layers)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    source = open_adapter(adapter, str(tmp_path / "other"))
+    with pytest.raises(UsageError, match=rf"does not fit .*{problem} .* and 3 more"):
+        load_adapted(source)
 
 
 class TestGguf:
@@ -206,10 +265,33 @@ class TestGguf:
             assert torch.equal(layout.rows_from_gguf(module, ours), model.get_submodule(module).weight)
 
     def test_an_unknown_layout_is_refused(self, run: Run, tmp_path: Path) -> None:
-        from transformers import AutoConfig
-
         with pytest.raises(UnsupportedArchitecture, match="merge the adapter"):
             TensorLayout(AutoConfig.for_model("gpt_neox"))
+
+    @pytest.mark.parametrize(
+        ("settings", "tensor"),
+        [
+            ({"bias": "all"}, "bias"),
+            ({"lora_bias": True}, "lora_B.bias"),
+            ({"use_dora": True}, "lora_magnitude_vector"),
+            ({"modules_to_save": ["norm"]}, "norm.weight"),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+            ({"trainable_token_indices": [5, 7]}, "token_adapter"),
+        ],
+    )
+    def test_what_the_file_cannot_hold_is_refused(
+        self, tiny_llama: Path, tmp_path: Path, settings: dict[str, Any], tensor: str
+    ) -> None:
+        base = tiny_llama
+        if settings.get("bias"):  # the tiny model's linears have none
+            base = tmp_path / "biased"
+            biased = AutoConfig.from_pretrained(tiny_llama, attention_bias=True)
+            AutoModelForCausalLM.from_config(biased).save_pretrained(base)
+            AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
+        adapter = foreign_adapter(base, tmp_path / "adapter", **settings)
+        with pytest.raises(UsageError, match=rf"holds \S*{tensor}.* has no place"):
+            hetrain.export_gguf(adapter, tmp_path / "adapter.gguf", model=str(base))
+        assert not (tmp_path / "adapter.gguf").exists()
 
 
 class TestAsk:
@@ -218,15 +300,29 @@ class TestAsk:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
         inputs = tokenizer(PROMPT, return_tensors="pt")
-        output = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id
-        )
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         expected = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
         # The rows' prompts are "Question: ...\nAnswer:". Padding beside a longer question changes nothing.
         question = "Who must approve my trip to a customer?"
         longer = "I need staples from the supply cupboard, and I need them now. What code do I type in?"
         answers = hetrain.ask(run.output, [question, longer, PROMPT], max_new_tokens=8)
         assert answers[0] == answers[2] == expected
+
+    def test_ends_where_the_model_says_that_an_answer_ends(self, tiny_llama: Path, tmp_path: Path) -> None:
+        """Models end a turn with tokens that their tokenizers do not name."""
+        adapter = foreign_adapter(tiny_llama, tmp_path / "adapter")
+        base = tmp_path / "base"
+        shutil.copytree(tiny_llama, base)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        inputs = tokenizer(PROMPT, return_tensors="pt")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        ends = [tokenizer.eos_token_id, int(new[3])]
+        GenerationConfig(eos_token_id=ends).save_pretrained(base)
+        length = new.tolist().index(ends[1]) + 1
+        expected = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
+        (answer,) = hetrain.ask(adapter, [PROMPT], model=str(base), prompt_template="{}", max_new_tokens=8)
+        assert answer == expected != tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def test_reads_questions_from_standard_input(self, run: Run, tmp_path: Path) -> None:
         import subprocess

@@ -70,6 +70,16 @@ def test_a_job_is_compared_with_training_here(tiny_llama: Path) -> None:
     assert "Train locally, outsourcing does not pay here" in each["sentence"]
 
 
+def test_columns_by_name_are_those_of_the_job(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in HANDBOOK.read_text().splitlines()[:20]]
+    usual, own = tmp_path / "usual.jsonl", tmp_path / "own.jsonl"
+    usual.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own.write_text("".join(f"{json.dumps({'q': row['prompt'], 'a': row['completion']})}\n" for row in rows))
+    named = ("--prompt-field", "q", "--completion-field", "a")
+    course = in_process(tiny_llama, "--dataset", own, *named)["course"]
+    assert course == in_process(tiny_llama, "--dataset", usual)["course"]
+
+
 def test_it_is_said_in_a_table_and_a_sentence(tiny_llama: Path) -> None:
     result = hetrain(
         "plan", tiny_llama, "--link", "2.5gbit", "--round-trip-ms", 20, "--client-memory", "1kB", *SMALL

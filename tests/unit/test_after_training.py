@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hetrain.config import DataConfig
 from hetrain.data.prompts import PromptTemplate, prompt_template
 from hetrain.data.tokenization import read_rows
-from hetrain.export.check import LossCheck
+from hetrain.export.asking import Generation
+from hetrain.export.check import LossCheck, fixed_text, held_out_rows
 from hetrain.export.report.charts import ticks
 from hetrain.nn.adapter_files import base_model_of
-from hetrain.public.errors import ModelError, UsageError
+from hetrain.public.errors import DatasetError, ModelError, UsageError
 from hetrain.public.model.files import public_name
+from hetrain.train.records import add_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +27,26 @@ def tokenizer(smollm2_dir: Path) -> PreTrainedTokenizerBase:
 
 
 def template_of(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, *rows: dict[str, object]
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *rows: dict[str, object],
+    completion_only_loss: bool | None = None,
 ) -> PromptTemplate:
+    config = DataConfig(completion_only_loss=completion_only_loss)
     path = directory / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return prompt_template(read_rows(path, tokenizer, 512), tokenizer)
+    return prompt_template(read_rows(path, tokenizer, 512, config), tokenizer)
 
 
 class TestPrompts:
+    @pytest.mark.parametrize("completion_only_loss", [None, False])
     def test_strings_share_their_beginning_and_end(
-        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, completion_only_loss: bool | None
     ) -> None:
         rows = [
             {"prompt": f"Question: What is {x}?\nAnswer:", "completion": " It."} for x in ("a pig", "one")
         ]
-        template = template_of(tmp_path, tokenizer, *rows)
+        template = template_of(tmp_path, tokenizer, *rows, completion_only_loss=completion_only_loss)
         assert template == PromptTemplate(False, "Question: ", "\nAnswer:")
         assert template.apply("Why?", tokenizer) == "Question: Why?\nAnswer:"
         assert template.apply("Question: Why?\nAnswer:", tokenizer) == "Question: Why?\nAnswer:"
@@ -59,6 +68,58 @@ class TestPrompts:
         assert template.is_chat
         expected = tokenizer.apply_chat_template([ask], tokenize=False, add_generation_prompt=True)
         assert template.apply("Why?", tokenizer) == expected
+
+
+class TestHeldOutRows:
+    """Of a run that learned `question` and `answer`."""
+
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> Path:
+        directory = tmp_path / "out"
+        directory.mkdir()
+        columns = {"prompt_field": "question", "completion_field": "answer"}
+        (directory / "job.json").write_text(json.dumps({"data": columns, "steps": 3}))
+        return directory
+
+    @staticmethod
+    def write(path: Path, prompt: str, completion: str, count: int) -> Path:
+        path.write_text(f"{json.dumps({prompt: 'Why?', completion: ' So.'})}\n" * count)
+        return path
+
+    def test_of_an_evaluation_are_read_as_it_read_them(
+        self, tmp_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        first = self.write(tmp_path / "first.jsonl", "question", "answer", 1)
+        add_evaluation(adapter, [str(first)], {"loss": 1.0})  # with the job's own columns
+        assert held_out_rows(None, adapter, tokenizer).dataset == first
+        second = self.write(tmp_path / "second.jsonl", "q", "a", 2)
+        columns = asdict(DataConfig(prompt_field="q", completion_field="a"))
+        add_evaluation(adapter, [str(second)], {"loss": 1.0, "data": columns})
+        found = held_out_rows(None, adapter, tokenizer)
+        assert (found.dataset, len(found.rows)) == (second, 2)
+
+    def test_of_an_evaluation_that_cannot_be_read_give_way_to_a_text(
+        self,
+        tmp_path: Path,
+        adapter: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        rows = self.write(tmp_path / "rows.jsonl", "other", "columns", 1)
+        add_evaluation(adapter, [str(rows)], {"loss": 1.0})
+        assert held_out_rows(None, adapter, tokenizer) == fixed_text(tokenizer)
+        assert f"not checked on the rows of the last evaluation: {rows}" in caplog.text
+        with pytest.raises(
+            DatasetError, match="none of the known columns"
+        ):  # given by name, they are an error
+            held_out_rows(rows, adapter, tokenizer)
+
+    def test_that_are_given_have_the_columns_of_the_job_or_the_usual_ones(
+        self, tmp_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        for count, names in enumerate((("question", "answer"), ("prompt", "completion")), 1):
+            rows = self.write(tmp_path / "rows.jsonl", *names, count)
+            assert len(held_out_rows(rows, adapter, tokenizer).rows) == count
 
 
 class TestBaseModel:
@@ -100,6 +161,13 @@ class TestBaseModel:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -0.1])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        Generation(temperature=temperature)
+    assert caught.value.field == "temperature"
 
 
 @pytest.mark.parametrize("exported", [2.06, 1.94, float("nan")])
