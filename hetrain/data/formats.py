@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, cast
 
 from hetrain.data.json_rows import read_json_array, read_json_lines
-from hetrain.data.records import Item, Record
+from hetrain.data.records import Item, Record, present
 from hetrain.public.errors import DatasetError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -160,7 +160,7 @@ def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _read_parquet(stream: BinaryIO, name: str) -> Iterator[Item]:
-    """Parquet, by pyarrow; null counts as absent."""
+    """Parquet, by pyarrow; null counts as absent, also within objects."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -178,9 +178,7 @@ def _read_parquet(stream: BinaryIO, name: str) -> Iterator[Item]:
         for batch in file.iter_batches(1024):
             for columns in batch.to_pylist():
                 number += 1
-                yield Record(
-                    {key: value for key, value in columns.items() if value is not None}, name, number
-                )
+                yield Record(present(columns), name, number)
     except (pyarrow.ArrowException, OSError) as error:
         hint = "Copy or download it again"
         raise DatasetError(f"the Parquet file cannot be read: {error}", where=name, hint=hint) from error

@@ -25,7 +25,7 @@ from hetrain.data.dataset import RawRow, divide, read_raw_rows
 from hetrain.data.hub import read_hub
 from hetrain.data.json_rows import read_json_array
 from hetrain.data.records import Record
-from hetrain.data.schema import Conversation, Message, StringPair, TextForm
+from hetrain.data.schema import Conversation, Message, StringPair, TextForm, check_record
 from hetrain.data.sources import HubSplit
 from hetrain.public.errors import DatasetError, UsageError
 
@@ -299,6 +299,42 @@ def test_messages_in_parquet_and_in_csv(tmp_path: Path) -> None:
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["messages"], [json.dumps(turns)]])
     assert read(tmp_path / "x.csv")[0].content == row.content
+
+
+def test_tools_in_parquet_and_on_the_hub_are_those_of_json(tmp_path: Path) -> None:
+    """Arguments that a call lacks are null there, since another call has them."""
+
+    def call(name: str, **arguments: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    asks = {"role": "user", "content": "Weather?"}
+    first = call("weather", place={"city": "Rome"})
+    second = call("news", days=3, topics=[{"name": "sport"}, {"like": "herrings"}])
+    tools = [tool("weather", place={"type": "object"}), tool("news", days={"type": "integer"})]
+    conversations = [
+        {"messages": [asks, {"role": "assistant", "content": None, "tool_calls": [each]}], "tools": tools}
+        for each in (first, second)
+    ]
+    conversations[0]["chat_template_kwargs"] = {"thinking": True}
+    conversations[1]["chat_template_kwargs"] = {"date": "today"}
+    pairs = [
+        {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]}
+        for row in conversations
+    ]
+    for name, rows in (("messages", conversations), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.parquet").write_bytes(as_parquet(rows))
+        same = contents(read(tmp_path / f"{name}.jsonl"))
+        assert "null" not in json.dumps(same[0]["tools"])
+        assert contents(read(tmp_path / name, strict=True)) == same
+        on_hub = read_hub(str(tmp_path / name), None, "train")
+        checked = [check_record(item, DataConfig()) for item in on_hub if isinstance(item, Record)]
+        assert [each.content.model_dump() for each in checked] == same
 
 
 @pytest.mark.parametrize(
