@@ -63,26 +63,34 @@ def read_rows_of(stream: BinaryIO, name: str) -> Iterator[Item]:
     try:
         inner = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _HEAD)
         head, inner_name = inner.peek(_HEAD), name.removesuffix(GZIP_SUFFIX)
-        if head.startswith((b"PAR1", b"\x1f\x8b")):
+        reader = _recognize(head, inner_name, shown=name)
+        if reader is _read_parquet or head.startswith(b"\x1f\x8b"):
             raise DatasetError(
                 "what this gzip file holds is no text", where=name, hint="Decompress it once, and give that"
             )
-        yield from _recognize(head, inner_name, shown=name)(inner, name)
+        yield from reader(inner, name)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         hint = "Copy or download it again"
         raise DatasetError(f"the gzip file is damaged: {error}", where=name, hint=hint) from error
 
 
 def _recognize(head: bytes, name: str, shown: str = "") -> Reader:
-    if head.startswith(b"PAR1"):
+    # A header may begin with the letters that mark a binary file, as ORCID does.
+    is_csv = name.endswith((".csv", ".tsv"))
+    is_text = is_csv and b"\x00" not in head
+    if head.startswith(b"PAR1") and not is_text:
         return _read_parquet
-    foreign = [reason for magic, reason in _FOREIGN.items() if head.startswith(magic)]
+    foreign = [
+        reason
+        for magic, reason in _FOREIGN.items()
+        if head.startswith(magic) and not (is_text and _is_printable(magic))
+    ]
     if head[257:262] == b"ustar":
         foreign.append(("a tar archive", "Unpack it, and give the folder"))
     if foreign:
         what, hint = foreign[0]
         raise DatasetError(f"this is {what}, not rows", where=shown or name, hint=hint)
-    if name.endswith((".csv", ".tsv")):
+    if is_csv:
         return _read_csv
     start = head.removeprefix(_BOM).lstrip()
     if start.startswith(b"["):
@@ -92,6 +100,10 @@ def _recognize(head: bytes, name: str, shown: str = "") -> Reader:
         if _COLUMNS & set(_cells(header)):
             return _read_csv
     return read_json_lines
+
+
+def _is_printable(magic: bytes) -> bool:
+    return magic.isascii() and magic.decode().isprintable()
 
 
 def _cells(header: str) -> list[str]:

@@ -169,6 +169,19 @@ def test_what_is_no_file_of_rows_is_called_by_its_name(content: bytes, says: str
     assert "UTF-8" not in str(caught.value) or says == "UTF-16"
 
 
+@pytest.mark.parametrize("word", ["ORCID", "BZhours", "ARROW1", "PAR1", "SQLite format 3"])
+def test_a_header_may_begin_as_a_binary_file_does(word: str, tmp_path: Path) -> None:
+    content = f"{word},text\n0000-0002,x\n".encode()
+    (tmp_path / "rows.csv").write_bytes(content)
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(content, mtime=0))
+    assert contents(read(tmp_path)) == [{"text": "x"}] * 2
+    (tmp_path / "orc.csv").write_bytes(b"ORC\x0a\x03\x00\x00\x00")
+    with pytest.raises(DatasetError, match="this is an ORC file"):
+        read(tmp_path / "orc.csv")
+    (tmp_path / "parquet.csv").write_bytes(as_parquet([{"text": "x"}]))
+    assert contents(read(tmp_path / "parquet.csv")) == [{"text": "x"}]
+
+
 def test_without_pyarrow_parquet_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
