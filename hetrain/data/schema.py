@@ -26,6 +26,12 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _MESSAGE_LISTS = ("messages", "prompt", "completion")
 # A CSV, and some Parquet files, hold these as JSON in a string.
 _NESTED = ("messages", "conversations", "tools", "chat_template_kwargs")
+# What counts as absent where nothing need be: null in JSON, an empty cell in CSV.
+_NOTHING: dict[str, tuple[str | None, ...]] = {
+    "input": (None,),
+    "tools": (None, ""),
+    "chat_template_kwargs": (None, ""),
+}
 # Names of arguments of transformers' apply_chat_template, which are no business of a row.
 _RESERVED = frozenset(
     {
@@ -161,7 +167,8 @@ def check_record(record: Record, config: DataConfig) -> Checked:
     Raises:
         DatasetError: it has none of the forms, or a field is wrong. The message repeats no text of the row.
     """
-    columns = {name: _nested(value) if name in _NESTED else value for name, value in record.columns.items()}
+    nested = ((name, _nested(value) if name in _NESTED else value) for name, value in record.columns.items())
+    columns = {name: value for name, value in nested if value not in _NOTHING.get(name, ())}
     choice = _choose(columns, config, record.where)
     taken = {field: columns[name] for field, name in choice.columns.items() if name in columns}
     unused = set(columns) - set(choice.columns.values())

@@ -25,7 +25,7 @@ from hetrain.data.dataset import RawRow, divide, read_raw_rows
 from hetrain.data.hub import read_hub
 from hetrain.data.json_rows import read_json_array
 from hetrain.data.records import Record
-from hetrain.data.schema import Conversation, Message, StringPair, TextForm, check_record
+from hetrain.data.schema import Conversation, InstructionForm, Message, StringPair, TextForm, check_record
 from hetrain.data.sources import HubSplit
 from hetrain.public.errors import DatasetError, UsageError
 
@@ -312,6 +312,23 @@ def test_messages_in_parquet_and_in_csv(tmp_path: Path) -> None:
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["messages"], [json.dumps(turns)]])
     assert read(tmp_path / "x.csv")[0].content == row.content
+
+
+def test_what_need_not_be_there_may_be_null_or_an_empty_cell(tmp_path: Path) -> None:
+    asks, tool = [{"role": "user", "content": "Weather?"}], [{"type": "function"}]
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["messages", "tools", "chat_template_kwargs"])
+        rows.writerows([[json.dumps(asks), "", ""], [json.dumps(asks), json.dumps(tool), "null"]])
+    messages = [Message(role="user", content="Weather?")]
+    expected = [Conversation(messages=messages), Conversation(messages=messages, tools=tool)]
+    assert [row.content for row in read(path, strict=True)] == expected
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"messages": asks, "tools": None, "chat_template_kwargs": None}))
+    assert [row.content for row in read(path, strict=True)] == expected[:1]
+    path.write_text(json.dumps({"instruction": "x", "input": None, "output": "y"}))
+    assert [row.content for row in read(path)] == [InstructionForm(instruction="x", output="y")]
 
 
 def test_tools_in_parquet_and_on_the_hub_are_those_of_json(tmp_path: Path) -> None:
