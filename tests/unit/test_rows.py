@@ -144,6 +144,11 @@ def test_blank_lines_a_byte_order_mark_and_line_separators_in_strings_are_fine(
         (b'{"messages": [{"role": "user", "role": "system", "content": "x"}]}', "'role' stands there twice"),
         ({"instruction": "x", "input": "y"}, "'output' is missing"),
         ({"conversations": [{"from": "human"}]}, "'conversations[0]' has no content"),
+        (
+            {"conversations": [{"from": "Hooman", "value": "x"}]},
+            "a turn from 'Hooman', which is no known role",
+        ),
+        ({"conversations": [{"from": 4, "value": "x"}]}, "'conversations[0].role' must be a string"),
         ({"messages": [say("user", "x")], "chat_template_kwargs": {"chat_template": "y"}}, "'chat_template'"),
         ({"messages": [say("user", "x")]}, "has the form 'messages', but line 2 has the form 'text'"),
         ({"prompt": "x", "completion": "y"}, "'prompt and completion as strings', but line 2"),

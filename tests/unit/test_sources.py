@@ -314,6 +314,17 @@ def test_messages_in_parquet_and_in_csv(tmp_path: Path) -> None:
     assert read(tmp_path / "x.csv")[0].content == row.content
 
 
+def test_roles_of_sharegpt_are_known_in_every_spelling(tmp_path: Path) -> None:
+    said = ["System", "Human", "GPT", " USER", "chatgpt", "tool", "Bard"]
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"conversations": [{"from": each, "value": "x"} for each in said]}])
+    )
+    (row,) = read(tmp_path / "x.json")
+    assert isinstance(row.content, Conversation)
+    roles = ["system", "user", "assistant", "user", "assistant", "tool", "assistant"]
+    assert [turn.role for turn in row.content.messages] == roles
+
+
 def test_what_need_not_be_there_may_be_null_or_an_empty_cell(tmp_path: Path) -> None:
     asks, tool = [{"role": "user", "content": "Weather?"}], [{"type": "function"}]
     path = tmp_path / "x.csv"
