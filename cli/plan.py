@@ -16,9 +16,11 @@ from rich.table import Table
 from cli import comparison
 from cli.options import AsJson, as_options, option
 from hetrain import api
-from hetrain.config import AUTO, ComparisonConfig, JobSpec, OutsourcingConfig, TrainingConfig
+from hetrain.config import AUTO, ComparisonConfig, DataConfig, JobSpec, OutsourcingConfig, TrainingConfig
 
 _ALL = list(OutsourcingConfig.outsource)
+_NO_ROWS: list[str] = []
+_DATA = DataConfig()
 _TRAINING = TrainingConfig()
 _COMPARISON = ComparisonConfig()
 
@@ -27,9 +29,24 @@ def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
     outsource: Annotated[list[str], option(OutsourcingConfig, "outsource")] = _ALL,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Rows as of `hetrain submit`, for the number of updates and their bytes."),
-    ] = None,
+        list[str],
+        typer.Option(
+            help="Rows as of `hetrain submit`, for the number of updates and their bytes; may be repeated.",
+            show_default=False,
+        ),
+    ] = _NO_ROWS,
+    text_field: Annotated[str, option(DataConfig, "text_field")] = _DATA.text_field,
+    prompt_field: Annotated[str, option(DataConfig, "prompt_field")] = _DATA.prompt_field,
+    completion_field: Annotated[str, option(DataConfig, "completion_field")] = _DATA.completion_field,
+    strict: Annotated[bool, option(DataConfig, "strict")] = _DATA.strict,
+    completion_only_loss: Annotated[bool | None, option(DataConfig, "completion_only_loss")] = None,
+    assistant_only_loss: Annotated[
+        bool, option(DataConfig, "assistant_only_loss")
+    ] = _DATA.assistant_only_loss,
+    dataset_config: Annotated[str | None, option(DataConfig, "dataset_config")] = None,
+    dataset_train_split: Annotated[
+        str, option(DataConfig, "dataset_train_split")
+    ] = _DATA.dataset_train_split,
     max_length: Annotated[int | None, option(TrainingConfig, "max_length")] = None,
     batch_tokens: Annotated[int, option(TrainingConfig, "batch_tokens")] = _TRAINING.batch_tokens,
     micro_batch_tokens: Annotated[
@@ -59,6 +76,16 @@ def plan(
         client_memory=client_memory,
         probe=probe,
     )
+    data = DataConfig(
+        text_field=text_field,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+        strict=strict,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        dataset_config=dataset_config,
+        dataset_train_split=dataset_train_split,
+    )
     training = TrainingConfig(
         max_length=max_length,
         batch_tokens=batch_tokens,
@@ -73,6 +100,7 @@ def plan(
         outsource=outsource,
         training=training,
         dataset=dataset,
+        data=data,
         comparison=compared,
         workers=broker_url,
     )
