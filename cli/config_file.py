@@ -23,6 +23,8 @@ _PRECISION = "the client computes in float32, workers in integers"
 _WEIGHTS = "workers hold the weights in int8"
 _ONE_CLIENT = "one process trains; workers are found through the broker"
 _LOG = "every micro-batch is logged in metrics.jsonl of output_dir"
+# Where null means something else to TRL than the default that it would be here.
+_NOT_NULL = {"max_length": "rows must fit micro-batches: give a number of tokens, or leave it out"}
 _MEANINGLESS = {
     "per_device_train_batch_size": _TOKENS,
     "per_device_eval_batch_size": _TOKENS,
@@ -61,22 +63,28 @@ def load_config(context: typer.Context, path: Path | None) -> None:
     """Callback of `--config`: makes the file's values the defaults of the command's options.
 
     Raises:
-        UsageError: it cannot be read, is no flat YAML, or has keys that are no options of the command.
+        UsageError: it cannot be read, is no flat YAML, has keys that are no options of the command or twice
+            the same one, or null where that is not the default.
     """
     if path is None:
         return
     keys = dict(_keys(context))
     values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     problems = []
     for key, value in _read(path).items():
         name = key.replace("-", "_")
         parameter = keys.get(_SYNONYMS.get(name, name))
         if parameter is None:
             problems.append(_unknown(name, keys))
+        elif (other := spelled.setdefault(str(parameter.name), key)) != key:
+            problems.append(f"{other} and {key} are the same option: keep one of the two")
         elif isinstance(value, dict):
             problems.append(f"{key} holds further keys, but the file is flat")
         elif value is not None:
             values[str(parameter.name)] = _as_written(parameter, value)
+        elif reason := _why_not_null(parameter):
+            problems.append(f"{key} may not be null: {reason}")
     if problems:
         raise UsageError("; ".join(problems), where=str(path), hint="Keys are the names of options")
     context.default_map = {**(context.default_map or {}), **values}
@@ -128,6 +136,13 @@ def _read(path: Path) -> dict[str, Any]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{twice[0]} stands there twice", where=str(path), hint="Keep one of the two")
     return found
+
+
+def _why_not_null(parameter: Any) -> str:
+    """Why an option takes no null; nothing where null is its default."""
+    default = parameter.default
+    known = "leave it out for its default" if default not in (None, (), []) else ""
+    return _NOT_NULL.get(str(parameter.name), known)
 
 
 def _as_written(parameter: Any, value: Any) -> Any:

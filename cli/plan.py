@@ -19,6 +19,7 @@ from hetrain import api
 from hetrain.config import AUTO, ComparisonConfig, DataConfig, JobSpec, OutsourcingConfig, TrainingConfig
 
 _ALL = list(OutsourcingConfig.outsource)
+_NO_ROWS: list[str] = []
 _DATA = DataConfig()
 _TRAINING = TrainingConfig()
 _COMPARISON = ComparisonConfig()
@@ -28,13 +29,21 @@ def plan(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, or a hub id.")],
     outsource: Annotated[list[str], option(OutsourcingConfig, "outsource")] = _ALL,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Rows as of `hetrain submit`, for the number of updates and their bytes."),
-    ] = None,
+        list[str],
+        typer.Option(
+            help="Rows as of `hetrain submit`, for the number of updates and their bytes; may be repeated.",
+            show_default=False,
+        ),
+    ] = _NO_ROWS,
     text_field: Annotated[str, option(DataConfig, "text_field")] = _DATA.text_field,
     prompt_field: Annotated[str, option(DataConfig, "prompt_field")] = _DATA.prompt_field,
     completion_field: Annotated[str, option(DataConfig, "completion_field")] = _DATA.completion_field,
-    dataset_config: Annotated[str | None, option(DataConfig, "dataset_config")] = _DATA.dataset_config,
+    strict: Annotated[bool, option(DataConfig, "strict")] = _DATA.strict,
+    completion_only_loss: Annotated[bool | None, option(DataConfig, "completion_only_loss")] = None,
+    assistant_only_loss: Annotated[
+        bool, option(DataConfig, "assistant_only_loss")
+    ] = _DATA.assistant_only_loss,
+    dataset_config: Annotated[str | None, option(DataConfig, "dataset_config")] = None,
     dataset_train_split: Annotated[
         str, option(DataConfig, "dataset_train_split")
     ] = _DATA.dataset_train_split,
@@ -67,6 +76,16 @@ def plan(
         client_memory=client_memory,
         probe=probe,
     )
+    data = DataConfig(
+        text_field=text_field,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+        strict=strict,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        dataset_config=dataset_config,
+        dataset_train_split=dataset_train_split,
+    )
     training = TrainingConfig(
         max_length=max_length,
         batch_tokens=batch_tokens,
@@ -75,13 +94,6 @@ def plan(
         max_staleness=max_staleness,
         max_steps=max_steps,
         num_train_epochs=num_train_epochs,
-    )
-    data = DataConfig(
-        text_field=text_field,
-        prompt_field=prompt_field,
-        completion_field=completion_field,
-        dataset_config=dataset_config,
-        dataset_train_split=dataset_train_split,
     )
     found = api.plan(
         model,

@@ -195,7 +195,7 @@ def plan(
     *,
     outsource: Sequence[str] = OutsourcingConfig.outsource,
     training: TrainingConfig = config.JobSpec.training,
-    dataset: str | PathLike[str] | None = None,
+    dataset: DatasetNames | None = None,
     data: DataConfig = config.EvaluationSpec.data,
     comparison: ComparisonConfig = _COMPARISON,
     workers: str | None = None,
@@ -211,20 +211,26 @@ def plan(
             `comparison`.
         training: as of `finetune`.
         dataset: as of `finetune`; None leaves the number of updates open.
-        data: its columns.
+        data: which columns are learned.
         comparison: the link, and what is measured and assumed.
         workers: URL of a broker against which the link is to be measured.
 
     Raises:
-        UsageError: a pattern has no match, or what is to be measured cannot be.
+        UsageError: a pattern has no match, a setting makes no sense for the rows, or what is to be measured
+            cannot be.
         BrokerError: the broker, against which the link is to be measured, cannot be reached.
         ModelError: the model cannot be found, read or split.
         DatasetError: the data set cannot be read.
     """
-    from hetrain.inspection.plan_report import plan_report
+    from hetrain.data.dataset import read_raw_rows
+    from hetrain.data.sources import HubSplit
 
-    name = None if dataset is None else str(dataset)
-    return plan_report(model, outsource, training, name, comparison, _address(workers), data)
+    names = () if dataset is None else as_tuple(dataset)
+    raw = read_raw_rows(names, data, HubSplit.to_train(data)) if names else []
+    from hetrain.inspection.plan_report import DataSet, plan_report
+
+    rows = DataSet(raw, data) if names else None
+    return plan_report(model, outsource, training, rows, comparison, _address(workers))
 
 
 def doctor(workers: str | None = None, *, model: str | None = None) -> DoctorReport:

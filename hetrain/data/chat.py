@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -16,8 +17,12 @@ from hetrain.public.errors import DatasetError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SENTINEL = "zqxhetrainqxz"
+# What a template could leave out of a message.
+_PARTS = ("content", "tool_calls", "reasoning_content", "name")
 
 # ChatML, as in SmolLM2 and many others: what writes a message, and the same with the assistant's part marked.
 _CHATML = re.compile(
@@ -47,10 +52,12 @@ class ChatRenderer:
     Attributes:
         tokenizer: has a chat template.
         marks_assistant: whether to find out what the assistant says; the template then is one that marks it.
+        strict: whether to refuse also names of messages that the template drops, instead of a warning.
     """
 
     tokenizer: PreTrainedTokenizerBase
     marks_assistant: bool
+    strict: bool = False
     _template: str | None = field(init=False, default=None)
     _tried: set[tuple[Any, ...]] = field(init=False, default_factory=set)
 
@@ -114,21 +121,20 @@ class ChatRenderer:
             ) from error
 
     def _require_whole(self, turns: Sequence[Message], row: MessagePair | Conversation, where: str) -> None:
-        """Tries whether the template writes a word in place of each turn; once per role and place."""
+        """Tries whether the template writes a word in place of each part of a turn; once per kind of turn."""
         for place, turn in enumerate(turns):
-            ends = place == 0, place == len(turns) - 1
-            kind = (turn.role, *ends, bool(turn.content), bool(turn.tool_calls))
+            parts = [name for name in _PARTS if getattr(turn, name)]
+            # Templates leave out what was thought before the last question.
+            asked_again = any(later.role == "user" for later in turns[place + 1 :])
+            kind = (turn.role, place == 0, place == len(turns) - 1, asked_again, *parts)
             if kind in self._tried:
                 continue
-            messages = [each.as_template_sees_it() for each in turns]
-            messages[place]["content"] = _SENTINEL if turn.content else turn.content
-            if turn.content and not self._writes(messages, row.tools, row, where):
-                self._refuse(f"drops what '{turn.role}' says", where)
-            if turn.tool_calls:
-                messages[place]["tool_calls"] = [_renamed(call) for call in turn.tool_calls]
-                messages[place]["content"] = turn.content
+            for name in parts:
+                messages = [each.as_template_sees_it() for each in turns]
+                calls = turn.tool_calls if name == "tool_calls" else None
+                messages[place][name] = [_renamed(call) for call in calls] if calls else _SENTINEL
                 if not self._writes(messages, row.tools, row, where):
-                    self._refuse("drops tool calls", where)
+                    self._drops(name, turn.role, where)
             self._tried.add(kind)
         if row.tools and ("tools",) not in self._tried:
             messages = [each.as_template_sees_it() for each in turns]
@@ -145,11 +151,21 @@ class ChatRenderer:
     ) -> bool:
         return _SENTINEL in self._render(messages, tools, row, where, tokenize=False)
 
+    def _drops(self, name: str, role: str, where: str) -> None:
+        """Says that the template leaves out a part. Raises `DatasetError` if that would not be learned."""
+        if name == "name" and not self.strict:
+            if (name, role) not in self._tried:
+                _log.warning("%s: the model's chat template drops `name` of '%s'", where, role)
+                self._tried.add((name, role))
+            return
+        what = {"content": f"what '{role}' says", "tool_calls": "tool calls"}
+        self._refuse(f"drops {what.get(name, f'`{name}` of {role!r}')}", where)
+
     def _refuse(self, what: str, where: str) -> None:
         raise DatasetError(
             f"the model's chat template {what}, so that it would not be learned",
             where=where,
-            hint="Use the roles that the template writes, or give prompt and completion as strings",
+            hint="Use roles and fields that the template writes, or give prompt and completion as strings",
         )
 
 

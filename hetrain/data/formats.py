@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, cast
 
 from hetrain.data.json_rows import read_json_array, read_json_lines
-from hetrain.data.records import Item, Record
+from hetrain.data.records import Item, Record, present
 from hetrain.public.errors import DatasetError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -63,26 +63,34 @@ def read_rows_of(stream: BinaryIO, name: str) -> Iterator[Item]:
     try:
         inner = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _HEAD)
         head, inner_name = inner.peek(_HEAD), name.removesuffix(GZIP_SUFFIX)
-        if head.startswith((b"PAR1", b"\x1f\x8b")):
+        reader = _recognize(head, inner_name, shown=name)
+        if reader is _read_parquet or head.startswith(b"\x1f\x8b"):
             raise DatasetError(
                 "what this gzip file holds is no text", where=name, hint="Decompress it once, and give that"
             )
-        yield from _recognize(head, inner_name, shown=name)(inner, name)
+        yield from reader(inner, name)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         hint = "Copy or download it again"
         raise DatasetError(f"the gzip file is damaged: {error}", where=name, hint=hint) from error
 
 
 def _recognize(head: bytes, name: str, shown: str = "") -> Reader:
-    if head.startswith(b"PAR1"):
+    # A header may begin with the letters that mark a binary file, as ORCID does.
+    is_csv = name.endswith((".csv", ".tsv"))
+    is_text = is_csv and b"\x00" not in head
+    if head.startswith(b"PAR1") and not is_text:
         return _read_parquet
-    foreign = [reason for magic, reason in _FOREIGN.items() if head.startswith(magic)]
+    foreign = [
+        reason
+        for magic, reason in _FOREIGN.items()
+        if head.startswith(magic) and not (is_text and _is_printable(magic))
+    ]
     if head[257:262] == b"ustar":
         foreign.append(("a tar archive", "Unpack it, and give the folder"))
     if foreign:
         what, hint = foreign[0]
         raise DatasetError(f"this is {what}, not rows", where=shown or name, hint=hint)
-    if name.endswith((".csv", ".tsv")):
+    if is_csv:
         return _read_csv
     start = head.removeprefix(_BOM).lstrip()
     if start.startswith(b"["):
@@ -92,6 +100,10 @@ def _recognize(head: bytes, name: str, shown: str = "") -> Reader:
         if _COLUMNS & set(_cells(header)):
             return _read_csv
     return read_json_lines
+
+
+def _is_printable(magic: bytes) -> bool:
+    return magic.isascii() and magic.decode().isprintable()
 
 
 def _cells(header: str) -> list[str]:
@@ -160,7 +172,7 @@ def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _read_parquet(stream: BinaryIO, name: str) -> Iterator[Item]:
-    """Parquet, by pyarrow; null counts as absent."""
+    """Parquet, by pyarrow; null counts as absent, also within objects."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -178,9 +190,7 @@ def _read_parquet(stream: BinaryIO, name: str) -> Iterator[Item]:
         for batch in file.iter_batches(1024):
             for columns in batch.to_pylist():
                 number += 1
-                yield Record(
-                    {key: value for key, value in columns.items() if value is not None}, name, number
-                )
+                yield Record(present(columns), name, number)
     except (pyarrow.ArrowException, OSError) as error:
         hint = "Copy or download it again"
         raise DatasetError(f"the Parquet file cannot be read: {error}", where=name, hint=hint) from error

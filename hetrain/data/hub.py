@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hetrain.data.records import Item, Record
+from hetrain.data.records import Item, Record, present
 from hetrain.public.errors import DatasetError
 
 _log = logging.getLogger(__name__)
@@ -18,15 +18,14 @@ _DECODED = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 
 
 def read_hub(name: str, config: str | None, split: str) -> Iterator[Item]:
-    """The rows of one split; null counts as absent.
+    """The rows of one split; null counts as absent, also within objects.
 
     Raises:
         DatasetError: `datasets` is not installed, there is no such data set or split, the hub cannot be
             reached, or the data set is no JSON, CSV, Parquet or Arrow.
     """
     for number, columns in enumerate(_rows(name, config, split), start=1):
-        present = {key: value for key, value in columns.items() if value is not None}
-        yield Record(present, name, number)
+        yield Record(present(columns), name, number)
 
 
 def _rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,18 @@ class Record:
         return f"{self.source}:{self.number}"
 
 
+def present(columns: dict[str, Any]) -> dict[str, Any]:
+    """A row of a columnar file without nulls: every object there has the fields of all others."""
+    return {name: _without_nulls(value) for name, value in columns.items() if value is not None}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return present(value)
+    # A null that stands in a list was put there: no field of another object explains it.
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 Item = Record | DatasetError
 """What a reader yields: a row, or why there is none at that place."""
 

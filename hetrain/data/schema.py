@@ -21,11 +21,22 @@ _FORMS_HINT = (
     "Give each row either text, or prompt and completion, or messages, or conversations, or instruction and "
     "output, or name your columns by `text_field`, `prompt_field` and `completion_field`"
 )
-# Of ShareGPT; other names stay as they are.
-_ROLES = {"human": "user", "gpt": "assistant"}
+# Of ShareGPT's turns, in lower case; a chat template would take other spellings for roles of their own.
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
+    **{name: name for name in ("system", "developer", "tool")},
+}
+_LONGEST_ROLE = 40
 _MESSAGE_LISTS = ("messages", "prompt", "completion")
 # A CSV, and some Parquet files, hold these as JSON in a string.
 _NESTED = ("messages", "conversations", "tools", "chat_template_kwargs")
+# What counts as absent where nothing need be: null in JSON, an empty cell in CSV.
+_NOTHING: dict[str, tuple[str | None, ...]] = {
+    "input": (None,),
+    "tools": (None, ""),
+    "chat_template_kwargs": (None, ""),
+}
 # Names of arguments of transformers' apply_chat_template, which are no business of a row.
 _RESERVED = frozenset(
     {
@@ -161,14 +172,15 @@ def check_record(record: Record, config: DataConfig) -> Checked:
     Raises:
         DatasetError: it has none of the forms, or a field is wrong. The message repeats no text of the row.
     """
-    columns = {name: _nested(value) if name in _NESTED else value for name, value in record.columns.items()}
+    nested = ((name, _nested(value) if name in _NESTED else value) for name, value in record.columns.items())
+    columns = {name: value for name, value in nested if value not in _NOTHING.get(name, ())}
     choice = _choose(columns, config, record.where)
     taken = {field: columns[name] for field, name in choice.columns.items() if name in columns}
     unused = set(columns) - set(choice.columns.values())
     for field in _MESSAGE_LISTS:
         if isinstance(taken.get(field), list):
             column = choice.columns[field]
-            taken[field] = [_message(value, column, unused) for value in taken[field]]
+            taken[field] = [_message(value, column, unused, record.where) for value in taken[field]]
     try:
         return Checked(choice.form.model_validate(taken), frozenset(unused))
     except ValidationError as error:
@@ -226,18 +238,33 @@ def _chat_columns(columns: Mapping[str, Any]) -> dict[str, str]:
     return {name: name for name in ("tools", "chat_template_kwargs") if name in columns}
 
 
-def _message(value: Any, column: str, unused: set[str]) -> Any:
-    """A message with ShareGPT's names replaced, and without fields that no chat template knows."""
+def _message(value: Any, column: str, unused: set[str], where: str) -> Any:
+    """A message with ShareGPT's names replaced, and without fields that no chat template knows.
+
+    Raises:
+        DatasetError: ShareGPT has no such role.
+    """
     if not isinstance(value, dict):
         return value
     message = {{"from": "role", "value": "content"}.get(name, name): each for name, each in value.items()}
     if "from" in value and isinstance(message["role"], str):
-        message["role"] = _ROLES.get(message["role"], message["role"])
+        message["role"] = _role(message["role"], column, where)
     # In a columnar file a message has the fields of all others, with null or nothing in them.
     others = {name for name, each in message.items() if name not in Message.model_fields}
     unused |= {f"{column}[].{name}" for name in others if message[name] is not None}
     known = {name: each for name, each in message.items() if name not in others}
     return {name: each for name, each in known.items() if (name, each) != ("tool_calls", [])}
+
+
+def _role(name: str, column: str, where: str) -> str:
+    role = _ROLES.get(name.strip().lower())
+    if role is None:
+        raise DatasetError(
+            f"field '{column}' has a turn from '{name[:_LONGEST_ROLE]}', which is no known role",
+            where=where,
+            hint=f"Write one of: {', '.join(_ROLES)}; or give messages, whose roles reach the chat template",
+        )
+    return role
 
 
 _PROBLEMS = {

@@ -180,7 +180,7 @@ class _Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self._tokenizer = tokenizer
         self._learns_prompts = config.completion_only_loss is False
-        self._renderer = ChatRenderer(tokenizer, config.assistant_only_loss)
+        self._renderer = ChatRenderer(tokenizer, config.assistant_only_loss, config.strict)
 
     def __call__(self, raw: RawRow) -> _Tokenized:
         content = raw.content

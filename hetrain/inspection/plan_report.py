@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from hetrain.config import AUTO, ComparisonConfig, DataConfig, TrainingConfig
-from hetrain.data.tokenization import load_tokenizer, read_rows
+from hetrain.data.dataset import RawRow
+from hetrain.data.tokenization import load_tokenizer, tokenize_rows
 from hetrain.data.updates import Course
 from hetrain.inspection.comparison import Comparison, ModelFacts, Surroundings, survey
 from hetrain.nn.families import shape_of
@@ -77,21 +78,28 @@ class PlanReport:
         return self.outsourced_parameters / (self.outsourced_parameters + self.client_parameters)
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """Rows to learn, not yet tokenized, and which of their tokens are learned."""
+
+    rows: Sequence[RawRow]
+    config: DataConfig
+
+
 def plan_report(
     model: str,
     outsource: Sequence[str],
     training: TrainingConfig,
-    dataset: str | None,
+    dataset: DataSet | None,
     comparison: ComparisonConfig | None = None,
     workers: str | None = None,
-    data: DataConfig | None = None,
 ) -> PlanReport:
     """Splits `model` and reports.
 
     Raises:
         UsageError: a pattern has no match, or what is to be measured cannot be.
         ModelError: the model cannot be found, read or split.
-        DatasetError: the data set cannot be read.
+        DatasetError: the model's chat template refuses rows, or none is left to learn.
         BrokerError: the broker, against which the link is to be measured, cannot be reached.
     """
     comparison, is_auto = comparison or ComparisonConfig(), AUTO in outsource
@@ -104,7 +112,7 @@ def plan_report(
     files = resolve(model)
     course = None
     if dataset is not None:
-        rows = read_rows(dataset, load_tokenizer(files), training.longest_row, data or DataConfig())
+        rows = tokenize_rows(dataset.rows, load_tokenizer(files), training.longest_row, dataset.config)
         course = Course.of(rows, training)
     split = split_model(files, ("*",) if is_auto else outsource)
     report = _report(split, split.plan, training, course)

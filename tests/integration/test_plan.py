@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,22 @@ def test_a_job_is_compared_with_training_here(tiny_llama: Path) -> None:
     assert "Train locally, outsourcing does not pay here" in each["sentence"]
 
 
-def test_columns_by_name_are_those_of_the_job(tiny_llama: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in HANDBOOK.read_text().splitlines()[:20]]
-    usual, own = tmp_path / "usual.jsonl", tmp_path / "own.jsonl"
-    usual.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    own.write_text("".join(f"{json.dumps({'q': row['prompt'], 'a': row['completion']})}\n" for row in rows))
-    named = ("--prompt-field", "q", "--completion-field", "a")
-    course = in_process(tiny_llama, "--dataset", own, *named)["course"]
-    assert course == in_process(tiny_llama, "--dataset", usual)["course"]
+def test_plan_reads_rows_as_training_does(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\nWho sings?, Herrings.\n")
+    (tmp_path / "b.jsonl").write_text('{"question": "When?", "answer": " At dusk."}\n')
+    names = ("--dataset", tmp_path / "a.csv", "--dataset", tmp_path / "b.jsonl")
+    columns = ("--prompt_field", "question", "--completion-field", "answer", "--strict")
+    planned = hetrain("plan", tiny_llama, *names, *columns, "--json")
+    assert planned.returncode == 0, planned.stderr
+    data = product.DataConfig(prompt_field="question", completion_field="answer")
+    found = product.plan(str(tiny_llama), dataset=[tmp_path / "a.csv", tmp_path / "b.jsonl"], data=data)
+    course = found.course
+    assert course is not None
+    assert json.loads(planned.stdout)["course"] == asdict(course)
+    assert course.rows == 2
+    refused = hetrain("plan", tiny_llama, *names)
+    assert refused.returncode == 3
+    assert "name your columns by --text-field, --prompt-field and --completion-field" in refused.stderr
 
 
 def test_it_is_said_in_a_table_and_a_sentence(tiny_llama: Path) -> None:

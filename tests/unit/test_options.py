@@ -202,6 +202,10 @@ def test_a_file_of_trl_has_its_own_names(tmp_path: Path, monkeypatch: pytest.Mon
         ("lora_r: {x: 4}", "lora_r holds further keys"),
         ("seed: 1\nseed: 2", "seed stands there twice"),
         ("max_steps: 1\nmax-steps: 2", "max_steps stands there twice"),
+        ("learning_rate: 1\nlr: 2", "learning_rate and lr are the same option"),
+        ("dataset_name: a\ndataset:", "dataset_name and dataset are the same option"),
+        ("max_length: null", "max_length may not be null: rows must fit micro-batches"),
+        ("save-total-limit: null\nseed: ~", r"save-total-limit may not .*; seed may not be null: leave"),
         ("- a\n- b", "holds no keys"),
         ("a: [", "no YAML"),
         ("print_config: true", "print_config is not known"),
@@ -217,6 +221,14 @@ def test_a_file_that_makes_no_sense_is_refused(content: str | None, says: str, t
     assert caught.value.where.startswith(str(file))
     file.write_text("learning_rate: fast")
     assert typed("rows.jsonl", "--config", str(file)).exit_code == 2
+
+
+def test_null_in_a_file_is_the_default_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("dataset: x.csv\ncompletion_only_loss:\nresume_from_checkpoint: null\neval_dataset: ~\n")
+    given = called_with(monkeypatch, "finetune", submit, "--config", str(file))
+    del given["on_step"], given["on_stop"], given["on_prepare"]
+    assert given == vars(JobSpec(dataset="x.csv"))
 
 
 @pytest.mark.parametrize(

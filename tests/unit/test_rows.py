@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hetrain.config import DataConfig
 from hetrain.data.packing import IGNORE_INDEX, MicroBatch, count_micro_batches, epochs, micro_batches, pack
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.public.errors import DatasetError, ModelError, UsageError
@@ -144,6 +145,11 @@ def test_blank_lines_a_byte_order_mark_and_line_separators_in_strings_are_fine(
         (b'{"messages": [{"role": "user", "role": "system", "content": "x"}]}', "'role' stands there twice"),
         ({"instruction": "x", "input": "y"}, "'output' is missing"),
         ({"conversations": [{"from": "human"}]}, "'conversations[0]' has no content"),
+        (
+            {"conversations": [{"from": "Hooman", "value": "x"}]},
+            "a turn from 'Hooman', which is no known role",
+        ),
+        ({"conversations": [{"from": 4, "value": "x"}]}, "'conversations[0].role' must be a string"),
         ({"messages": [say("user", "x")], "chat_template_kwargs": {"chat_template": "y"}}, "'chat_template'"),
         ({"messages": [say("user", "x")]}, "has the form 'messages', but line 2 has the form 'text'"),
         ({"prompt": "x", "completion": "y"}, "'prompt and completion as strings', but line 2"),
@@ -218,6 +224,47 @@ def test_messages_that_the_chat_template_refuses_are_named(
     with pytest.raises(DatasetError, match="no parrots") as caught:
         read_rows(write(tmp_path, *lines), tokenizer, 512)
     assert caught.value.where.endswith("data.jsonl:2")
+
+
+THINKING = (
+    "{% set last = namespace(question=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for m in messages %}{{ m.role }}: "
+    "{% if m.reasoning_content and loop.index0 > last.question %}({{ m.reasoning_content }}) {% endif %}"
+    "{{ m.content }}\n{% endfor %}"
+)
+
+
+def test_reasoning_and_names_that_the_chat_template_drops_are_said(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = THINKING
+    asks, thinks = say("user", "What sings?"), say("assistant", "Herrings.") | {"reasoning_content": "Fish?"}
+    once, twice = [asks, thinks], [asks, thinks, asks, say("assistant", "Herrings.")]
+    tools = [asks, thinks, say("tool", "Yes."), say("assistant", "Herrings.")]
+    rows = read_rows(write(tmp_path, {"messages": once}, {"messages": tools}), thinking, 512)
+    assert all("(Fish?) Herrings." in thinking.decode(row.tokens) for row in rows)
+    pair = {"prompt": once[:1], "completion": once[1:]}
+    for lines, template in (
+        ([{"messages": once}], tokenizer),
+        ([pair], tokenizer),
+        ([{"messages": tools}, {"messages": twice}], thinking),
+    ):
+        with pytest.raises(DatasetError, match="drops `reasoning_content` of 'assistant'") as caught:
+            read_rows(write(tmp_path, *lines), template, 512)
+        assert caught.value.where.endswith(f":{len(lines)}")
+    named = {"messages": [asks | {"name": "ann"}, asks | {"name": "ann"}]}
+    path = write(tmp_path, named, named)
+    with caplog.at_level(logging.WARNING, logger="hetrain"):
+        read_rows(path, tokenizer, 512)
+    (record,) = caplog.records
+    assert f"{path}:1: the model's chat template drops `name` of 'user'" in record.getMessage()
+    with pytest.raises(DatasetError, match="drops `name` of 'user'"):
+        read_rows(path, tokenizer, 512, DataConfig(strict=True))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.name }}: {{ m.content }}{% endfor %}"
+    assert len(read_rows(path, tokenizer, 512, DataConfig(strict=True))) == 2
 
 
 # --- cutting and dropping

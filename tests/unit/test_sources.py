@@ -25,7 +25,7 @@ from hetrain.data.dataset import RawRow, divide, read_raw_rows
 from hetrain.data.hub import read_hub
 from hetrain.data.json_rows import read_json_array
 from hetrain.data.records import Record
-from hetrain.data.schema import Conversation, Message, StringPair, TextForm
+from hetrain.data.schema import Conversation, InstructionForm, Message, StringPair, TextForm, check_record
 from hetrain.data.sources import HubSplit
 from hetrain.public.errors import DatasetError, UsageError
 
@@ -169,6 +169,19 @@ def test_what_is_no_file_of_rows_is_called_by_its_name(content: bytes, says: str
     assert "UTF-8" not in str(caught.value) or says == "UTF-16"
 
 
+@pytest.mark.parametrize("word", ["ORCID", "BZhours", "ARROW1", "PAR1", "SQLite format 3"])
+def test_a_header_may_begin_as_a_binary_file_does(word: str, tmp_path: Path) -> None:
+    content = f"{word},text\n0000-0002,x\n".encode()
+    (tmp_path / "rows.csv").write_bytes(content)
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(content, mtime=0))
+    assert contents(read(tmp_path)) == [{"text": "x"}] * 2
+    (tmp_path / "orc.csv").write_bytes(b"ORC\x0a\x03\x00\x00\x00")
+    with pytest.raises(DatasetError, match="this is an ORC file"):
+        read(tmp_path / "orc.csv")
+    (tmp_path / "parquet.csv").write_bytes(as_parquet([{"text": "x"}]))
+    assert contents(read(tmp_path / "parquet.csv")) == [{"text": "x"}]
+
+
 def test_without_pyarrow_parquet_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +312,70 @@ def test_messages_in_parquet_and_in_csv(tmp_path: Path) -> None:
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["messages"], [json.dumps(turns)]])
     assert read(tmp_path / "x.csv")[0].content == row.content
+
+
+def test_roles_of_sharegpt_are_known_in_every_spelling(tmp_path: Path) -> None:
+    said = ["System", "Human", "GPT", " USER", "chatgpt", "tool", "Bard"]
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"conversations": [{"from": each, "value": "x"} for each in said]}])
+    )
+    (row,) = read(tmp_path / "x.json")
+    assert isinstance(row.content, Conversation)
+    roles = ["system", "user", "assistant", "user", "assistant", "tool", "assistant"]
+    assert [turn.role for turn in row.content.messages] == roles
+
+
+def test_what_need_not_be_there_may_be_null_or_an_empty_cell(tmp_path: Path) -> None:
+    asks, tool = [{"role": "user", "content": "Weather?"}], [{"type": "function"}]
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["messages", "tools", "chat_template_kwargs"])
+        rows.writerows([[json.dumps(asks), "", ""], [json.dumps(asks), json.dumps(tool), "null"]])
+    messages = [Message(role="user", content="Weather?")]
+    expected = [Conversation(messages=messages), Conversation(messages=messages, tools=tool)]
+    assert [row.content for row in read(path, strict=True)] == expected
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"messages": asks, "tools": None, "chat_template_kwargs": None}))
+    assert [row.content for row in read(path, strict=True)] == expected[:1]
+    path.write_text(json.dumps({"instruction": "x", "input": None, "output": "y"}))
+    assert [row.content for row in read(path)] == [InstructionForm(instruction="x", output="y")]
+
+
+def test_tools_in_parquet_and_on_the_hub_are_those_of_json(tmp_path: Path) -> None:
+    """Arguments that a call lacks are null there, since another call has them."""
+
+    def call(name: str, **arguments: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    asks = {"role": "user", "content": "Weather?"}
+    first = call("weather", place={"city": "Rome"})
+    second = call("news", days=3, topics=[{"name": "sport"}, {"like": "herrings"}])
+    tools = [tool("weather", place={"type": "object"}), tool("news", days={"type": "integer"})]
+    conversations = [
+        {"messages": [asks, {"role": "assistant", "content": None, "tool_calls": [each]}], "tools": tools}
+        for each in (first, second)
+    ]
+    conversations[0]["chat_template_kwargs"] = {"thinking": True}
+    conversations[1]["chat_template_kwargs"] = {"date": "today"}
+    pairs = [
+        {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]}
+        for row in conversations
+    ]
+    for name, rows in (("messages", conversations), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.parquet").write_bytes(as_parquet(rows))
+        same = contents(read(tmp_path / f"{name}.jsonl"))
+        assert "null" not in json.dumps(same[0]["tools"])
+        assert contents(read(tmp_path / name, strict=True)) == same
+        on_hub = read_hub(str(tmp_path / name), None, "train")
+        checked = [check_record(item, DataConfig()) for item in on_hub if isinstance(item, Record)]
+        assert [each.content.model_dump() for each in checked] == same
 
 
 @pytest.mark.parametrize(
