@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -198,3 +199,14 @@ def test_random_words_are_refused(harness: EngineHarness) -> None:
     noise = bytearray(os.urandom(part.data.nbytes))
     with pytest.raises(ResultRejected, match="wrong"):
         sealed.opening.check(replace(part, data=memoryview(noise)))
+
+
+def test_the_process_keeps_its_handlers_of_signals() -> None:
+    def caught_and_ignored() -> list[str]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return [line for line in lines if line.startswith(("SigCgt", "SigIgn"))]
+
+    before = caught_and_ignored()
+    build_circuit(tile(3, 2, 5))
+    assert caught_and_ignored() == before
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN

@@ -12,7 +12,7 @@ from hetrain.train.records import (
     JOB_FILE,
     METRICS_FILE,
     add_evaluation,
-    evaluated_dataset,
+    last_evaluated,
     read_run,
 )
 from tests.harness.small_disk import small_disk
@@ -37,7 +37,7 @@ def test_half_a_line_spoils_no_other(tmp_path: Path, rows: Path, caplog: pytest.
     run = read_run(tmp_path)
     assert [record["step"] for record in run.micro_batches] == [1]
     assert [record.get("loss") for record in run.evaluations] == [None, 1.0, 2.0]
-    assert evaluated_dataset(tmp_path) == rows
+    assert last_evaluated(tmp_path) == (rows, {})
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 

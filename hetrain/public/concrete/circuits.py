@@ -25,8 +25,8 @@ from hetrain.public.concrete.package import (
     load_fhe,
     package_version,
     prepare_thread,
-    restore_interrupts,
     security_level,
+    signal_handlers_kept,
     switch,
     unswitch,
 )
@@ -151,6 +151,7 @@ def compile_circuit(spec: CircuitSpec, *, use_gpu: bool = False) -> Circuit:
         return _recent(spec, use_gpu)
 
 
+@signal_handlers_kept()
 def build_circuit(spec: CircuitSpec, use_gpu: bool = False) -> Circuit:
     """Compiles `spec` and tries the result. Not thread-safe.
 
@@ -181,8 +182,6 @@ def build_circuit(spec: CircuitSpec, use_gpu: bool = False) -> Circuit:
             where=spec.name,
             hint="leave it out with `outsource`, use fewer `activation_bits`, or take another `engine`",
         ) from error
-    finally:
-        restore_interrupts()
     atexit.register(shutil.rmtree, server._library.get_output_dir_path(), ignore_errors=True)
     return _describe(spec, server, client_specs, description)
 
@@ -211,7 +210,6 @@ def _describe(spec: CircuitSpec, server: Any, client_specs: Any, description: by
     result = server.run(
         operand, np.zeros((spec.k, spec.columns), np.int64), evaluation_keys=evaluation_keys()
     )
-    restore_interrupts()
     circuit = Circuit(
         spec=spec,
         server=server,

@@ -8,10 +8,12 @@ checked, and a `Frame` that this process made itself is put around them.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import shutil
 import signal
-import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PACKAGE = "concrete-python"
+_SIGACTION_BYTES = 1024  # more than any system's structure has
 _HEAD_BYTES = 64
 # A linear circuit has no bootstrap, so its evaluation keys are empty: always these bytes, and never a peer's.
 _NO_KEYS = bytes.fromhex(
@@ -143,7 +146,19 @@ def prepare_thread() -> None:
         tag_context.stack = []
 
 
-def restore_interrupts() -> None:
-    """Concrete's runtime takes over Ctrl-C and would kill the process; this gives it back to Python."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT) or signal.SIG_DFL)
+@contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Gives the process its handlers of signals back at the end of a block.
+
+    Concrete's runtime takes over all of them: Ctrl-C would kill the process, and so would a write to a
+    connection that its peer has closed (SIGPIPE), without a word. The system is asked, since Python sets
+    handlers in its main thread alone.
+    """
+    libc = ctypes.CDLL(None)
+    kept = {number: ctypes.create_string_buffer(_SIGACTION_BYTES) for number in signal.valid_signals()}
+    kept = {number: old for number, old in kept.items() if libc.sigaction(int(number), None, old) == 0}
+    try:
+        yield
+    finally:
+        for number, old in kept.items():
+            libc.sigaction(int(number), old, None)
