@@ -27,7 +27,10 @@ class _Parser:
         found = dict(pairs)
         if len(found) < len(pairs):
             seen: set[str] = set()
-            self._twice += [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+            for key, _ in pairs:
+                if key in seen:
+                    self._twice.append(key)
+                seen.add(key)
         return found
 
     def parse(self, text: str, position: int = 0) -> tuple[Any, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,6 +23,18 @@ def is_full(error: OSError) -> bool:
 def reason_of(error: OSError) -> str:
     """Why it has failed, in a few words."""
     return error.strerror or str(error) or type(error).__name__
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Gives `path` this content, in UTF-8, whole or not at all. Raises `OSError`."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hetrain.public.disk import is_full, os_errors, reason_of
+from hetrain.nn.adapter_files import JOB_FILE
+from hetrain.public.disk import is_full, os_errors, reason_of, replace_text
 from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_lock import OutputLock
+from hetrain.train.records import EVALUATIONS_FILE, METRICS_FILE
 from hetrain.train.storage import append_whole
 
 _log = logging.getLogger(__name__)
@@ -104,11 +106,11 @@ class OutputDirectory:
 
     def write_job(self, job: Mapping[str, object]) -> None:
         """Replaces job.json. Raises `OSError`."""
-        self._replace("job.json", json.dumps(job, indent=2, default=str) + "\n")
+        replace_text(self.path / JOB_FILE, json.dumps(job, indent=2, default=str) + "\n")
 
     def write_card(self, text: str) -> None:
         """Replaces README.md, the adapter's model card."""
-        self._replace("README.md", text)
+        replace_text(self.path / "README.md", text)
 
     def save_adapter(self, write: Callable[[Path], None]) -> None:
         """Moves the files that `write` makes into this directory, the adapter's weights last.
@@ -154,12 +156,12 @@ class OutputDirectory:
             if step > (self._keep or 0):
                 remove_checkpoint(self.path, step)
         if not self._keep:
-            for name in ("evaluations.jsonl", "report.html"):
+            for name in (EVALUATIONS_FILE, "report.html"):
                 (self.path / name).unlink(missing_ok=True)
-        metrics = self.path / "metrics.jsonl"
+        metrics = self.path / METRICS_FILE
         lines = metrics.read_text("utf-8", "replace").splitlines() if self._keep and metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= (self._keep or 0)]
-        self._replace(metrics.name, "".join(f"{line}\n" for line in kept))
+        replace_text(metrics, "".join(f"{line}\n" for line in kept))
         return os.open(metrics, os.O_WRONLY | os.O_APPEND)
 
     def _remove_scratch(self) -> None:
@@ -170,15 +172,6 @@ class OutputDirectory:
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
-
-    def _replace(self, name: str, text: str) -> None:
-        scratch = self.path / f".{name}.new"
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(self.path / name)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
 
 
 def _make(path: Path) -> None:

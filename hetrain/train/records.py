@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetrain.nn.adapter_files import JOB_FILE
 from hetrain.public.errors import UsageError
 from hetrain.train.storage import append_whole
 
-METRICS_FILE, JOB_FILE, EVALUATIONS_FILE = "metrics.jsonl", "job.json", "evaluations.jsonl"
+METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
 
 Record = Mapping[str, Any]
 

@@ -24,6 +24,7 @@ from hetrain.train.checkpoint import (
 from hetrain.train.loop import AppliedUpdate
 from hetrain.train.metrics import MicroBatchMetrics, metrics_of
 from hetrain.train.output_dir import OutputDirectory
+from hetrain.train.records import METRICS_FILE
 from hetrain.train.signals import Stop, never
 from hetrain.train.storage import write_when_there_is_room
 from hetrain.train.updater import Tensors, Updater
@@ -105,7 +106,7 @@ class RunLog:
         self.tokens += sum(each.tokens for each in metrics)
         self.rejected += sum(each.rejected for each in metrics)
         self._unwritten += metrics
-        self._patiently(self._write_metrics, "metrics.jsonl", stop)
+        self._patiently(self._write_metrics, METRICS_FILE, stop)
         if self._writing is not None and self._writing.done():
             self._finish_writing(stop)
         if self._config.save_steps and self.step % self._config.save_steps == 0:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 
 from hetrain.export.report.sections import Section, sections
+from hetrain.public.disk import reason_of, replace_text
 from hetrain.public.errors import UsageError
 from hetrain.train.records import RunRecord, dataset_label, read_run
 
@@ -51,11 +51,9 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
     path = output or directory / "report.html"
     text = page(read_run(directory))
     try:
-        scratch = path.with_name(f".{path.name}.new")
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        replace_text(path, text)
     except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from error
+        raise UsageError(f"cannot be written: {reason_of(error)}", where=str(path)) from error
     return path
 
 
