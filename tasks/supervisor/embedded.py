@@ -63,17 +63,18 @@ def supervise(
 def trim_log(path: Path, limit: int) -> None:
     """Cuts a log of more than `limit` bytes to whole lines of its newer half.
 
-    Its writers must append. A line that one writes at this very moment may be lost.
+    Its writers must append. What they write at this very moment may be lost; what stays is in order.
     """
     with suppress(OSError), path.open("r+b") as log:
         size = os.fstat(log.fileno()).st_size
         if size <= limit:
             return
         log.seek(size - limit // 2)
-        kept = log.read().partition(b"\n")[2]
-        log.truncate(0)
-        with path.open("ab") as end:
-            end.write(b"(older lines were removed)\n" + kept)
+        kept = b"(older lines were removed)\n" + log.read().partition(b"\n")[2]
+        # Truncated last: a line that is appended between the two calls is cut off, and never before older ones.
+        log.seek(0)
+        log.write(kept)
+        log.truncate()
 
 
 def _stdin_ended(wait_s: float) -> bool:
