@@ -71,7 +71,7 @@ def trim_log(path: Path, limit: int) -> None:
             return
         log.seek(size - limit // 2)
         kept = b"(older lines were removed)\n" + log.read().partition(b"\n")[2]
-        # Truncated last: a line that is appended between the two calls is cut off, and never before older ones.
+        # Truncated last: a line that is appended between the two calls is cut off, never before older ones.
         log.seek(0)
         log.write(kept)
         log.truncate()
