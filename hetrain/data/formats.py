@@ -107,7 +107,10 @@ def _is_printable(magic: bytes) -> bool:
 
 
 def _cells(header: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([header], delimiter=_delimiter(header)), [])]
+    try:
+        return [cell.strip() for cell in next(csv.reader([header], delimiter=_delimiter(header)), [])]
+    except csv.Error:  # no header of a CSV
+        return []
 
 
 def _delimiter(header: str) -> str:
@@ -191,6 +194,6 @@ def _read_parquet(stream: BinaryIO, name: str) -> Iterator[Item]:
             for columns in batch.to_pylist():
                 number += 1
                 yield Record(present(columns), name, number)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
         hint = "Copy or download it again"
         raise DatasetError(f"the Parquet file cannot be read: {error}", where=name, hint=hint) from error

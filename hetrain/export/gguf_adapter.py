@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -133,7 +134,26 @@ def read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dict
     Raises:
         ModelError: one is missing, or the file is no adapter of this architecture.
     """
-    reader = gguf.GGUFReader(path)
+    try:
+        return _read_pairs(path, modules, layout)
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # gguf checks little
+        raise ModelError(
+            f"the file is no whole GGUF ({type(error).__name__}: {error})", where=str(path)
+        ) from error
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
+    """Ends with the file. By itself gguf goes on after it, for as many items as a damaged length says."""
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any) -> Any:
+        found = super()._get(offset, dtype, count, *more)
+        if len(found) < count:
+            raise ValueError("it ends early")
+        return found
+
+
+def _read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dict[str, LoraPair]:
+    reader = _Reader(path)
     kind, architecture = (
         reader.fields[key].contents() for key in (gguf.Keys.General.TYPE, gguf.Keys.General.ARCHITECTURE)
     )

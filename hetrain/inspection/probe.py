@@ -13,9 +13,8 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from hetrain.public.broker import connection as broker
-from hetrain.public.broker.server_info import printable
 from hetrain.public.errors import HetrainError, WireError
-from hetrain.public.protocol.messages import CONTROL_REPORT, WorkerReport, parse
+from hetrain.public.protocol.messages import CONTROL_REPORT, WorkerReport, parse, printable
 
 _QUIET_S = 2.0
 _POLL_S = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def read_config(adapter: Path) -> dict[str, Any]:
     """adapter_config.json. Raises `UsageError` when there is none."""
     try:
         config: dict[str, Any] = dict(json.loads((adapter / CONFIG_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"no {CONFIG_FILE} there that can be read",
             where=str(adapter),
@@ -59,7 +60,7 @@ def read_job(adapter: Path) -> dict[str, Any]:
     for directory in (adapter, adapter.resolve().parent):
         try:
             return dict(json.loads((directory / JOB_FILE).read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             if not adapter.name.startswith("checkpoint-"):
                 break
     return {}
@@ -73,9 +74,11 @@ def base_model_of(adapter: Path) -> str:
     """
     name, job = read_config(adapter).get("base_model_name_or_path"), read_job(adapter)
     if "model_path" in job:  # None: the run found the model by its name
-        here = job["model"] if job["model_path"] is None else job["model_path"]
-        if job["model_path"] is None or Path(here).is_dir():
-            return str(here)
+        path, label = job["model_path"], job.get("model")
+        if path is None and isinstance(label, str):
+            return label
+        if isinstance(path, str) and os.path.isdir(path):
+            return path
     if not isinstance(name, str) or not name:
         raise UsageError(f"{CONFIG_FILE} names no base model", where=str(adapter), hint="give `model`")
     return name

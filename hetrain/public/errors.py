@@ -28,9 +28,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST_PART = 4000
+
 
 class HetrainError(Exception):
     """Root of all errors that hetrain raises on purpose.
+
+    All parts are made fit for a terminal: strangers' files and messages give names and reasons in them.
 
     Args:
         what: what happened, as one sentence without a full stop.
@@ -41,15 +45,27 @@ class HetrainError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.hint = hint
+        self.what, self.hint = _shown(what), _shown(hint)
+        self.where = _shown(where).replace("\n", " ")
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f". {self.hint}" if self.hint else ""
         return f"{place}{self.what}{advice}"
+
+
+def _shown(text: str) -> str:
+    """`text` without control characters but line ends, cut to 4000 characters."""
+    if len(text) > _LONGEST_PART:
+        text = f"{text[: _LONGEST_PART - 1]}…"
+    return text if text.isprintable() else "".join(map(_shown_character, text))
+
+
+def _shown_character(char: str) -> str:
+    if char.isprintable() or char == "\n":
+        return char
+    return " " if char.isspace() else "?"
 
 
 class UsageError(HetrainError):

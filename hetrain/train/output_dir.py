@@ -196,5 +196,5 @@ def _step_of(line: str) -> float:
     """The update of a line of metrics.jsonl; infinity where a run was killed while it wrote the line."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")

@@ -104,7 +104,7 @@ def _take_over(descriptor: int, directory: Path) -> None:
 def _owner(descriptor: int) -> dict[str, Any]:
     try:
         owner = json.loads(os.pread(descriptor, _OWNER_BYTES, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -66,7 +66,7 @@ def read_run(directory: Path) -> RunRecord:
             where=str(directory),
             hint="give the output directory of a training job",
         ) from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"the run's records cannot be read: {error}", where=str(directory)) from error
 
 
@@ -94,9 +94,10 @@ def last_evaluated(adapter: Path) -> tuple[Path, Record] | None:
     With the settings that they were read with, as of `DataConfig`; none where they are the training job's.
     """
     for line in reversed(_lines(_run_directory(adapter) / EVALUATIONS_FILE)):
-        names = list(line.get("dataset") or ())
-        if len(names) == 1 and Path(names[0]).is_file():
-            return Path(names[0]), line.get("data") or {}
+        names, data = line.get("dataset"), line.get("data") or {}
+        match names:
+            case [str(name)] if isinstance(data, dict) and os.path.isfile(name):
+                return Path(name), data
     return None
 
 
@@ -126,6 +127,6 @@ def _lines(path: Path) -> list[Record]:
     for line in path.read_text("utf-8", "replace").splitlines():
         try:
             records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             _log.warning("%s: a damaged line is passed over", path)
     return records

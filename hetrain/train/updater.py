@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,15 +89,16 @@ class Updater:
         """The schedule's state: numbers and lists of numbers."""
         return dict(self._scheduler.state_dict())
 
-    def restore(self, values: Tensors, moments: Tensors, schedule: dict[str, object], version: int) -> None:
+    def restore(self, values: Tensors, moments: Tensors, schedule: dict[str, Any], version: int) -> None:
         """Goes on from where `snapshot`, `optimizer_state` and `schedule_state` were taken.
 
         Raises:
-            ValueError: names or shapes are not those of this adapter.
+            ValueError: names or shapes are not those of this adapter, or the schedule is of other settings.
         """
         expected = {name: parameter.shape for name, parameter in self._parameters.items()}
         if {name: value.shape for name, value in values.items()} != expected:
             raise ValueError("the adapter has other tensors")
+        _require_schedule(schedule, self._scheduler.state_dict())
         state = {name: _moments_of(name, parameter, moments) for name, parameter in self._parameters.items()}
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -167,3 +169,19 @@ def _moments_of(name: str, parameter: nn.Parameter, moments: Tensors) -> dict[st
     if {key: value.shape for key, value in state.items()} != shapes:
         raise ValueError(f"the optimizer has no fitting state for {name}")
     return state
+
+
+def _require_schedule(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless it has the form of `own`, its base rates, and a rate of at most these."""
+    is_own = _form(found) == _form(own) and found["base_lrs"] == own["base_lrs"]
+    if not is_own or not all(0 <= rate <= max(own["base_lrs"]) for rate in found["_last_lr"]):
+        raise ValueError("the state of the learning rate's schedule is not one of these settings")
+
+
+def _form(value: Any) -> Any:
+    """`value` with a word in place of each number."""
+    if isinstance(value, Mapping):
+        return {name: _form(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_form(each) for each in value]
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value)

@@ -73,6 +73,33 @@ def task_message(
     return json.dumps(_changed(message, envelope)).encode()
 
 
+def command_message(method: Any = "ping", arguments: Any = None, **more: Any) -> bytes:
+    """What ``celery inspect`` publishes, with other parts."""
+    content = {
+        "method": method,
+        "arguments": {} if arguments is None else arguments,
+        "destination": None,
+        "pattern": None,
+        "matcher": None,
+        "ticket": "a6502831-8911-4826-a741-5475f5bd719e",
+        "reply_to": {"exchange": "reply.celery.pidbox", "routing_key": "21cc6bae-e648-3a29-a42d"},
+    }
+    message = {
+        "body": b64encode(json.dumps(content | more).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"clock": 1, "expires": 1795993409.7},
+        "properties": {
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": "83b82f8e-a27b-4573-baa2-4da20847549b",
+        },
+    }
+    return json.dumps(message).encode()
+
+
 def _changed(values: dict[str, Any], changes: Changes | None) -> dict[str, Any]:
     merged = values | dict(changes or {})
     return {name: value for name, value in merged.items() if value is not MISSING}

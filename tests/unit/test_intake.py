@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from math import isfinite
 from typing import Any
 
@@ -17,6 +16,7 @@ from tasks.intake.envelope import MAX_MESSAGE_BYTES, Accepted, Refused
 from tasks.intake.strict_json import parse_json
 from tasks.intake.task_message import check_task
 from tests.harness.queue_messages import RUBBISH, body, task_message
+from tests.harness.queue_messages import command_message as command
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -114,33 +114,6 @@ def test_length_and_depth_are_bounds() -> None:
     padding = MAX_MESSAGE_BYTES - len(task_message())
     assert isinstance(check_task(task_message() + b" " * padding, "gpu"), Accepted)
     assert isinstance(check_task(task_message() + b" " * (padding + 1), "gpu"), Refused)
-
-
-def command(method: Any = "ping", arguments: Any = None, **more: Any) -> bytes:
-    """What ``celery inspect`` publishes, with other parts."""
-    content = {
-        "method": method,
-        "arguments": {} if arguments is None else arguments,
-        "destination": None,
-        "pattern": None,
-        "matcher": None,
-        "ticket": "a6502831-8911-4826-a741-5475f5bd719e",
-        "reply_to": {"exchange": "reply.celery.pidbox", "routing_key": "21cc6bae-e648-3a29-a42d"},
-    }
-    message = {
-        "body": b64encode(json.dumps(content | more).encode()).decode(),
-        "content-encoding": "utf-8",
-        "content-type": "application/json",
-        "headers": {"clock": 1, "expires": 1795993409.7},
-        "properties": {
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
-            "priority": 0,
-            "body_encoding": "base64",
-            "delivery_tag": "83b82f8e-a27b-4573-baa2-4da20847549b",
-        },
-    }
-    return json.dumps(message).encode()
 
 
 ARGUMENTS = {"query_task": {"ids": ["a"]}, "registered": {"taskinfoitems": []}, "active": {"safe": True}}

@@ -243,6 +243,8 @@ def broker_errors(url: str) -> Iterator[None]:
         if "fileno" not in str(error):
             raise
         raise BrokerUnreachable("the connection was closed", where=where) from error
+    except MemoryError as error:
+        raise BrokerError("the broker's reply is longer than this machine's memory", where=where) from error
     except foreign.RedisError as error:
         if "OOM" in str(error):  # inside MULTI the refusal arrives as EXECABORT
             raise BrokerFull("the broker is out of memory", where=where, hint=_FULL_HINT) from error

@@ -10,6 +10,7 @@ from time import perf_counter
 from redis.exceptions import NoPermissionError
 
 from hetrain.public.broker import connection as broker
+from hetrain.public.protocol.messages import printable
 
 _VERSIONS = ("valkey_version", "redis_version")
 
@@ -74,11 +75,6 @@ def _server(info: Mapping[str, object]) -> str | None:
         if key in info:
             return f"{key.partition('_')[0]} {printable(info[key])}"
     return None
-
-
-def printable(value: object) -> str:
-    """`value` as at most 100 characters without control characters."""
-    return "".join(char if char.isprintable() else " " for char in str(value))[:100]
 
 
 def _number(value: object) -> int | None:

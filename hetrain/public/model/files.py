@@ -158,7 +158,12 @@ def _open(label: str, directory: Path) -> ModelFiles:
     if not (directory / "config.json").is_file():
         raise ModelError("the directory has no config.json", where=str(directory))
     _refuse_code(directory)
-    return ModelFiles(label, directory, MappingProxyType(_index(directory)))
+    tensors = _index(directory)
+    if not all(name.isprintable() and file.name.isprintable() for name, file in tensors.items()):
+        raise ModelError(
+            "a tensor, or the file that it lies in, has a name with control characters", where=str(directory)
+        )
+    return ModelFiles(label, directory, MappingProxyType(tensors))
 
 
 def _refuse_code(directory: Path) -> None:
@@ -167,7 +172,7 @@ def _refuse_code(directory: Path) -> None:
     for path in sorted(directory.glob("*config.json")):
         try:
             has_code = "auto_map" in json.loads(path.read_bytes())
-        except (OSError, ValueError, TypeError):  # who reads it says what is wrong
+        except (OSError, ValueError, TypeError, RecursionError):  # who reads it says what is wrong
             continue
         if has_code:
             found.append(f"`auto_map` in {path.name}")
@@ -193,7 +198,15 @@ def _index(directory: Path) -> dict[str, Path]:
             where=str(directory),
             hint="save the model with save_pretrained(..., safe_serialization=True)",
         ) from error
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ModelError(
             f"{_INDEX if index.is_file() else single.name} cannot be read: {error}",
             where=str(directory),

@@ -178,6 +178,11 @@ class EngineHeader(BaseModel):
             raise _malformed(cls, error, where) from error
 
 
+def printable(value: object) -> str:
+    """`value` as at most 100 characters without control characters."""
+    return "".join(char if char.isprintable() else " " for char in str(value)[:100])
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -191,7 +196,7 @@ def parse(kind: type[M], text: str | bytes, *, where: str) -> M:
 
 def _malformed(kind: type[BaseModel], error: ValidationError, where: str) -> WireError:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = printable(".".join(str(part) for part in first["loc"]))  # the peer may have chosen names in it
     return WireError(
         f"malformed {kind.__name__} message: {place}: {first['msg']}",
         where=where,

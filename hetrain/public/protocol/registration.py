@@ -12,14 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from hetrain.public.errors import UsageError
-from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name, WorkerName
+from hetrain.public.errors import UsageError, WireError
+from hetrain.public.protocol.messages import QUEUE, VERSION, Line, Name, WorkerName, parse
 
 REGISTRY_KEY = "hetrain:workers"
 REGISTRATION_TTL_S = 6.0
 HEARTBEAT_S = 1.5
 MAX_WORKERS = 4096
 _MAX_SHARDS = 4096
+_MAX_BYTES = 1 << 18
 _SHARDS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?/(\d{1,4})", re.ASCII)
 
 
@@ -100,3 +101,14 @@ class WorkerRegistration(BaseModel):
         """Whether it can evaluate group `index` of `n_groups` of `model`."""
         whole = self.shards is None or ShardRange.parse(self.shards).has(index, n_groups)
         return whole and model in self.models
+
+
+def read_registration(data: bytes) -> WorkerRegistration:
+    """Parses what lies in the registry. Raises `WireError` unless it registers a worker's queue."""
+    where = "registry"
+    if len(data) > _MAX_BYTES:
+        raise WireError(f"a registration of {len(data)} bytes", where=where)
+    registration = parse(WorkerRegistration, data, where=where)
+    if registration.queue != QUEUE and not registration.queue.startswith(f"{QUEUE}."):
+        raise WireError(f"a registration for queue {registration.queue!r}", where=where)
+    return registration

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from redis.exceptions import ResponseError
 
 from hetrain.public.errors import WireError
-from hetrain.public.protocol.messages import QUEUE, parse
+from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.protocol.registration import (
     MAX_WORKERS,
     REGISTRATION_TTL_S,
     REGISTRY_KEY,
     WorkerRegistration,
+    read_registration,
 )
 from hetrain.transport.requests.job_connection import JobConnection
 
 _LONGEST_LIFE_S = 2 * REGISTRATION_TTL_S
-_LARGEST_CARD_BYTES = 1 << 18
 _NAMES_IN_A_LINE = 8
 
 logger = logging.getLogger(__name__)
@@ -114,15 +114,10 @@ class WorkerRegistry:
         if member in self._parsed:
             return self._parsed[member]
         try:
-            if len(member) > _LARGEST_CARD_BYTES:
-                raise WireError(f"a card of {len(member)} bytes", where="fleet")
-            registration = parse(WorkerRegistration, member, where="fleet")
-            if registration.queue != QUEUE and not registration.queue.startswith(f"{QUEUE}."):
-                raise WireError(f"a card for queue {registration.queue!r}", where="fleet")
+            return read_registration(member)
         except WireError as error:
-            logger.warning("ignored a worker's card: %s", error)
+            logger.warning("ignored a worker's registration: %s", error)
             return None
-        return registration
 
 
 def _log_change(what: str, registrations: Iterable[WorkerRegistration], count: int) -> None:

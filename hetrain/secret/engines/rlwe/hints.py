@@ -191,7 +191,7 @@ class HintStore:
                 expected = _head(product, hint) | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         except FileNotFoundError:
             return False
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             head, expected = {}, None
         if head != expected:
             with suppress(OSError):
