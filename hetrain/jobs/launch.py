@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from hetrain.config import JobSpec
@@ -84,6 +85,8 @@ class Launcher:
             StorageError: the log cannot be made.
         """
         _write_to(self.spec.output_dir / LOG_FILE)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        print(f"{now}: job {job_id} runs in process {os.getpid()}", flush=True)  # noqa: T201
         with self._socket, suppress(OSError):  # that process has been killed: the job goes on
             self._socket.sendall(f"{job_id}\n".encode())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -324,7 +325,7 @@ def test_a_detached_process_has_its_own_session_and_its_output_in_the_log(
     command = [sys.executable, "-c", CHILD, str(spec.output_dir)]
     assert launch(spec, command) == jobs.Launch("0123abcd")
     log = b"".join(follow(tmp_path / "out" / LOG_FILE, (tmp_path / "done").exists))
-    assert log == b"True inherited False\nerror\n"
+    assert re.fullmatch(rb"20.*: job 0123abcd runs in process \d+\nTrue inherited False\nerror\n", log)
     (tmp_path / "fail").touch()
     assert launch(spec, command) == jobs.Launch("", 7)
     (tmp_path / "fail").rename(tmp_path / "die")
