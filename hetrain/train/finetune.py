@@ -37,7 +37,7 @@ from hetrain.train.output_dir import OutputDirectory
 from hetrain.train.records import add_evaluation
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
-from hetrain.train.signals import stop_on_signals
+from hetrain.train.signals import restored_handlers, stop_on_signals
 from hetrain.train.step import share_cores
 from hetrain.train.updater import Updater
 
@@ -71,6 +71,7 @@ class _PreparedJob:
         return self.checkpoint.state.step if self.checkpoint else 0
 
 
+@restored_handlers()
 def finetune(
     spec: JobSpec,
     raw_rows: JobRows,
