@@ -36,7 +36,7 @@ class Run(BaseModel):
         process: in which process.
         begun: when.
         is_resumed: whether it goes on from a checkpoint.
-        uses_broker: whether its workers are those of a given broker, whose address stands nowhere.
+        uses_broker: whether its workers are those of a given broker, whose address is not kept.
         settings: the job's, see `hetrain.jobs.settings`.
         ended: when; None while it runs, and if it was killed.
         exit_code: see docs/reference/exit-codes.md.
