@@ -10,7 +10,7 @@ RESULTS := benchmarks/results
 # together at first, and a process that has nothing left takes tests from the others.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: venv compiler chromium demo check test test-all lint docs wheel screenshot report-screenshot gpu-check bench bench-learning clean
+.PHONY: venv compiler chromium tmux demo check test test-all lint docs wheel screenshot report-screenshot gpu-check bench bench-learning clean
 
 venv: $(READY)
 
@@ -22,6 +22,12 @@ compiler:
 chromium:
 	@command -v chromium >/dev/null \
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
+		|| test "$$CI" != true
+
+# tests/slow/test_terminal.py is skipped without it, as above.
+tmux:
+	@command -v tmux >/dev/null \
+		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends tmux) \
 		|| test "$$CI" != true
 
 SOURCES_IN_C := $(wildcard hetrain/*/native/*.[ch] hetrain/*/*/native/*.[ch] hetrain/*/*/*/native/*.[ch] worker_gpu/native/*.[ch])
@@ -54,7 +60,7 @@ test: lint chromium
 	$(PYTEST) tests/unit tests/contract tests/adversary tests/integration
 
 # Also the campaigns of tests/slow: fifty kills, the real model, every order of events.
-test-all: lint chromium docs
+test-all: lint chromium tmux docs
 	$(PYTEST)
 
 # The site, in site/. Strict: a broken link or an undocumented reference fails.

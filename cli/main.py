@@ -27,7 +27,6 @@ app = typer.Typer(
     help="Private LoRA fine-tuning: your data stays encrypted on the machines that do the heavy part.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"token_normalize_func": with_dashes},
 )
 
@@ -63,12 +62,20 @@ def add_commands() -> None:
     from cli.cache import cache
     from cli.doctor import doctor
     from cli.evaluate import evaluate
+    from cli.jobs import cancel, list_jobs, logs, resume, status, wait
     from cli.plan import plan
     from cli.prepare import prepare
-    from cli.submit import submit
+    from cli.submit import run_detached, submit
     from cli.worker import worker
 
     app.command("submit")(submit)
+    app.command("list")(list_jobs)
+    app.command("status")(status)
+    app.command("logs")(logs)
+    app.command("wait")(wait)
+    app.command("cancel")(cancel)
+    app.command("resume")(resume)
+    app.command("run-detached", hidden=True)(run_detached)
     app.command("eval")(evaluate)
     app.command("ask")(ask)
     app.command("merge")(merge)

@@ -26,7 +26,9 @@ def reference() -> str:
     """The options of all commands as a Markdown page."""
     add_commands()
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return "\n".join([_HEAD, *(_section(name, command) for name, command in commands.items())])
+    return "\n".join(
+        [_HEAD, *(_section(name, command) for name, command in commands.items() if not command.hidden)]
+    )
 
 
 def _section(name: str, command: Any) -> str:
@@ -43,7 +45,8 @@ def _section(name: str, command: Any) -> str:
 
 def _row(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return f"| `{parameter.name.upper()}` | required | {parameter.help} |"
+        shown = parameter.show_default if isinstance(parameter.show_default, str) else "required"
+        return f"| `{parameter.name.upper()}` | {shown} | {parameter.help} |"
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     shown, default = parameter.show_default, parameter.default
     if not isinstance(shown, str):

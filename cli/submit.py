@@ -1,26 +1,90 @@
-"""`hetrain submit`: train an adapter."""
+"""`hetrain submit`: train an adapter, here or in the background."""
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from cli.options import AsJson, Quiet, from_configuration
 from cli.progress import TrainingDisplay
-from hetrain import api
+from hetrain import api, jobs
 from hetrain.config import JobSpec
+
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach",
+        "-d",
+        help="Return once the job has started; it goes on without this terminal. `hetrain list` shows it.",
+    ),
+]
+_DETACHED = "run-detached"
 
 
 @from_configuration
-def submit(spec: JobSpec, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def submit(spec: JobSpec, detach: Detach = False, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Fine-tune a model with LoRA on workers that see only ciphertexts.
 
     Ctrl-C (or SIGTERM) once finishes the updates that have begun and writes adapter and checkpoint; twice
     leaves at once.
     """
+    run_job(spec, detach=detach, as_json=as_json, quiet=quiet)
+
+
+def run_job(spec: JobSpec, *, detach: bool, as_json: bool, quiet: bool) -> None:
+    """Trains here, or has another process do it."""
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)
+    if detach:
+        _detach(spec, as_json=as_json, quiet=quiet)
+    else:
+        _train(spec, as_json=as_json, quiet=quiet)
+
+
+def run_detached(
+    output_dir: Annotated[Path, typer.Argument(help="Names the job in lists of processes.")],
+    descriptor: Annotated[int, typer.Argument(help="The socket of the process that has started this one.")],
+) -> None:
+    """What `hetrain submit --detach` starts."""
+    launcher = jobs.Launcher(descriptor)
+    _train(launcher.spec, on_start=launcher.started)
+
+
+def _train(
+    spec: JobSpec,
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
+    on_start: Callable[[str], object] | None = None,
+) -> None:
     with TrainingDisplay(as_json=as_json, quiet=quiet) as display:
-        result = api.finetune(
-            **vars(spec), on_step=display.on_step, on_stop=display.on_stop, on_prepare=display.on_prepare
+        train = partial(
+            api.finetune,
+            **vars(spec),
+            on_step=display.on_step,
+            on_stop=display.on_stop,
+            on_prepare=display.on_prepare,
         )
+        result = train() if on_start is None else train(on_start=on_start)
     display.summary(result)
+
+
+def _detach(spec: JobSpec, *, as_json: bool, quiet: bool) -> None:
+    command = [sys.executable, "-m", "cli", _DETACHED, str(spec.output_dir)]
+    found = jobs.launch(spec, command)
+    if not found.job_id:
+        raise typer.Exit(found.exit_code)  # its error stands on this terminal already
+    job = jobs.status(spec.output_dir)
+    if as_json:
+        typer.echo(json.dumps({"id": job.id, "output_dir": str(job.output_dir), "log": str(job.log)}))
+        return
+    typer.echo(f"{job.id}  {job.output_dir}")
+    if not quiet:
+        typer.echo(f"The job goes on in the background: {job.advice}", err=True)

@@ -31,6 +31,7 @@ _FUNCTIONS = (
 
 # By name, not by an import statement: a worker imports this package too, and has neither of these modules.
 _HOMES = dict.fromkeys(_FUNCTIONS, "hetrain.api")
+_MODULES = ("jobs",)
 _HOMES |= dict.fromkeys(
     (
         "DataConfig",
@@ -44,14 +45,16 @@ _HOMES |= dict.fromkeys(
     "hetrain.config",
 )
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"hetrain.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

@@ -1,3 +1,4 @@
+from hetrain import jobs as jobs
 from hetrain.api import ask as ask
 from hetrain.api import cache as cache
 from hetrain.api import doctor as doctor
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "finetune",
+    "jobs",
     "merge",
     "plan",
     "prepare",

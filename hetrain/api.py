@@ -63,6 +63,7 @@ def finetune(
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
     on_prepare: Callable[[int, int], object] = lambda done, total: None,
+    on_start: Callable[[str], object] = lambda job_id: None,
 ) -> JobResult:
     """Fine-tunes a model with LoRA on workers that see only ciphertexts.
 
@@ -85,6 +86,7 @@ def finetune(
         on_step: called with the metrics of every micro-batch of an update.
         on_stop: called once a signal has asked the run to stop.
         on_prepare: called with the number of hints that are made, and of those that the cache lacked.
+        on_start: called with the job's id (see `hetrain.jobs`) once workers have agreed to compute it.
 
     Returns:
         The run in figures; `output_dir` then holds a PEFT adapter.
@@ -113,7 +115,7 @@ def finetune(
     rows = read_job_rows(spec)
     from hetrain.train.finetune import finetune as run  # imports torch, which takes seconds
 
-    return run(spec, rows, on_step, on_stop, on_prepare)
+    return run(spec, rows, on_step, on_stop, on_prepare, on_start)
 
 
 def evaluate(

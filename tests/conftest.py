@@ -25,6 +25,8 @@ if "HETRAIN_TEST_CACHE" not in os.environ:
         if path.name != "hints":
             (cache / path.name).symlink_to(path)
     os.environ["HETRAIN_TEST_CACHE"] = os.environ["HETRAIN_CACHE"] = str(cache)
+    # Nor does any test list its jobs among the user's.
+    os.environ["HETRAIN_STATE"] = str(cache / "state")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 import pytest

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from hetrain.jobs.files import JOB_FILE
 from hetrain.public.errors import UsageError
 
 CONFIG_FILE = "adapter_config.json"
-JOB_FILE = "job.json"
 
 
 def write_adapter(

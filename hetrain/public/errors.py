@@ -19,6 +19,7 @@
     │   └── ResultRejected               a worker's result failed a check; ``where`` names the worker
     ├── NotFinite                    9   training has produced a NaN or an infinity
     ├── StorageError                 10  a disk is full, or a file cannot be written
+    ├── JobDied                      11  a job's process has ended without a word
     └── Interrupted                  130 the user asked to stop
 
 Foreign exceptions are mapped to these once, at the edge where they arise (``raise ... from error``).
@@ -167,6 +168,12 @@ class StorageError(HetrainError):
     """A disk is full, or a file cannot be written."""
 
     exit_code = 10
+
+
+class JobDied(HetrainError):
+    """A job's process has ended without a word: it was killed, or its machine was switched off."""
+
+    exit_code = 11
 
 
 class Interrupted(HetrainError):

@@ -6,6 +6,7 @@ An empty variable counts as not set. docs/reference/environment.md is generated 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,10 @@ def _models(text: str) -> tuple[tuple[str, str], ...]:
         return tuple(("", str(path)) for path in json.loads(text))
     entries = (entry.strip().rpartition("=") for entry in text.split(","))
     return tuple((label, path) for label, _, path in entries if path)
+
+
+def _state_directory() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hetrain"
 
 
 _BrokerUrl = Annotated[str, PlainValidator(_broker_url)]
@@ -95,6 +100,11 @@ class ClientSettings(Settings):
         "list; default: none",
     )
 
+    state: Path = Field(
+        default_factory=_state_directory,
+        description="directory of the pointers to this user's jobs; default `hetrain` in `XDG_STATE_HOME` or "
+        "`~/.local/state`",
+    )
     disk_wait_s: float = Field(
         default=600.0,
         ge=0,

@@ -16,6 +16,7 @@ from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.prompts import prompt_template
 from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.data.updates import count_updates
+from hetrain.jobs.run import recorded_run
 from hetrain.nn.adapter_files import write_adapter
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.public.errors import DatasetError, Interrupted, StorageError, UsageError
@@ -36,7 +37,7 @@ from hetrain.train.output_dir import OutputDirectory
 from hetrain.train.records import add_evaluation
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
-from hetrain.train.signals import stop_on_signals
+from hetrain.train.signals import restored_handlers, stop_on_signals
 from hetrain.train.step import share_cores
 from hetrain.train.updater import Updater
 
@@ -70,12 +71,14 @@ class _PreparedJob:
         return self.checkpoint.state.step if self.checkpoint else 0
 
 
+@restored_handlers()
 def finetune(
     spec: JobSpec,
     raw_rows: JobRows,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
     on_prepare: OnPrepare = ignore_progress,
+    on_start: Callable[[str], object] = lambda job_id: None,
 ) -> JobResult:
     """Trains an adapter and writes it, metrics.jsonl, job.json and checkpoints to the output directory.
 
@@ -85,6 +88,7 @@ def finetune(
         on_step: called with the metrics of every micro-batch of an update.
         on_stop: called when a signal has asked the run to stop, before it finishes what is in flight.
         on_prepare: called with the number of hints that are made and to be made, after each.
+        on_start: called with the job's id once workers have agreed to its plan.
 
     Raises:
         HetrainError: whatever goes wrong; all rows are tokenized before anything starts.
@@ -100,22 +104,25 @@ def finetune(
         _log.warning(warning)
     checkpoint = _checkpoint(spec, _identity(spec, rows), total_steps)
     job = _PreparedJob(spec, base, rows, held_out, total_steps, checkpoint)
-    output = OutputDirectory(
-        spec.output_dir, overwrite=spec.overwrite_output_dir, keep=_kept(checkpoint, spec)
-    )
+    kept = _kept(checkpoint, spec)
+    output = OutputDirectory(spec.output_dir, overwrite=spec.overwrite_output_dir, keep=kept)
     try:
-        with open_session(
-            base,
-            spec.outsourcing,
-            spec.workers,
-            spec.device,
-            output.log_file,
-            on_prepare=on_prepare,
-            in_flight=spec.training.replicas,
-            max_bytes_in_flight=spec.training.max_bytes_in_flight,
-            tokens=spec.training.tokens_per_micro_batch,
-        ) as session:
-            return _run(job, session, output, on_step, on_stop)
+        with (
+            recorded_run(spec, is_resumed=kept is not None, on_start=on_start) as run,
+            open_session(
+                base,
+                spec.outsourcing,
+                spec.workers,
+                spec.device,
+                output.log_file,
+                on_prepare=run.before(on_prepare),
+                in_flight=spec.training.replicas,
+                max_bytes_in_flight=spec.training.max_bytes_in_flight,
+                tokens=spec.training.tokens_per_micro_batch,
+            ) as session,
+        ):
+            run.starts()
+            return _run(job, session, output, on_step, partial(run.stops, on_stop))
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped before the first update; no adapter was written", where=str(output.path)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hetrain.nn.adapter_files import JOB_FILE
+from hetrain.jobs.files import JOB_FILE, METRICS_FILE
 from hetrain.public.disk import is_full, os_errors, reason_of, replace_text
 from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.checkpoint import ADAPTER_FILE, checkpoint_steps, remove_checkpoint
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_lock import OutputLock
-from hetrain.train.records import EVALUATIONS_FILE, METRICS_FILE
+from hetrain.train.records import EVALUATIONS_FILE
 from hetrain.train.storage import append_whole
 
 _log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hetrain.nn.adapter_files import JOB_FILE
+from hetrain.jobs.files import JOB_FILE, METRICS_FILE
 from hetrain.public.errors import UsageError
 from hetrain.train.storage import append_whole
 
-METRICS_FILE, EVALUATIONS_FILE = "metrics.jsonl", "evaluations.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 Record = Mapping[str, Any]
 

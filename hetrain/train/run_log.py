@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from hetrain.config import TrainingConfig
+from hetrain.jobs.files import METRICS_FILE
 from hetrain.public.disk import reason_of
 from hetrain.public.errors import StorageError
 from hetrain.public.settings import ClientSettings
@@ -24,7 +25,6 @@ from hetrain.train.checkpoint import (
 from hetrain.train.loop import AppliedUpdate
 from hetrain.train.metrics import MicroBatchMetrics, metrics_of
 from hetrain.train.output_dir import OutputDirectory
-from hetrain.train.records import METRICS_FILE
 from hetrain.train.signals import Stop, never
 from hetrain.train.storage import write_when_there_is_room
 from hetrain.train.updater import Tensors, Updater

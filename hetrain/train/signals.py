@@ -22,6 +22,21 @@ def never() -> bool:
 
 
 @contextmanager
+def restored_handlers() -> Iterator[None]:
+    """Gives signals their handlers back when the block ends, but for SIGHUP where that is ignored by now."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in former.items():
+            if old is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, old)
+
+
+@contextmanager
 def stop_on_signals(on_stop: Callable[[], None]) -> Iterator[Stop]:
     """Yields a function that returns whether a signal has asked to stop, and raises after a second one.
 
@@ -31,6 +46,9 @@ def stop_on_signals(on_stop: Callable[[], None]) -> Iterator[Stop]:
     The function, not the signal's handler, raises: a handler may interrupt an update halfway, and an adapter
     that has half of one must not be written. So call it between updates, and often. Only from the third
     signal on the handler raises, as a way out of a call that hangs.
+
+    After a signal the handler stays when the block ends, so that another one does not interrupt what is then
+    written: the run is over. `restored_handlers` around it ends that.
 
     Does nothing outside the main thread, which alone gets signals. A signal that the process ignores stays
     ignored, as a shell requires for its background jobs.
@@ -75,4 +93,7 @@ def stop_on_signals(on_stop: Callable[[], None]) -> Iterator[Stop]:
         yield stop
     finally:
         for number in handled:
-            signal.signal(number, signal.SIG_IGN if hung_up and number == signal.SIGHUP else former[number])
+            if hung_up and number == signal.SIGHUP:
+                signal.signal(number, signal.SIG_IGN)
+            elif not signals:
+                signal.signal(number, former[number])

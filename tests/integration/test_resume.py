@@ -20,7 +20,7 @@ from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import finetune
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.outcome import JobResult
-from hetrain.train.signals import stop_on_signals
+from hetrain.train.signals import restored_handlers, stop_on_signals
 from tests.harness.processes import HANDBOOK, broker_with_worker
 
 TRAINING = TrainingConfig(
@@ -103,7 +103,8 @@ def assert_same_adapter(a: Path, b: Path) -> None:
 
 def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
     calls = []
-    with stop_on_signals(lambda: calls.append(True)) as asked:
+    former = signal.getsignal(signal.SIGTERM)
+    with restored_handlers(), stop_on_signals(lambda: calls.append(True)) as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert (asked(), asked(), calls) == (True, True, [True])
@@ -112,6 +113,19 @@ def test_a_second_signal_waits_for_the_end_of_an_update() -> None:
             asked()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_a_second_signal_does_not_interrupt_what_is_written_at_the_end() -> None:
+    with restored_handlers():
+        with stop_on_signals(lambda: None) as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):  # a way out
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_in_lock_step_a_stop_changes_not_a_bit(

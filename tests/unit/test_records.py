@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hetrain.train.records import (
-    EVALUATIONS_FILE,
-    JOB_FILE,
-    METRICS_FILE,
-    add_evaluation,
-    last_evaluated,
-    read_run,
-)
+from hetrain.jobs.files import JOB_FILE, METRICS_FILE
+from hetrain.train.records import EVALUATIONS_FILE, add_evaluation, last_evaluated, read_run
 from tests.harness.small_disk import small_disk
 
 HALF = b'{"step": 2, "dataset": ["a\xc3'
