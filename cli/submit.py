@@ -21,6 +21,11 @@ def submit(spec: JobSpec, as_json: AsJson = False, quiet: Quiet = False) -> None
         logging.getLogger().setLevel(logging.ERROR)
     with TrainingDisplay(as_json=as_json, quiet=quiet) as display:
         result = api.finetune(
-            **vars(spec), on_step=display.on_step, on_stop=display.on_stop, on_prepare=display.on_prepare
+            **vars(spec),
+            on_step=display.on_step,
+            on_stop=display.on_stop,
+            on_prepare=display.on_prepare,
+            on_evaluating=display.on_evaluating,
+            on_evaluation=display.on_evaluation,
         )
     display.summary(result)

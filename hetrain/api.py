@@ -23,6 +23,7 @@ from hetrain.config import (
 from hetrain.config.fields import as_tuple
 
 if TYPE_CHECKING:
+    from hetrain.data.dataset import JobRows
     from hetrain.data.updates import Course as Course
     from hetrain.export.merge import Export as Export
     from hetrain.inspection.cache import CacheReport as CacheReport
@@ -60,9 +61,12 @@ def finetune(
     outsourcing: OutsourcingConfig = config.JobSpec.outsourcing,
     overwrite_output_dir: bool = False,
     resume_from_checkpoint: str | PathLike[str] | None = None,
+    init_from: str | PathLike[str] | None = None,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
     on_prepare: Callable[[int, int], object] = lambda done, total: None,
+    on_evaluating: Callable[[int, int], object] = lambda done, total: None,
+    on_evaluation: Callable[[int, Evaluation], object] = lambda step, evaluation: None,
 ) -> JobResult:
     """Fine-tunes a model with LoRA on workers that see only ciphertexts.
 
@@ -82,9 +86,12 @@ def finetune(
         outsourcing: what leaves for the workers, and how it is encrypted.
         overwrite_output_dir: replace the adapter and checkpoints of another run.
         resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
+        init_from: a PEFT LoRA adapter of the same model to start from; None starts from a fresh one.
         on_step: called with the metrics of every micro-batch of an update.
         on_stop: called once a signal has asked the run to stop.
         on_prepare: called with the number of hints that are made, and of those that the cache lacked.
+        on_evaluating: called with the micro-batches of an evaluation that are computed, and their number.
+        on_evaluation: called with the update after which the held-out rows were evaluated, and the result.
 
     Returns:
         The run in figures; `output_dir` then holds a PEFT adapter.
@@ -105,15 +112,31 @@ def finetune(
         outsourcing=outsourcing,
         overwrite_output_dir=overwrite_output_dir,
         resume_from_checkpoint=None if resume_from_checkpoint is None else str(resume_from_checkpoint),
+        init_from=None if init_from is None else Path(init_from),
     )
+    rows = _checked_rows(spec)
+    from hetrain.train.callbacks import Callbacks  # imports torch, which takes seconds
+    from hetrain.train.finetune import finetune as run
+
+    callbacks = Callbacks(
+        on_step=on_step,
+        on_stop=on_stop,
+        on_prepare=on_prepare,
+        on_evaluating=on_evaluating,
+        on_evaluation=on_evaluation,
+    )
+    return run(spec, rows, callbacks)
+
+
+def _checked_rows(spec: config.JobSpec) -> JobRows:
+    """The rows of a job, after all that can be checked without torch."""
     from hetrain.data.dataset import read_job_rows
     from hetrain.public.model.files import require_model_name
+    from hetrain.train.tracking import require_trackers
 
     require_model_name(spec.model)
-    rows = read_job_rows(spec)
-    from hetrain.train.finetune import finetune as run  # imports torch, which takes seconds
-
-    return run(spec, rows, on_step, on_stop, on_prepare)
+    require_trackers(spec.training.report_to)
+    return read_job_rows(spec)
 
 
 def evaluate(

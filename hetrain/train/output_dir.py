@@ -156,13 +156,19 @@ class OutputDirectory:
             if step > (self._keep or 0):
                 remove_checkpoint(self.path, step)
         if not self._keep:
-            for name in (EVALUATIONS_FILE, "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-        metrics = self.path / METRICS_FILE
-        lines = metrics.read_text("utf-8", "replace").splitlines() if self._keep and metrics.exists() else []
-        kept = [line for line in lines if _step_of(line) <= (self._keep or 0)]
-        replace_text(metrics, "".join(f"{line}\n" for line in kept))
-        return os.open(metrics, os.O_WRONLY | os.O_APPEND)
+            (self.path / "report.html").unlink(missing_ok=True)
+        for name in (EVALUATIONS_FILE, METRICS_FILE):
+            self._cut(self.path / name)
+        return os.open(self.path / METRICS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def _cut(self, records: Path) -> None:
+        """Keeps the lines up to the update that the run goes on from."""
+        if not self._keep:
+            records.unlink(missing_ok=True)
+        elif records.exists():
+            lines = records.read_text("utf-8", "replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= self._keep]
+            replace_text(records, "".join(f"{line}\n" for line in kept))
 
     def _remove_scratch(self) -> None:
         """Removes what a run that was killed was writing."""
@@ -193,7 +199,7 @@ def _no_room(what: str, path: Path) -> StorageError:
 
 
 def _step_of(line: str) -> float:
-    """The update of a line of metrics.jsonl; infinity where a run was killed while it wrote the line."""
+    """The update of a line of records; infinity where a run was killed while it wrote the line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
