@@ -133,7 +133,7 @@ def plan(
         typer.echo(json.dumps(report))
         return
     console = Console()
-    _print(console, found)
+    print_plan(console, found)
     if AUTO in outsource:
         options = " ".join(f"--outsource '{pattern}'" for pattern in chosen)
         console.print(f"To outsource at this link: {options or 'nothing'}", highlight=False, soft_wrap=True)
@@ -148,7 +148,8 @@ def _patterns(found: api.PlanReport) -> list[str]:
     return list(dict.fromkeys(name if _starred(name) in kept else _starred(name) for name in names))
 
 
-def _print(console: Console, found: api.PlanReport) -> None:
+def print_plan(console: Console, found: api.PlanReport) -> None:
+    """Prints what would leave, an update, and the updates of a training."""
     title = f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}"
     table = Table(title=title, caption="forward / backward", box=SIMPLE)
     table.add_column("linears that share an input", min_width=26, overflow="fold")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -258,7 +259,19 @@ def translate(given: Mapping[str, Any]) -> Translated:
     }:
         found.values["gradient_accumulation_steps"] = 1  # TRL's default, of which batch_tokens knows nothing
         found.spelled["gradient_accumulation_steps"] = "gradient_accumulation_steps"
+    if (name := _evaluated_by_trl(found)) is not None:
+        found.values["eval_dataset"], found.spelled["eval_dataset"] = name, "eval_dataset"
     return found
+
+
+def _evaluated_by_trl(found: Translated) -> str | None:
+    """The data set on the hub whose test split TRL evaluates, where nothing else is named."""
+    name = found.values.get("dataset_name")
+    strategy = next((found.values[key] for key, own in found.spelled.items() if own == "eval_strategy"), "no")
+    named = {"eval_dataset", "validation_split"} & {*found.values}
+    if strategy == "no" or named or not isinstance(name, str) or Path(name).exists():
+        return None
+    return name
 
 
 def _in_own_words(name: str, value: Any, given: Mapping[str, Any]) -> tuple[str, Any]:

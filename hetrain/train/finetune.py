@@ -14,8 +14,7 @@ from hetrain.data.dataset import JobRows
 from hetrain.data.prompts import prompt_template
 from hetrain.data.updates import draw, epoch_ends
 from hetrain.nn.adapter_files import write_adapter
-from hetrain.nn.initial_adapter import initial_values
-from hetrain.nn.lora import adapter_parameters, add_adapter
+from hetrain.nn.lora import add_adapter
 from hetrain.public.errors import DatasetError, Interrupted, StorageError
 from hetrain.public.model.files import public_name
 from hetrain.train.callbacks import Callbacks
@@ -25,14 +24,13 @@ from hetrain.train.job_record import describe, write_card, write_job
 from hetrain.train.loop import train
 from hetrain.train.outcome import JobResult, interrupted, stored_in_part
 from hetrain.train.output_dir import OutputDirectory
-from hetrain.train.prepared_job import PreparedJob, prepare_job
+from hetrain.train.prepared_job import PreparedJob, make_updater, prepare_job
 from hetrain.train.records import add_evaluation
 from hetrain.train.run_log import RunLog
 from hetrain.train.session import Session, open_session
 from hetrain.train.signals import Stop, stop_on_signals
 from hetrain.train.step import share_cores
 from hetrain.train.tracking import Tracker, open_tracker
-from hetrain.train.updater import Updater
 from hetrain.train.validation import Validation
 
 _log = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def _run(
     if job.checkpoint is not None:
         job.checkpoint.require(identity)
     model = add_adapter(session.split, spec.lora, spec.training.seed)
-    updater = _updater(job, model)
+    updater = make_updater(job, model)
     writer = partial(write_adapter, model, public_name(spec.model), job.base.tokenizer)
     run_log = RunLog(output, updater, writer, identity, config, total_steps, job.checkpoint)
     description = _description(job, session)
@@ -173,29 +171,6 @@ def _run(
 def _tracked_settings(spec: JobSpec) -> dict[str, object]:
     """What W&B shows of a job: no names of data sets, no paths."""
     return {"model": public_name(spec.model), **asdict(spec.lora), **asdict(spec.training)}
-
-
-def _updater(job: PreparedJob, model: PeftModel) -> Updater:
-    """The owner of the adapter: fresh, from another adapter, or as a checkpoint has it."""
-    parameters = adapter_parameters(model)
-    updater = Updater(parameters, job.training, job.total_steps)
-    if job.checkpoint is None:
-        if job.spec.init_from is not None:
-            updater.start_from(initial_values(job.spec.init_from, parameters))
-        return updater
-    job.checkpoint.restore(updater)
-    if (planned := job.checkpoint.state.total_steps) != job.total_steps:
-        _log.info(
-            "%d updates instead of %d: from here on the learning rate is that of %s over %d updates, "
-            "%.3g in update %d",
-            job.total_steps,
-            planned,
-            job.training.lr_scheduler_type,
-            job.total_steps,
-            updater.learning_rate,
-            updater.version + 1,
-        )
-    return updater
 
 
 def _validation(job: PreparedJob, session: Session, model: PeftModel, callbacks: Callbacks) -> Validation:

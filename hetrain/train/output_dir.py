@@ -45,7 +45,7 @@ class OutputDirectory:
         self._keep = keep
         self._metrics = -1
         if keep is None and not overwrite:
-            self._require_unused()
+            require_unused(path)
         _make(path)
         self._lock = OutputLock(path)
 
@@ -137,19 +137,6 @@ class OutputDirectory:
         self.release_reserve()
         self._lock.release()
 
-    def _require_unused(self) -> None:
-        if (self.path / ADAPTER_FILE).exists():
-            found, resume = "an adapter", ""
-        elif checkpoint_steps(self.path):
-            found, resume = "a checkpoint", "go on from it with `resume_from_checkpoint` latest, "
-        else:
-            return
-        raise UsageError(
-            f"there is {found} already",
-            where=str(self.path),
-            hint=f"{resume}choose another `output_dir`, or set `overwrite_output_dir`",
-        )
-
     def _begin(self) -> int:
         """Removes other runs' files, with the first metrics: a run that never starts removes nothing."""
         for step in checkpoint_steps(self.path):
@@ -178,6 +165,21 @@ class OutputDirectory:
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
+
+
+def require_unused(path: Path) -> None:
+    """Raises `UsageError` if a run's adapter or checkpoints are there."""
+    if (path / ADAPTER_FILE).exists():
+        found, resume = "an adapter", ""
+    elif checkpoint_steps(path):
+        found, resume = "a checkpoint", "go on from it with `resume_from_checkpoint` latest, "
+    else:
+        return
+    raise UsageError(
+        f"there is {found} already",
+        where=str(path),
+        hint=f"{resume}choose another `output_dir`, or set `overwrite_output_dir`",
+    )
 
 
 def _make(path: Path) -> None:

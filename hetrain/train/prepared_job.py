@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 
+from peft import PeftModel
+
 from hetrain.config import JobSpec, TrainingConfig
 from hetrain.data.dataset import JobRows
 from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.data.updates import Position, count_updates
-from hetrain.nn.initial_adapter import require_alike
+from hetrain.nn.initial_adapter import initial_values, require_alike
+from hetrain.nn.lora import adapter_parameters
 from hetrain.public.errors import UsageError
 from hetrain.train.adapter_base import require_base
 from hetrain.train.checkpoint import Checkpoint, Identity, checkpoint_path, find_checkpoint, rows_digest
 from hetrain.train.session import BaseModelFiles, open_base
+from hetrain.train.updater import Updater
 
 _log = logging.getLogger(__name__)
 
@@ -153,3 +157,30 @@ def _identity(spec: JobSpec, rows: list[Row]) -> Identity:
         "batch_tokens": spec.training.tokens_per_update,
         "dataset_sha256": rows_digest(rows),
     }
+
+
+def make_updater(job: PreparedJob, model: PeftModel) -> Updater:
+    """The owner of the adapter of `model`: fresh, from another adapter, or as a checkpoint has it.
+
+    Raises:
+        UsageError: the other adapter, or the checkpoint, has other modules or shapes.
+    """
+    parameters = adapter_parameters(model)
+    updater = Updater(parameters, job.training, job.total_steps)
+    if job.checkpoint is None:
+        if job.spec.init_from is not None:
+            updater.start_from(initial_values(job.spec.init_from, parameters))
+        return updater
+    job.checkpoint.restore(updater)
+    if (planned := job.checkpoint.state.total_steps) != job.total_steps:
+        _log.info(
+            "%d updates instead of %d: from here on the learning rate is that of %s over %d updates, "
+            "%.3g in update %d",
+            job.total_steps,
+            planned,
+            job.training.lr_scheduler_type,
+            job.total_steps,
+            updater.learning_rate,
+            updater.version + 1,
+        )
+    return updater

@@ -23,7 +23,6 @@ model_name_or_path: some/model
 dataset_name: owner/rows
 dataset_train_split: train_sft
 dataset_test_split: test_sft
-eval_dataset: owner/rows
 learning_rate: 2.0e-4
 num_train_epochs: 1
 max_length: 512
