@@ -43,7 +43,14 @@ _FILE_EVENTS = ("open", "os.", "shutil.")
 def write(directory: Path, step: int) -> None:
     """The checkpoint of an update, every value of which is the update's number."""
     state = TrainerState(
-        identity={"seed": 1}, step=step, skipped_updates=0, tokens=step, elapsed_s=1.0, schedule={}
+        identity={"seed": 1},
+        step=step,
+        skipped_updates=0,
+        micro_batches=step,
+        total_steps=9,
+        tokens=step,
+        elapsed_s=1.0,
+        schedule={},
     )
     values = {"a": torch.full((100,), float(step))}
 
