@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hetrain.config import JobSpec
 from hetrain.jobs.files import LOG_FILE
 from hetrain.jobs.settings import from_json, to_json
-from hetrain.public.disk import reason_of
+from hetrain.public.disk import is_full, reason_of
 from hetrain.public.errors import JobDied, StorageError
 from hetrain.public.system import child_environment
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # To rich: what it writes to is no terminal, or soon will be none.
 _PLAIN_OUTPUT = {"TTY_COMPATIBLE": "0", "TTY_INTERACTIVE": "0"}
@@ -110,5 +116,17 @@ def _write_to(log: Path) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for stream, target in (0, null), (1, descriptor), (2, descriptor):
         os.dup2(target, stream)
-    os.close(descriptor)
     os.close(null)
+    sys.stdout = sys.stderr = io.TextIOWrapper(_Log(descriptor, "wb"), "utf-8", "replace", write_through=True)
+
+
+class _Log(io.FileIO):
+    """A file that loses what there is no room for: a full disk pauses a run, and its log must not end it."""
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return memoryview(data).nbytes

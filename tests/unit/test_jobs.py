@@ -32,6 +32,7 @@ from hetrain.jobs.settings import from_json, to_json, without_place
 from hetrain.jobs.status import Status, advice_for, status_of
 from hetrain.public import errors
 from hetrain.public.errors import Interrupted, JobDied, NoWorker, UsageError
+from tests.harness.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -326,6 +327,11 @@ def test_a_detached_process_has_its_own_session_and_its_output_in_the_log(
     assert launch(spec, command) == jobs.Launch("0123abcd")
     log = b"".join(follow(tmp_path / "out" / LOG_FILE, (tmp_path / "done").exists))
     assert re.fullmatch(rb"20.*: job 0123abcd runs in process \d+\nTrue inherited False\nerror\n", log)
+    (tmp_path / "done").unlink()
+    (tmp_path / "out" / LOG_FILE).unlink()
+    (tmp_path / "out" / LOG_FILE).symlink_to("/dev/full")  # a disk without room costs the log, not the job
+    assert launch(spec, command) == jobs.Launch("0123abcd")
+    eventually((tmp_path / "done").exists)
     (tmp_path / "fail").touch()
     assert launch(spec, command) == jobs.Launch("", 7)
     (tmp_path / "fail").rename(tmp_path / "die")
