@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from cli.console import stderr_console
 from cli.progress_line import LineState, is_line_due, largest_share, progress_line
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class PreparationDisplay:
     """A line while hints are made, for commands that show nothing else."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._line = StatusLine(Console(stderr=True, quiet=quiet), LineState("making hints"), transient=True)
+        self._line = StatusLine(_console(quiet=quiet), LineState("making hints"), transient=True)
         self._began = False
 
     def __enter__(self) -> Self:
@@ -90,7 +91,7 @@ class TrainingDisplay:
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self._json = as_json
-        self._console = Console(stderr=True, quiet=quiet or as_json)
+        self._console = _console(quiet=quiet or as_json)
         self._line = StatusLine(self._console, LineState("preparing"))
         self._doing = "training"
         self._training = LineState("training")
@@ -194,6 +195,10 @@ class TrainingDisplay:
         if metrics.step != self._printed_step and is_line_due(metrics.step, metrics.total_steps, since):
             self._printed_step, self._printed_at = metrics.step, now
             self._console.print(progress_line(self._training, None), highlight=False, soft_wrap=True)
+
+
+def _console(*, quiet: bool) -> Console:
+    return Console(quiet=True) if quiet else stderr_console()
 
 
 def _shares_of(metrics: MicroBatchMetrics) -> dict[str, float]:

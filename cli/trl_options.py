@@ -254,13 +254,12 @@ def translate(given: Mapping[str, Any]) -> Translated:
             found.without_effect[name] = rule.reason
         else:
             found.refused.append(f"{name} has no meaning here: {rule.reason}")
-    if "per_device_train_batch_size" in given and not {"gradient_accumulation_steps", "batch_tokens"} & {
-        *given
-    }:
+    says_how_many = {"gradient_accumulation_steps", "batch_tokens"} & {*given}
+    if "per_device_train_batch_size" in given and not says_how_many:
         found.values["gradient_accumulation_steps"] = 1  # TRL's default, of which batch_tokens knows nothing
         found.spelled["gradient_accumulation_steps"] = "gradient_accumulation_steps"
-    if (name := _evaluated_by_trl(found)) is not None:
-        found.values["eval_dataset"], found.spelled["eval_dataset"] = name, "eval_dataset"
+    if (held_out := _evaluated_by_trl(found)) is not None:
+        found.values["eval_dataset"], found.spelled["eval_dataset"] = held_out, "eval_dataset"
     return found
 
 

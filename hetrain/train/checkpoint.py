@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -258,6 +258,9 @@ def _read(path: Path) -> Checkpoint:
 
 def _unreadable(path: Path, error: Exception) -> UsageError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        reason = f"{STATE_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     return UsageError(
         f"the checkpoint cannot be used: {reason}", where=str(path), hint="name an earlier one, or start anew"
     )

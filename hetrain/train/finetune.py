@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from peft import PeftModel
@@ -16,6 +17,7 @@ from hetrain.data.updates import draw, epoch_ends
 from hetrain.jobs.run import recorded_run
 from hetrain.nn.adapter_files import write_adapter
 from hetrain.nn.lora import add_adapter
+from hetrain.nn.replica import Replica
 from hetrain.public.errors import DatasetError, Interrupted, StorageError
 from hetrain.public.model.files import public_name
 from hetrain.train.callbacks import Callbacks
@@ -23,6 +25,7 @@ from hetrain.train.early_stopping import EvaluationState
 from hetrain.train.evaluation import Evaluation, Evaluator
 from hetrain.train.job_record import describe, write_card, write_job
 from hetrain.train.loop import train
+from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.outcome import JobResult, interrupted, stored_in_part
 from hetrain.train.output_dir import OutputDirectory
 from hetrain.train.prepared_job import PreparedJob, make_updater, prepare_job
@@ -32,6 +35,7 @@ from hetrain.train.session import Session, open_session
 from hetrain.train.signals import Stop, restored_handlers, stop_on_signals
 from hetrain.train.step import share_cores
 from hetrain.train.tracking import Tracker, open_tracker
+from hetrain.train.updater import Updater
 from hetrain.train.validation import Validation
 
 _log = logging.getLogger(__name__)
@@ -86,64 +90,29 @@ def finetune(spec: JobSpec, raw_rows: JobRows, callbacks: Callbacks = _NO_CALLBA
 def _run(
     job: PreparedJob, session: Session, output: OutputDirectory, callbacks: Callbacks, tracker: Tracker
 ) -> JobResult:
-    spec, total_steps, config = job.spec, job.total_steps, job.training
+    spec, config = job.spec, job.training
     identity = {**job.identity, "plan_sha256": session.split.plan.digest}
     if job.checkpoint is not None:
         job.checkpoint.require(identity)
     model = add_adapter(session.split, spec.lora, spec.training.seed)
     updater = make_updater(job, model)
     writer = partial(write_adapter, model, public_name(spec.model), job.base.tokenizer)
-    run_log = RunLog(output, updater, writer, identity, config, total_steps, job.checkpoint)
-    description = _description(job, session)
-    write_job(output, description | {"status": "running"})
+    run_log = RunLog(output, updater, writer, identity, config, job.total_steps, job.checkpoint)
+    validation = _validation(job, session, model, callbacks)
+    run = _Run(job, output, callbacks, tracker, updater, run_log, validation, _description(job, session))
+    write_job(output, {**run.description, "status": "running"})
     share_cores(config.replicas)
     replicas = session.replicas(model, config.replicas)
-    validation = _validation(job, session, model, callbacks)
-
-    def stopping() -> None:
-        callbacks.on_stop()
-        run_log.checkpoint()  # already now: the process may be killed soon after the signal
-
-    def evaluate_if_due(stop: Stop) -> None:
-        if validation.is_due(run_log.step):
-            evaluation = validation.evaluate(run_log.step, updater.snapshot().values, stop)
-            run_log.note_evaluation(validation.state)
-            _record(job, output, run_log.step, evaluation)
-            tracker.evaluation(run_log.step, evaluation)
-
     status = "failed"
     failure: StorageError | None = None
     try:
-        with stop_on_signals(stopping) as stop:
-            evaluate_if_due(stop)  # a run that was stopped may have missed it
-            batches = draw(job.rows, config, total_steps, job.start)
-            ends = lambda: stop() or validation.is_over  # noqa: E731
-            with closing(train(updater, replicas, batches, config, session.channel.close, ends)) as course:
-                for applied in course:
-                    metrics = run_log.add(applied, stop)
-                    tracker.update(metrics)
-                    for each in metrics:
-                        callbacks.on_step(each)
-                    evaluate_if_due(stop)
-                    run_log.save_if_due(stop)
-        status = "done" if run_log.step == total_steps or validation.is_over else "interrupted"
+        status = run.train(replicas, session.channel.close)
     except KeyboardInterrupt:
         status = "interrupted"
     except StorageError as error:
         failure = error
     finally:
-        if lost := run_log.close(is_done=status == "done"):
-            _log.error("%s", lost)
-            status = "failed"
-        end = {
-            "status": status,
-            "steps": run_log.step,
-            "adapter_step": run_log.output_step,
-            "tokens": run_log.tokens,
-        }
-        write_job(output, description | end)
-        if run_log.last is not None:
-            write_card(output)
+        lost = run.close(status)
     if problem := failure or lost:
         raise stored_in_part(problem, run_log.step, output.path, has_adapter=lost is None)
     if run_log.last is None:
@@ -151,26 +120,101 @@ def _run(
             raise KeyboardInterrupt
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
-        raise interrupted(run_log.step, total_steps, output.path)
-    was_evaluated = run_log.output_step in validation.made
-    evaluation = validation.of_output(run_log.output_step, run_log.output)
-    if evaluation is not None:
-        write_job(output, description | end | {"evaluation": asdict(evaluation)})
-        if not was_evaluated:
-            tracker.evaluation(run_log.output_step, evaluation)
-            _record(job, output, run_log.output_step, evaluation)
-    return JobResult(
-        steps=run_log.step,
-        total_steps=total_steps,
-        tokens=run_log.tokens,
-        skipped_updates=run_log.skipped_updates,
-        rejected=run_log.rejected,
-        seconds=run_log.elapsed_s,
-        last=run_log.last,
-        output_dir=output.path,
-        adapter_step=run_log.output_step,
-        evaluation=evaluation,
-    )
+        raise interrupted(run_log.step, job.total_steps, output.path)
+    return run.result(run_log.last)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A job that has found its workers."""
+
+    job: PreparedJob
+    output: OutputDirectory
+    callbacks: Callbacks
+    tracker: Tracker
+    updater: Updater
+    run_log: RunLog
+    validation: Validation
+    description: Mapping[str, object]
+
+    def train(self, replicas: Sequence[Replica], abort: Callable[[], None]) -> str:
+        """Trains to the end, or until a signal. Returns the status; raises as `train`."""
+        job, run_log, config = self.job, self.run_log, self.job.training
+        batches = draw(job.rows, config, job.total_steps, job.start)
+        with stop_on_signals(self._stopping) as stop:
+            self._evaluate_if_due(stop)  # a run that was stopped may have missed it
+
+            def ends() -> bool:
+                # At least one update: without any there would be nothing to report.
+                return stop() or (self.validation.is_over and run_log.last is not None)
+
+            with closing(train(self.updater, replicas, batches, config, abort, ends)) as course:
+                for applied in course:
+                    metrics = run_log.add(applied, stop)
+                    self.tracker.update(metrics)
+                    for each in metrics:
+                        self.callbacks.on_step(each)
+                    self._evaluate_if_due(stop)
+                    run_log.save_if_due(stop)
+        return "done" if run_log.step == job.total_steps or self.validation.is_over else "interrupted"
+
+    def close(self, status: str) -> StorageError | None:
+        """Writes the adapter, job.json and the model card. Returns why the adapter could not be written."""
+        if lost := self.run_log.close(is_done=status == "done"):
+            _log.error("%s", lost)
+        write_job(self.output, self._record("failed" if lost else status))
+        if self.run_log.last is not None:
+            write_card(self.output)
+        return lost
+
+    def result(self, last: MicroBatchMetrics) -> JobResult:
+        """The figures of a run that is done, with the evaluation of its output."""
+        run_log, step = self.run_log, self.run_log.output_step
+        was_evaluated = step in self.validation.made
+        evaluation = self.validation.of_output(step, run_log.output)
+        if evaluation is not None:
+            write_job(self.output, self._record("done") | {"evaluation": asdict(evaluation)})
+            if not was_evaluated:
+                self._note(step, evaluation)
+        return JobResult(
+            steps=run_log.step,
+            total_steps=self.job.total_steps,
+            tokens=run_log.tokens,
+            skipped_updates=run_log.skipped_updates,
+            rejected=run_log.rejected,
+            seconds=run_log.elapsed_s,
+            last=last,
+            output_dir=self.output.path,
+            adapter_step=step,
+            evaluation=evaluation,
+        )
+
+    def _stopping(self) -> None:
+        self.callbacks.on_stop()
+        self.run_log.checkpoint()  # already now: the process may be killed soon after the signal
+
+    def _evaluate_if_due(self, stop: Stop) -> None:
+        step = self.run_log.step
+        if self.validation.is_due(step):
+            evaluation = self.validation.evaluate(step, self.updater.snapshot().values, stop)
+            self.run_log.note_evaluation(self.validation.state)
+            self._note(step, evaluation)
+
+    def _note(self, step: int, evaluation: Evaluation) -> None:
+        """Records an evaluation, and reports it."""
+        names = self.job.spec.data.eval_dataset or ("validation split",)
+        add_evaluation(self.output.path, names, asdict(evaluation), step)
+        self.tracker.evaluation(step, evaluation)
+
+    def _record(self, status: str) -> dict[str, object]:
+        """job.json at the end of the run."""
+        return {
+            **self.description,
+            "status": status,
+            "steps": self.run_log.step,
+            "adapter_step": self.run_log.output_step,
+            "tokens": self.run_log.tokens,
+        }
 
 
 def _tracked_settings(spec: JobSpec) -> dict[str, object]:
@@ -186,12 +230,6 @@ def _validation(job: PreparedJob, session: Session, model: PeftModel, callbacks:
         ends = epoch_ends(job.rows, config, job.total_steps, job.start)
     state = job.checkpoint.state.evaluations if job.checkpoint else EvaluationState()
     return Validation(evaluator, config, job.total_steps, ends, state, callbacks)
-
-
-def _record(job: PreparedJob, output: OutputDirectory, step: int, evaluation: Evaluation) -> None:
-    """Appends to evaluations.jsonl."""
-    names = job.spec.data.eval_dataset or ("validation split",)
-    add_evaluation(output.path, names, asdict(evaluation), step)
 
 
 def _description(job: PreparedJob, session: Session) -> dict[str, object]:

@@ -121,6 +121,11 @@ def test_training_ends_early_and_the_best_adapter_is_the_output(
     job = json.loads((tmp_path / "job.json").read_text())
     assert (job["status"], job["steps"], job["adapter_step"]) == ("done", 3, 1)
 
+    assert (
+        "this is the adapter of update 1, with the least held-out loss"
+        in (tmp_path / "README.md").read_text()
+    )
+
     # It goes on where more patience is given, and only there.
     with pytest.raises(UsageError, match="training has ended early: 2 evaluations") as caught:
         run(spec, PATIENT, tmp_path, "latest")
