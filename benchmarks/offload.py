@@ -74,7 +74,7 @@ def client(model: str, updates: int) -> None:
     config = hetrain.TrainingConfig(max_steps=updates + 1, max_length=ROW_TOKENS)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
-        write_text_rows(data, rows=config.batch_tokens // ROW_TOKENS, tokens=ROW_TOKENS)
+        write_text_rows(data, rows=config.tokens_per_update // ROW_TOKENS, tokens=ROW_TOKENS)
         result = hetrain.finetune(
             data, model=model, output_dir=Path(scratch) / "out", training=config, on_step=on_step
         )
@@ -95,7 +95,7 @@ def plain(model: str, updates: int, dtype: str) -> None:
     config, base = TrainingConfig(), open_base(model)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
-        write_text_rows(data, rows=config.batch_tokens // ROW_TOKENS, tokens=ROW_TOKENS)
+        write_text_rows(data, rows=config.tokens_per_update // ROW_TOKENS, tokens=ROW_TOKENS)
         rows = read_rows(data, base.tokenizer, ROW_TOKENS)
     batches = list(epochs(rows, config.tokens_per_micro_batch, 0, 1))
     adapted = plain_model(base.files.directory, LoraConfig(), dtype=getattr(torch, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,74 +10,49 @@ from typing import Any
 import typer
 import yaml
 
+from cli.trl_options import Translated, translate
 from hetrain.public.errors import UsageError
 from hetrain.public.spelling import did_you_mean
 
-# Names of TRL's and transformers' options for what has another one here.
-_SYNONYMS = {"dataset_name": "dataset"}
-_NOT_IN_A_FILE = {"config", "print_config", "help", "as_json", "quiet"}
+_NOT_IN_A_FILE = {"config", "print_config", "help", "as_json", "quiet", "dry_run"}
 
-_TOKENS = "an update is measured in tokens: give batch_tokens and micro_batch_tokens"
-_ONCE = "the finished adapter is evaluated, once: give eval_dataset or validation_split"
-_PACKED = "rows are always packed, and always whole"
-_PRECISION = "the client computes in float32, workers in integers"
-_WEIGHTS = "workers hold the weights in int8"
-_ONE_CLIENT = "one process trains; workers are found through the broker"
-_LOG = "every micro-batch is logged in metrics.jsonl of output_dir"
 # Where null means something else to TRL than the default that it would be here.
 _NOT_NULL = {"max_length": "rows must fit micro-batches: give a number of tokens, or leave it out"}
-_MEANINGLESS = {
-    "per_device_train_batch_size": _TOKENS,
-    "per_device_eval_batch_size": _TOKENS,
-    "gradient_accumulation_steps": _TOKENS,
-    "eval_strategy": _ONCE,
-    "eval_steps": _ONCE,
-    "do_eval": _ONCE,
-    "packing": _PACKED,
-    "packing_strategy": _PACKED,
-    "padding_free": _PACKED,
-    "bf16": _PRECISION,
-    "fp16": _PRECISION,
-    "dtype": _PRECISION,
-    "torch_dtype": _PRECISION,
-    "attn_implementation": "rows are packed, which hetrain's own attention computes",
-    "gradient_checkpointing": "the client keeps what it needs in half precision",
-    "load_in_4bit": _WEIGHTS,
-    "load_in_8bit": _WEIGHTS,
-    "use_peft": "what is trained is always a LoRA adapter",
-    "optim": "the optimizer is AdamW",
-    "warmup_ratio": "give warmup_steps",
-    "logging_steps": _LOG,
-    "logging_strategy": _LOG,
-    "report_to": _LOG,
-    "push_to_hub": "nothing is uploaded: the adapter in output_dir is a PEFT adapter",
-    "save_strategy": "give save_steps",
-    "deepspeed": _ONE_CLIENT,
-    "fsdp": _ONE_CLIENT,
-    "trust_remote_code": "no code of a model or a data set is run",
-    "truncation_mode": "rows are cut at their end",
-    "eos_token": "it is that of the model's tokenizer",
-}
+
+_log = logging.getLogger(__name__)
 
 
 def load_config(context: typer.Context, path: Path | None) -> None:
     """Callback of `--config`: makes the file's values the defaults of the command's options.
 
+    A file of `trl sft` is read as TRL means it; what has no effect here is named in one line of the log.
+
     Raises:
         UsageError: it cannot be read, is no flat YAML, has keys that are no options of the command or twice
-            the same one, or null where that is not the default.
+            the same one, null where that is not the default, or options of TRL that have no meaning here.
     """
     if path is None:
         return
-    keys = dict(_keys(context))
+    found = translate({key.replace("-", "_"): value for key, value in _read(path).items()})
+    values, problems = _values_of(found, dict(_keys(context)))
+    if problems := [*problems, *found.refused]:
+        raise UsageError("; ".join(problems), where=str(path), hint="Keys are the names of options")
+    if found.without_effect:
+        named = ", ".join(f"{name} ({reason})" for name, reason in found.without_effect.items())
+        _log.info("%s: without effect here: %s", path, named)
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def _values_of(found: Translated, keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values of a command's parameters by their names, and what is wrong with them."""
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     problems = []
-    for key, value in _read(path).items():
-        name = key.replace("-", "_")
-        parameter = keys.get(_SYNONYMS.get(name, name))
+    for key, value in found.values.items():
+        parameter = keys.get(found.spelled[key])
         if parameter is None:
-            problems.append(_unknown(name, keys))
+            meant = did_you_mean(key, keys)
+            problems.append(f"{key} is not known{f' ({meant})' if meant else ''}")
         elif (other := spelled.setdefault(str(parameter.name), key)) != key:
             problems.append(f"{other} and {key} are the same option: keep one of the two")
         elif isinstance(value, dict):
@@ -85,9 +61,7 @@ def load_config(context: typer.Context, path: Path | None) -> None:
             values[str(parameter.name)] = _as_written(parameter, value)
         elif reason := _why_not_null(parameter):
             problems.append(f"{key} may not be null: {reason}")
-    if problems:
-        raise UsageError("; ".join(problems), where=str(path), hint="Keys are the names of options")
-    context.default_map = {**(context.default_map or {}), **values}
+    return values, problems
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
@@ -151,10 +125,3 @@ def _as_written(parameter: Any, value: Any) -> Any:
     if many:
         return [str(each) for each in value] if isinstance(value, list) else [str(value)]
     return value if isinstance(value, bool) else str(value)
-
-
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    if name in _MEANINGLESS:
-        return f"{name} has no meaning here: {_MEANINGLESS[name]}"
-    meant = did_you_mean(name, known)
-    return f"{name} is not known{f' ({meant})' if meant else ''}"

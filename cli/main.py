@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 import hetrain
+from cli.console import stderr_console
 from cli.options import as_options, with_dashes
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.disk import is_full, reason_of
@@ -98,7 +99,7 @@ class _OptionNames(logging.Formatter):
 def main() -> None:
     """Runs the command of `sys.argv`."""
     add_commands()
-    stderr = Console(stderr=True)
+    stderr = stderr_console()
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
     handler.setFormatter(_OptionNames("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -24,6 +24,7 @@ _NAMES = {  # where an option is not called as its field, or has further names
     "text_field": ("--text-field", "--dataset-text-field"),
     "learning_rate": ("--learning-rate", "--lr"),
     "num_train_epochs": ("--num-train-epochs", "--epochs"),
+    "use_rslora": ("--use-rslora",),
 }
 _ENVIRONMENT = {"workers": "HETRAIN_BROKER_URL"}
 

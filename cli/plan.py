@@ -48,7 +48,10 @@ def plan(
         str, option(DataConfig, "dataset_train_split")
     ] = _DATA.dataset_train_split,
     max_length: Annotated[int | None, option(TrainingConfig, "max_length")] = None,
-    batch_tokens: Annotated[int, option(TrainingConfig, "batch_tokens")] = _TRAINING.batch_tokens,
+    batch_tokens: Annotated[int | None, option(TrainingConfig, "batch_tokens")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, option(TrainingConfig, "gradient_accumulation_steps")
+    ] = None,
     micro_batch_tokens: Annotated[
         int, option(TrainingConfig, "micro_batch_tokens")
     ] = _TRAINING.micro_batch_tokens,
@@ -89,6 +92,7 @@ def plan(
     training = TrainingConfig(
         max_length=max_length,
         batch_tokens=batch_tokens,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         micro_batch_tokens=micro_batch_tokens,
         in_flight=in_flight,
         max_staleness=max_staleness,
@@ -116,7 +120,7 @@ def plan(
             "hint_bytes": found.hint_bytes,
             "client_linears": found.kept,
             "update": {
-                "batch_tokens": training.batch_tokens,
+                "batch_tokens": training.tokens_per_update,
                 "micro_batches": training.batches_per_update,
                 "tokens_per_micro_batch": training.tokens_per_micro_batch,
                 "at_once": training.replicas,
@@ -129,7 +133,7 @@ def plan(
         typer.echo(json.dumps(report))
         return
     console = Console()
-    _print(console, found)
+    print_plan(console, found)
     if AUTO in outsource:
         options = " ".join(f"--outsource '{pattern}'" for pattern in chosen)
         console.print(f"To outsource at this link: {options or 'nothing'}", highlight=False, soft_wrap=True)
@@ -144,7 +148,8 @@ def _patterns(found: api.PlanReport) -> list[str]:
     return list(dict.fromkeys(name if _starred(name) in kept else _starred(name) for name in names))
 
 
-def _print(console: Console, found: api.PlanReport) -> None:
+def print_plan(console: Console, found: api.PlanReport) -> None:
+    """Prints what would leave, an update, and the updates of a training."""
     title = f"{found.plan.model}: {len(found.groups)} groups, plan {found.plan.digest[:16]}"
     table = Table(title=title, caption="forward / backward", box=SIMPLE)
     table.add_column("linears that share an input", min_width=26, overflow="fold")
@@ -190,8 +195,8 @@ def _update(training: TrainingConfig) -> str:
     if training.max_staleness:
         start = f"before it is made: up to {training.max_staleness} more overlap with it after warm-up"
     return (
-        f"An update takes up to {training.batch_tokens} tokens in {parts}, {training.replicas} under way at "
-        f"once; the next one starts {start}."
+        f"An update takes up to {training.tokens_per_update} tokens in {parts}, {training.replicas} under "
+        f"way at once; the next one starts {start}."
     )
 
 

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from cli.options import AsJson, Quiet, from_configuration
+from cli.plan import print_plan
 from cli.progress import TrainingDisplay
 from hetrain import api, jobs
 from hetrain.config import JobSpec
 
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything up to the first update, print what would run, and write nothing.",
+    ),
+]
 Detach = Annotated[
     bool,
     typer.Option(
@@ -29,13 +38,24 @@ _DETACHED = "run-detached"
 
 
 @from_configuration
-def submit(spec: JobSpec, detach: Detach = False, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def submit(
+    spec: JobSpec,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
     """Fine-tune a model with LoRA on workers that see only ciphertexts.
 
     Ctrl-C (or SIGTERM) once finishes the updates that have begun and writes adapter and checkpoint; twice
     leaves at once.
     """
-    run_job(spec, detach=detach, as_json=as_json, quiet=quiet)
+    if quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    if dry_run:
+        _print_dry_run(api.dry_run(**vars(spec)), spec, as_json=as_json, quiet=quiet)
+    else:
+        run_job(spec, detach=detach, as_json=as_json, quiet=quiet)
 
 
 def run_job(spec: JobSpec, *, detach: bool, as_json: bool, quiet: bool) -> None:
@@ -71,6 +91,8 @@ def _train(
             on_step=display.on_step,
             on_stop=display.on_stop,
             on_prepare=display.on_prepare,
+            on_evaluating=display.on_evaluating,
+            on_evaluation=display.on_evaluation,
         )
         result = train() if on_start is None else train(on_start=on_start)
     display.summary(result)
@@ -88,3 +110,28 @@ def _detach(spec: JobSpec, *, as_json: bool, quiet: bool) -> None:
     typer.echo(f"{job.id}  {job.output_dir}")
     if not quiet:
         typer.echo(f"The job goes on in the background: {job.advice}", err=True)
+
+
+def _print_dry_run(found: api.DryRun, spec: JobSpec, *, as_json: bool, quiet: bool) -> None:
+    figures = {
+        "model": found.plan.plan.model,
+        "digest": found.plan.plan.digest,
+        "total_steps": found.total_steps,
+        "done_steps": found.done_steps,
+        "adapter_parameters": found.adapter_parameters,
+        "held_out_rows": found.held_out_rows,
+        "output_dir": str(found.output_dir),
+    }
+    if as_json:
+        typer.echo(json.dumps({"event": "dry_run"} | figures))
+        return
+    console = Console(quiet=quiet)
+    print_plan(console, found.plan)
+    went = f", {found.done_steps} of them made" if found.done_steps else ""
+    held = f", {found.held_out_rows} rows are held out" if found.held_out_rows else ""
+    place = "a broker and a worker on this machine" if spec.workers is None else "the workers of the broker"
+    console.print(
+        f"{found.total_steps} updates{went} of an adapter of {found.adapter_parameters:,} numbers{held}; by "
+        f"{place}, into {found.output_dir}. This was a dry run: nothing was started or written.",
+        highlight=False,
+    )

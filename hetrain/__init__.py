@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = (
     "finetune",
+    "dry_run",
     "evaluate",
     "prepare",
     "plan",

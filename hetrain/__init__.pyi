@@ -2,6 +2,7 @@ from hetrain import jobs as jobs
 from hetrain.api import ask as ask
 from hetrain.api import cache as cache
 from hetrain.api import doctor as doctor
+from hetrain.api import dry_run as dry_run
 from hetrain.api import evaluate as evaluate
 from hetrain.api import export_gguf as export_gguf
 from hetrain.api import finetune as finetune
@@ -30,6 +31,7 @@ __all__ = [
     "ask",
     "cache",
     "doctor",
+    "dry_run",
     "evaluate",
     "export_gguf",
     "finetune",

@@ -6,9 +6,10 @@ Nothing heavy is imported before a function is called. Every error is a `hetrain
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetrain import config
 from hetrain.config import (
@@ -23,6 +24,7 @@ from hetrain.config import (
 from hetrain.config.fields import as_tuple
 
 if TYPE_CHECKING:
+    from hetrain.data.dataset import JobRows
     from hetrain.data.updates import Course as Course
     from hetrain.export.merge import Export as Export
     from hetrain.inspection.cache import CacheReport as CacheReport
@@ -60,9 +62,12 @@ def finetune(
     outsourcing: OutsourcingConfig = config.JobSpec.outsourcing,
     overwrite_output_dir: bool = False,
     resume_from_checkpoint: str | PathLike[str] | None = None,
+    init_from: str | PathLike[str] | None = None,
     on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
     on_stop: Callable[[], object] = lambda: None,
     on_prepare: Callable[[int, int], object] = lambda done, total: None,
+    on_evaluating: Callable[[int, int], object] = lambda done, total: None,
+    on_evaluation: Callable[[int, Evaluation], object] = lambda step, evaluation: None,
     on_start: Callable[[str], object] = lambda job_id: None,
 ) -> JobResult:
     """Fine-tunes a model with LoRA on workers that see only ciphertexts.
@@ -83,9 +88,12 @@ def finetune(
         outsourcing: what leaves for the workers, and how it is encrypted.
         overwrite_output_dir: replace the adapter and checkpoints of another run.
         resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
+        init_from: a PEFT LoRA adapter of the same model to start from; None starts from a fresh one.
         on_step: called with the metrics of every micro-batch of an update.
         on_stop: called once a signal has asked the run to stop.
         on_prepare: called with the number of hints that are made, and of those that the cache lacked.
+        on_evaluating: called with the micro-batches of an evaluation that are computed, and their number.
+        on_evaluation: called with the update after which the held-out rows were evaluated, and the result.
         on_start: called with the job's id (see `hetrain.jobs`) once workers have agreed to compute it.
 
     Returns:
@@ -95,27 +103,120 @@ def finetune(
         HetrainError: the data set, a setting, the model, the broker or the workers do not allow the job.
         Interrupted: a signal has stopped it.
     """
-    spec = config.JobSpec(
-        dataset=as_tuple(dataset),
+    spec = _job_spec(
+        dataset,
         data=data,
         model=model,
-        output_dir=Path(output_dir),
-        workers=_address(workers),
+        output_dir=output_dir,
+        workers=workers,
         device=device,
         lora=lora,
         training=training,
         outsourcing=outsourcing,
         overwrite_output_dir=overwrite_output_dir,
-        resume_from_checkpoint=None if resume_from_checkpoint is None else str(resume_from_checkpoint),
+        resume_from_checkpoint=resume_from_checkpoint,
+        init_from=init_from,
     )
+    rows = _checked_rows(spec)
+    from hetrain.train.callbacks import Callbacks  # imports torch, which takes seconds
+    from hetrain.train.finetune import finetune as run
+
+    callbacks = Callbacks(
+        on_step=on_step,
+        on_stop=on_stop,
+        on_prepare=on_prepare,
+        on_evaluating=on_evaluating,
+        on_evaluation=on_evaluation,
+        on_start=on_start,
+    )
+    return run(spec, rows, callbacks)
+
+
+def dry_run(dataset: DatasetNames, **settings: Any) -> DryRun:
+    """Checks a job up to its first update: settings, rows, model, checkpoint, adapter, broker and workers.
+
+    Starts nothing, sends nothing but questions, and writes nothing to the output directory.
+
+    Args:
+        dataset: as of `finetune`.
+        settings: the arguments of `finetune`, but for callbacks.
+
+    Returns:
+        What the job would do.
+
+    Raises:
+        HetrainError: why it would not run.
+    """
+    spec = _job_spec(dataset, **settings)
+    rows = _checked_rows(spec)
+    from hetrain.inspection.doctor import diagnose
+    from hetrain.inspection.plan_report import report_of
+    from hetrain.train.dry_run import check_job
+
+    checked = check_job(spec, rows)
+    if spec.workers is not None and (failure := diagnose(spec.workers, spec.model).failure):
+        raise failure
+    job = checked.prepared
+    return DryRun(
+        plan=report_of(checked.split, spec.training, job.rows),
+        adapter_parameters=checked.adapter_parameters,
+        held_out_rows=len(job.held_out),
+        done_steps=job.start.updates,
+        total_steps=job.total_steps,
+        output_dir=spec.output_dir,
+    )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a job would do.
+
+    Attributes:
+        plan: the matrices that would leave, the updates and their bytes.
+        adapter_parameters: numbers that it would train.
+        held_out_rows: rows that it would evaluate.
+        done_steps: updates that an earlier run has made,
+        total_steps: of so many.
+        output_dir: where it would write.
+    """
+
+    plan: PlanReport
+    adapter_parameters: int
+    held_out_rows: int
+    done_steps: int
+    total_steps: int
+    output_dir: Path
+
+
+def _job_spec(
+    dataset: DatasetNames,
+    *,
+    output_dir: str | PathLike[str] = config.JobSpec.output_dir,
+    workers: str | None = None,
+    resume_from_checkpoint: str | PathLike[str] | None = None,
+    init_from: str | PathLike[str] | None = None,
+    **others: Any,
+) -> config.JobSpec:
+    """A job from the arguments of `finetune`. Raises `UsageError`."""
+    return config.JobSpec(
+        dataset=as_tuple(dataset),
+        output_dir=Path(output_dir),
+        workers=_address(workers),
+        resume_from_checkpoint=None if resume_from_checkpoint is None else str(resume_from_checkpoint),
+        init_from=None if init_from is None else Path(init_from),
+        **others,
+    )
+
+
+def _checked_rows(spec: config.JobSpec) -> JobRows:
+    """The rows of a job, after all that can be checked without torch."""
     from hetrain.data.dataset import read_job_rows
     from hetrain.public.model.files import require_model_name
+    from hetrain.train.tracking import require_trackers
 
     require_model_name(spec.model)
-    rows = read_job_rows(spec)
-    from hetrain.train.finetune import finetune as run  # imports torch, which takes seconds
-
-    return run(spec, rows, on_step, on_stop, on_prepare, on_start)
+    require_trackers(spec.training.report_to)
+    return read_job_rows(spec)
 
 
 def evaluate(

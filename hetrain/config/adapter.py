@@ -15,12 +15,17 @@ _MOST_LAYERS = 10_000
 class LoraConfig:
     """LoRA (arXiv 2106.09685): y += dropout(x)·Aᵀ·Bᵀ·(alpha/r) on every target module.
 
+    With `use_rslora` the last factor is alpha/√r (arXiv 2312.03732).
+
     Raises:
         UsageError: a value makes no sense; `field` names it.
     """
 
     r: int = setting(16, "Rank of the adapter.", least=1)
     alpha: int = setting(32, "The adapter counts alpha/r times.", least=1)
+    use_rslora: bool = setting(
+        False, "Rank-stabilised LoRA: the adapter counts alpha/√r times, so that a large rank learns as fast."
+    )
     dropout: float = setting(0.0, "Dropout before the adapter.")
     target_modules: tuple[str, ...] = setting(
         (ALL_LINEAR,),

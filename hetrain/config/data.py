@@ -68,14 +68,15 @@ class TrainingDataConfig(DataConfig):
 
     eval_dataset: tuple[str, ...] = setting(
         (),
-        "Rows that are not learned, in the forms of the data set: the finished adapter is evaluated on them.",
+        "Rows that are not learned, in the forms of the data set: the finished adapter is evaluated on them, "
+        "and during training as `eval_strategy` says.",
         default="none",
         metavar="DATASET",
     )
     validation_split: float = setting(
         0.0,
-        "Part of the rows, drawn by `seed`, that is not learned and on which the finished adapter is "
-        "evaluated, as in 0.1.",
+        "Part of the rows, drawn by `seed`, that is not learned and is evaluated as `eval_dataset` is, as in "
+        "0.1.",
     )
 
     def __post_init__(self) -> None:
@@ -89,3 +90,8 @@ class TrainingDataConfig(DataConfig):
             "`eval_dataset` holds the rows to evaluate on",
             "give one of the two",
         )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out."""
+        return bool(self.validation_split or self.eval_dataset)

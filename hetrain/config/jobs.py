@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetrain.config.adapter import LoraConfig
+from hetrain.config.batching import BatchingConfig
 from hetrain.config.data import DataConfig, TrainingDataConfig
 from hetrain.config.fields import as_tuple, require, setting
 from hetrain.config.outsourcing import OutsourcingConfig
-from hetrain.config.training import BatchingConfig, TrainingConfig
+from hetrain.config.training import TrainingConfig
 
 LATEST = "latest"
 DEFAULT_MODEL = "smollm2-135m"
@@ -55,9 +56,25 @@ class JobSpec(RunSpec):
         "Give the same data set and settings.",
         metavar=f"DIR|{LATEST}",
     )
+    init_from: Path | None = setting(
+        None,
+        "Start from this PEFT LoRA adapter of the same model, with the same rank, alpha and modules, instead "
+        "of a fresh one. A run that goes on from a checkpoint has its adapter from there.",
+        default="a fresh adapter",
+        metavar="ADAPTER",
+    )
     data: TrainingDataConfig = TrainingDataConfig()
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.training.evaluates or self.data.holds_out,
+            "eval_strategy",
+            "no rows are held out",
+            "give `eval_dataset` or `validation_split`",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

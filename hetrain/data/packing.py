@@ -101,10 +101,24 @@ def micro_batches(rows: Sequence[Row], packed: Iterable[Sequence[int]]) -> Itera
         yield _micro_batch(index, tuple(members), [rows[member] for member in members])
 
 
-def epochs(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: int | None) -> Iterator[MicroBatch]:
+def epochs(
+    rows: Sequence[Row],
+    max_tokens: int,
+    seed: int,
+    n_epochs: int | None,
+    rows_per_batch: int | None = None,
+) -> Iterator[MicroBatch]:
     """Yields the micro-batches of ``n_epochs`` passes over the rows, or of endless passes for None.
 
     Every epoch shuffles by ``(seed, epoch)`` alone and packs anew. The index runs on from epoch to epoch.
+
+    Args:
+        rows: the data set.
+        max_tokens: tokens per micro-batch, at most.
+        seed: of the order.
+        n_epochs: passes.
+        rows_per_batch: rows of a micro-batch, in the shuffled order, but for the last of an epoch; None packs
+            as many as fit.
 
     Raises:
         DatasetError: at once, if there are no rows or one has more than ``max_tokens`` tokens.
@@ -113,25 +127,44 @@ def epochs(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: int | None
     if not rows:
         raise DatasetError("there are no rows to pack", hint="Give at least one row")
     numbers = itertools.count() if n_epochs is None else range(n_epochs)
-    layouts = (_pack_epoch(rows, max_tokens, seed, epoch) for epoch in numbers)
+    layouts = (_pack_epoch(rows, max_tokens, seed, epoch, rows_per_batch) for epoch in numbers)
     return micro_batches(rows, itertools.chain.from_iterable(layouts))
 
 
-def count_micro_batches(rows: Sequence[Row], max_tokens: int, seed: int, n_epochs: float) -> int:
+def count_micro_batches(
+    rows: Sequence[Row],
+    max_tokens: int,
+    seed: int,
+    n_epochs: float,
+    rows_per_batch: int | None = None,
+) -> int:
     """Counts exactly what `epochs` yields for the same arguments, as epochs may differ by a few.
 
     Of a part of an epoch it counts that part of its micro-batches, rounded up.
     """
-    counts = [len(_pack_epoch(rows, max_tokens, seed, epoch)) for epoch in range(math.ceil(n_epochs))]
+    counts = list(itertools.islice(epoch_sizes(rows, max_tokens, seed, rows_per_batch), math.ceil(n_epochs)))
     if part := n_epochs - math.floor(n_epochs):
         counts[-1] = math.ceil(part * counts[-1])
     return sum(counts)
 
 
-def _pack_epoch(rows: Sequence[Row], max_tokens: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+def epoch_sizes(
+    rows: Sequence[Row], max_tokens: int, seed: int, rows_per_batch: int | None = None
+) -> Iterator[int]:
+    """The number of micro-batches of each epoch, without end."""
+    numbers = itertools.count()
+    return (len(_pack_epoch(rows, max_tokens, seed, epoch, rows_per_batch)) for epoch in numbers)
+
+
+def _pack_epoch(
+    rows: Sequence[Row], max_tokens: int, seed: int, epoch: int, rows_per_batch: int | None
+) -> list[tuple[int, ...]]:
     order = list(range(len(rows)))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return pack(rows, max_tokens, order)
+    if rows_per_batch is None:
+        return pack(rows, max_tokens, order)
+    starts = range(0, len(order), rows_per_batch)
+    return [tuple(order[start : start + rows_per_batch]) for start in starts]
 
 
 def _require_fit(rows: Sequence[Row], max_tokens: int) -> None:

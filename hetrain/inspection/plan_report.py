@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from hetrain.config import AUTO, ComparisonConfig, DataConfig, TrainingConfig
 from hetrain.data.dataset import RawRow
-from hetrain.data.tokenization import load_tokenizer, tokenize_rows
+from hetrain.data.tokenization import Row, load_tokenizer, tokenize_rows
 from hetrain.data.updates import Course
 from hetrain.inspection.comparison import Comparison, ModelFacts, Surroundings, survey
 from hetrain.nn.families import shape_of
@@ -120,6 +120,11 @@ def plan_report(
         return report
     surroundings = survey(files, _facts(split, report), comparison, training, course, workers)
     return _compared(split, report, surroundings, choosing=is_auto)
+
+
+def report_of(split: SplitModel, training: TrainingConfig, rows: Sequence[Row]) -> PlanReport:
+    """The report of a model that is split already, and of a training on `rows`."""
+    return _report(split, split.plan, training, Course.of(rows, training))
 
 
 def _report(split: SplitModel, plan: Plan, training: TrainingConfig, course: Course | None) -> PlanReport:

@@ -22,6 +22,7 @@ def without_place(spec: JobSpec) -> JobSpec:
         model=_absolute(spec.model),
         output_dir=spec.output_dir.absolute(),
         workers=None,
+        init_from=spec.init_from and spec.init_from.expanduser().absolute(),
         resume_from_checkpoint=None,
     )
 

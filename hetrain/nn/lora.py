@@ -33,6 +33,7 @@ def add_adapter(split: SplitModel, lora: LoraConfig, seed: int) -> PeftModel:
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
+        use_rslora=lora.use_rslora,
         lora_dropout=lora.dropout,
         target_modules=_targets(split, lora),
         layers_to_transform=None if numbers is None else list(numbers),

@@ -19,13 +19,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +33,7 @@ from hetrain.config import LATEST
 from hetrain.data.tokenization import Row
 from hetrain.public.disk import os_errors
 from hetrain.public.errors import UsageError
+from hetrain.train.early_stopping import EvaluationState
 from hetrain.train.updater import Tensors, Updater
 
 _log = logging.getLogger(__name__)
@@ -61,21 +62,27 @@ class TrainerState(BaseModel):
         format: version of this layout.
         identity: what a run that goes on from here must have in common with this one.
         step: updates so far,
-        skipped_updates: and those of them that were skipped, since values were not finite.
+        skipped_updates: those of them that were skipped, since values were not finite,
+        micro_batches: and the micro-batches that made them: the position in the data.
+        total_steps: updates that the run was to make.
         tokens: tokens of applied micro-batches.
         elapsed_s: seconds of training.
         schedule: state of the learning rate's schedule.
+        evaluations: what evaluations during training have shown.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     identity: dict[str, Any]
     step: int = Field(ge=1)
     skipped_updates: int = Field(ge=0)
+    micro_batches: int = Field(ge=1)
+    total_steps: int = Field(ge=1)
     tokens: int = Field(ge=0)
     elapsed_s: float = Field(ge=0)
     schedule: dict[str, Any]
+    evaluations: EvaluationState = EvaluationState()
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,18 @@ class Checkpoint:
     def restore(self, updater: Updater) -> None:
         """Puts adapter, optimizer and schedule back. Raises `UsageError` where they do not fit."""
         try:
-            saved = load_file(self.path / ADAPTER_FILE)
-            # peft leaves the adapter's own name out of its files.
-            values = {name: saved[name.replace(".default.", ".")] for name in updater.snapshot().values}
+            values = read_adapter(self.path, updater.snapshot().values)
             moments = load_file(self.path / OPTIMIZER_FILE)
             updater.restore(values, moments, dict(self.state.schedule), self.state.step)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise _unreadable(self.path, error) from error
+
+
+def read_adapter(directory: Path, names: Iterable[str]) -> Tensors:
+    """An adapter's values by its parameters' names. Raises `OSError`, `KeyError` or `SafetensorError`."""
+    saved = load_file(directory / ADAPTER_FILE)
+    # peft leaves the adapter's own name out of its files.
+    return {name: saved[name.replace(".default.", ".")] for name in names}
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -246,6 +258,9 @@ def _read(path: Path) -> Checkpoint:
 
 def _unreadable(path: Path, error: Exception) -> UsageError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        reason = f"{STATE_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     return UsageError(
         f"the checkpoint cannot be used: {reason}", where=str(path), hint="name an earlier one, or start anew"
     )

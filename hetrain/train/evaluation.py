@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from queue import SimpleQueue
 
 from peft import PeftModel
@@ -22,7 +24,11 @@ from hetrain.train.adapter_base import require_base
 from hetrain.train.hints import OnPrepare, ignore_progress
 from hetrain.train.records import add_evaluation
 from hetrain.train.session import Session, open_base, open_session
+from hetrain.train.signals import Stop, never
 from hetrain.train.step import run_evaluation, share_cores, step_threads
+from hetrain.train.updater import Tensors
+
+_STOP_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def evaluate(
         on_prepare=on_prepare,
         in_flight=batching.in_flight,
         max_bytes_in_flight=batching.max_bytes_in_flight,
-        tokens=batching.tokens_per_micro_batch,
+        tokens=batching.evaluation_tokens,
     ) as session:
         # A fresh adapter, whose B is zero, changes nothing.
         adapted = (
@@ -77,7 +83,9 @@ def evaluate(
             else add_adapter(session.split, LoraConfig(r=1, alpha=1), 0)
         )
         try:
-            evaluation = evaluate_rows(session, adapted, rows, batching)
+            evaluator = Evaluator(session, adapted, rows, batching)
+            share_cores(evaluator.at_once)
+            evaluation = evaluator()
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
     if adapter:
@@ -85,37 +93,82 @@ def evaluate(
     return evaluation
 
 
-def evaluate_rows(
-    session: Session, model: PeftModel, rows: Sequence[Row], batching: BatchingConfig
-) -> Evaluation:
-    """Loss of an adapted model on `rows`, of which there is at least one.
+class Evaluator:
+    """Evaluates the same rows again and again, for one thread.
 
-    Raises:
-        NotFinite: the model makes values that are not finite.
-        HetrainError: broker or workers fail.
+    Args:
+        session: the model, and the way to the workers.
+        model: the adapted model.
+        rows: at least one.
+        batching: how they become micro-batches, and how many of these are computed at once.
     """
-    batches = list(micro_batches(rows, pack(rows, batching.tokens_per_micro_batch, range(len(rows)))))
-    begin = time.perf_counter()
-    total = sum(_losses(session, model, batches, min(batching.in_flight, len(batches))))
-    seconds = time.perf_counter() - begin
-    targets = sum(batch.n_targets for batch in batches)
-    loss = total / targets
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, targets, sum(batch.n_tokens for batch in batches), seconds)
 
+    def __init__(
+        self, session: Session, model: PeftModel, rows: Sequence[Row], batching: BatchingConfig
+    ) -> None:
+        packed = pack(rows, batching.evaluation_tokens, range(len(rows)))
+        self._batches = list(micro_batches(rows, packed))
+        self.at_once = min(batching.in_flight, len(self._batches))
+        self._session, self._model = session, model
 
-def _losses(session: Session, model: PeftModel, batches: list[MicroBatch], in_flight: int) -> list[float]:
-    share_cores(in_flight)
-    free: SimpleQueue[Replica] = SimpleQueue()
-    for replica in session.replicas(model, in_flight):
-        free.put(replica)
+    @cached_property
+    def _replicas(self) -> list[Replica]:
+        return self._session.replicas(self._model, self.at_once)
 
-    def one(batch: MicroBatch) -> float:
-        replica = free.get()
-        try:
-            return run_evaluation(replica, batch)
-        finally:
+    def __call__(
+        self,
+        values: Tensors | None = None,
+        on_batch: Callable[[int, int], object] = ignore_progress,
+        stop: Stop = never,
+    ) -> Evaluation:
+        """Loss of the model with the adapter `values`, or with those that it had at the first call.
+
+        Args:
+            values: by parameter name.
+            on_batch: called with the number of micro-batches that are computed, and of all.
+            stop: called meanwhile; what it raises ends the evaluation and closes the session's channel.
+
+        Raises:
+            NotFinite: the model makes values that are not finite.
+            HetrainError: broker or workers fail.
+        """
+        begin = time.perf_counter()
+        if values is not None:
+            for replica in self._replicas:
+                replica.load(values)
+        total = sum(self._losses(on_batch, stop))
+        targets = sum(batch.n_targets for batch in self._batches)
+        loss = total / targets
+        return Evaluation(
+            loss=loss,
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            targets=targets,
+            tokens=sum(batch.n_tokens for batch in self._batches),
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _losses(self, on_batch: Callable[[int, int], object], stop: Stop) -> list[float]:
+        """Of the micro-batches, in their order."""
+        free: SimpleQueue[Replica] = SimpleQueue()
+        for replica in self._replicas:
             free.put(replica)
 
-    with step_threads(in_flight, session.channel.close) as pool:
-        return list(pool.map(one, batches))
+        def one(batch: MicroBatch) -> float:
+            replica = free.get()
+            try:
+                return run_evaluation(replica, batch)
+            finally:
+                free.put(replica)
+
+        with step_threads(self.at_once, self._session.channel.close) as pool:
+            on_batch(0, len(self._batches))
+            futures = [pool.submit(one, batch) for batch in self._batches]
+            running = set(futures)
+            while running:
+                finished, running = wait(running, _STOP_POLL_S, FIRST_COMPLETED)
+                stop()
+                for future in finished:
+                    future.result()
+                if finished:
+                    on_batch(len(futures) - len(running), len(futures))
+            return [future.result() for future in futures]

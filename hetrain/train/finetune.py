@@ -3,126 +3,82 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 
-from hetrain.config import JobSpec, TrainingConfig
+from peft import PeftModel
+
+from hetrain.config import JobSpec
 from hetrain.data.dataset import JobRows
-from hetrain.data.packing import MicroBatch, epochs
 from hetrain.data.prompts import prompt_template
-from hetrain.data.tokenization import Row, tokenize_rows
-from hetrain.data.updates import count_updates
+from hetrain.data.updates import draw, epoch_ends
 from hetrain.jobs.run import recorded_run
 from hetrain.nn.adapter_files import write_adapter
-from hetrain.nn.lora import adapter_parameters, add_adapter
-from hetrain.public.errors import DatasetError, Interrupted, StorageError, UsageError
+from hetrain.nn.lora import add_adapter
+from hetrain.nn.replica import Replica
+from hetrain.public.errors import DatasetError, Interrupted, StorageError
 from hetrain.public.model.files import public_name
-from hetrain.train.checkpoint import (
-    Checkpoint,
-    Identity,
-    find_checkpoint,
-    rows_digest,
-)
-from hetrain.train.evaluation import evaluate_rows
-from hetrain.train.hints import OnPrepare, ignore_progress
+from hetrain.train.callbacks import Callbacks
+from hetrain.train.early_stopping import EvaluationState
+from hetrain.train.evaluation import Evaluation, Evaluator
 from hetrain.train.job_record import describe, write_card, write_job
 from hetrain.train.loop import train
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.outcome import JobResult, interrupted, stored_in_part
 from hetrain.train.output_dir import OutputDirectory
+from hetrain.train.prepared_job import PreparedJob, make_updater, prepare_job
 from hetrain.train.records import add_evaluation
 from hetrain.train.run_log import RunLog
-from hetrain.train.session import BaseModelFiles, Session, open_base, open_session
-from hetrain.train.signals import restored_handlers, stop_on_signals
+from hetrain.train.session import Session, open_session
+from hetrain.train.signals import Stop, restored_handlers, stop_on_signals
 from hetrain.train.step import share_cores
+from hetrain.train.tracking import Tracker, open_tracker
 from hetrain.train.updater import Updater
+from hetrain.train.validation import Validation
 
 _log = logging.getLogger(__name__)
 
-# Settings that a resumed run may change: they decide neither what is computed nor in which micro-batches.
-_FREE = (
-    "verify_rows",
-    "in_flight",
-    "max_bytes_in_flight",
-    "max_skipped_updates",
-    "save_steps",
-    "save_total_limit",
-)
-
-
-@dataclass(frozen=True)
-class _PreparedJob:
-    """A job, checked as far as it can be without workers."""
-
-    spec: JobSpec
-    base: BaseModelFiles
-    rows: list[Row]
-    held_out: list[Row]
-    total_steps: int
-    checkpoint: Checkpoint | None
-
-    @property
-    def done_steps(self) -> int:
-        """Updates that an earlier run has made."""
-        return self.checkpoint.state.step if self.checkpoint else 0
+_NO_CALLBACKS = Callbacks()
 
 
 @restored_handlers()
-def finetune(
-    spec: JobSpec,
-    raw_rows: JobRows,
-    on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None,
-    on_stop: Callable[[], object] = lambda: None,
-    on_prepare: OnPrepare = ignore_progress,
-    on_start: Callable[[str], object] = lambda job_id: None,
-) -> JobResult:
+def finetune(spec: JobSpec, raw_rows: JobRows, callbacks: Callbacks = _NO_CALLBACKS) -> JobResult:
     """Trains an adapter and writes it, metrics.jsonl, job.json and checkpoints to the output directory.
 
     Args:
         spec: the job.
         raw_rows: the rows of its data set.
-        on_step: called with the metrics of every micro-batch of an update.
-        on_stop: called when a signal has asked the run to stop, before it finishes what is in flight.
-        on_prepare: called with the number of hints that are made and to be made, after each.
-        on_start: called with the job's id once workers have agreed to its plan.
+        callbacks: what to call meanwhile.
 
     Raises:
         HetrainError: whatever goes wrong; all rows are tokenized before anything starts.
         Interrupted: the user stopped it; adapter and checkpoint as they then stood are written.
     """
-    base = open_base(spec.model)
-    rows, held_out = (
-        tokenize_rows(raw, base.tokenizer, spec.training.longest_row, spec.data) if raw else []
-        for raw in (raw_rows.learned, raw_rows.held_out)
-    )
-    total_steps = count_updates(rows, spec.training)
-    if warning := spec.training.warning(total_steps):
-        _log.warning(warning)
-    checkpoint = _checkpoint(spec, _identity(spec, rows), total_steps)
-    job = _PreparedJob(spec, base, rows, held_out, total_steps, checkpoint)
-    kept = _kept(checkpoint, spec)
-    output = OutputDirectory(spec.output_dir, overwrite=spec.overwrite_output_dir, keep=kept)
+    job = prepare_job(spec, raw_rows)
+    output = OutputDirectory(spec.output_dir, overwrite=spec.overwrite_output_dir, keep=job.kept_steps)
     try:
         with (
-            recorded_run(spec, is_resumed=kept is not None, on_start=on_start) as run,
+            recorded_run(spec, is_resumed=job.kept_steps is not None, on_start=callbacks.on_start) as run,
             open_session(
-                base,
+                job.base,
                 spec.outsourcing,
                 spec.workers,
                 spec.device,
                 output.log_file,
-                on_prepare=run.before(on_prepare),
+                on_prepare=run.before(callbacks.on_prepare),
                 in_flight=spec.training.replicas,
                 max_bytes_in_flight=spec.training.max_bytes_in_flight,
-                tokens=spec.training.tokens_per_micro_batch,
+                tokens=max(spec.training.tokens_per_micro_batch, spec.training.evaluation_tokens),
             ) as session,
+            open_tracker(
+                spec.training.report_to, output.path, _tracked_settings(spec), job.start.updates
+            ) as tracker,
         ):
             run.starts()
-            return _run(job, session, output, on_step, partial(run.stops, on_stop))
+            stopping = partial(run.stops, callbacks.on_stop)
+            return _run(job, session, output, replace(callbacks, on_stop=stopping), tracker)
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped before the first update; no adapter was written", where=str(output.path)
@@ -131,87 +87,32 @@ def finetune(
         output.close()
 
 
-def _checkpoint(spec: JobSpec, identity: Identity, total_steps: int) -> Checkpoint | None:
-    """The checkpoint to go on from, as far as it can be checked before a session is open."""
-    if spec.resume_from_checkpoint is None:
-        return None
-    checkpoint = find_checkpoint(spec.resume_from_checkpoint, spec.output_dir)
-    checkpoint.require(identity)
-    if checkpoint.state.step >= total_steps:
-        raise UsageError(
-            f"all {total_steps} updates have been made",
-            where=str(checkpoint.path),
-            hint="the checkpoint holds the finished adapter",
-        )
-    return checkpoint
-
-
-def _kept(checkpoint: Checkpoint | None, spec: JobSpec) -> int | None:
-    """The last update whose files in the output directory are this run's own."""
-    if checkpoint is None or checkpoint.path.resolve().parent != spec.output_dir.resolve():
-        return None
-    return checkpoint.state.step
-
-
-def _identity(spec: JobSpec, rows: list[Row]) -> Identity:
-    """What decides the course of a run, but for the plan: a resumed run must have the same."""
-    settings = {**asdict(spec.lora), **asdict(spec.training), **asdict(spec.outsourcing)}
-    return {
-        **{name: value for name, value in settings.items() if name not in _FREE},
-        "dataset_sha256": rows_digest(rows),
-    }
-
-
 def _run(
-    job: _PreparedJob,
-    session: Session,
-    output: OutputDirectory,
-    on_step: Callable[[MicroBatchMetrics], object],
-    on_stop: Callable[[], object],
+    job: PreparedJob, session: Session, output: OutputDirectory, callbacks: Callbacks, tracker: Tracker
 ) -> JobResult:
-    spec, total_steps, checkpoint, config = job.spec, job.total_steps, job.checkpoint, job.spec.training
-    identity = {**_identity(spec, job.rows), "plan_sha256": session.split.plan.digest}
-    if checkpoint is not None:
-        checkpoint.require(identity)
-    model = add_adapter(session.split, spec.lora, config.seed)
-    updater = Updater(adapter_parameters(model), config, total_steps)
-    if checkpoint is not None:
-        checkpoint.restore(updater)
+    spec, config = job.spec, job.training
+    identity = {**job.identity, "plan_sha256": session.split.plan.digest}
+    if job.checkpoint is not None:
+        job.checkpoint.require(identity)
+    model = add_adapter(session.split, spec.lora, spec.training.seed)
+    updater = make_updater(job, model)
     writer = partial(write_adapter, model, public_name(spec.model), job.base.tokenizer)
-    run_log = RunLog(output, updater, writer, identity, config, total_steps, checkpoint)
-    description = _description(job, session)
-    write_job(output, description | {"status": "running"})
+    run_log = RunLog(output, updater, writer, identity, config, job.total_steps, job.checkpoint)
+    validation = _validation(job, session, model, callbacks)
+    run = _Run(job, output, callbacks, tracker, updater, run_log, validation, _description(job, session))
+    write_job(output, {**run.description, "status": "running"})
     share_cores(config.replicas)
     replicas = session.replicas(model, config.replicas)
-    batches = _draw(job.rows, config, job.done_steps, total_steps)
-
-    def stopping() -> None:
-        on_stop()
-        run_log.checkpoint()  # already now: the process may be killed soon after the signal
-
     status = "failed"
     failure: StorageError | None = None
     try:
-        with (
-            stop_on_signals(stopping) as stop,
-            closing(train(updater, replicas, batches, config, session.channel.close, stop)) as course,
-        ):
-            for applied in course:
-                for metrics in run_log.add(applied, stop):
-                    on_step(metrics)
-        status = "done" if run_log.step == total_steps else "interrupted"
+        status = run.train(replicas, session.channel.close)
     except KeyboardInterrupt:
         status = "interrupted"
     except StorageError as error:
         failure = error
     finally:
-        if lost := run_log.close(is_done=status == "done"):
-            _log.error("%s", lost)
-            status = "failed"
-        end = {"status": status, "steps": run_log.step, "tokens": run_log.tokens}
-        write_job(output, description | end)
-        if run_log.last is not None:
-            write_card(output)
+        lost = run.close(status)
     if problem := failure or lost:
         raise stored_in_part(problem, run_log.step, output.path, has_adapter=lost is None)
     if run_log.last is None:
@@ -219,37 +120,122 @@ def _run(
             raise KeyboardInterrupt
         raise DatasetError("the data set made no micro-batch")
     if status == "interrupted":
-        raise interrupted(run_log.step, total_steps, output.path)
-    result = JobResult(
-        run_log.step,
-        total_steps,
-        run_log.tokens,
-        run_log.skipped_updates,
-        run_log.rejected,
-        run_log.elapsed_s,
-        run_log.last,
-        output.path,
-    )
-    if not job.held_out:
-        return result
-    evaluation = evaluate_rows(session, model, job.held_out, config)
-    figures = asdict(evaluation)
-    write_job(output, description | end | {"evaluation": figures})
-    add_evaluation(output.path, spec.data.eval_dataset or ("validation split",), figures)
-    return replace(result, evaluation=evaluation)
+        raise interrupted(run_log.step, job.total_steps, output.path)
+    return run.result(run_log.last)
 
 
-def _draw(rows: list[Row], config: TrainingConfig, done: int, total: int) -> Iterator[MicroBatch]:
-    """The micro-batches of updates `done` to `total`."""
-    n_epochs = None if config.max_steps > 0 else math.ceil(config.num_train_epochs)
-    drawn = epochs(rows, config.tokens_per_micro_batch, config.seed, n_epochs)
-    return islice(drawn, done * config.batches_per_update, total * config.batches_per_update)
+@dataclass(frozen=True)
+class _Run:
+    """A job that has found its workers."""
+
+    job: PreparedJob
+    output: OutputDirectory
+    callbacks: Callbacks
+    tracker: Tracker
+    updater: Updater
+    run_log: RunLog
+    validation: Validation
+    description: Mapping[str, object]
+
+    def train(self, replicas: Sequence[Replica], abort: Callable[[], None]) -> str:
+        """Trains to the end, or until a signal. Returns the status; raises as `train`."""
+        job, run_log, config = self.job, self.run_log, self.job.training
+        batches = draw(job.rows, config, job.total_steps, job.start)
+        with stop_on_signals(self._stopping) as stop:
+            self._evaluate_if_due(stop)  # a run that was stopped may have missed it
+
+            def ends() -> bool:
+                # At least one update: without any there would be nothing to report.
+                return stop() or (self.validation.is_over and run_log.last is not None)
+
+            with closing(train(self.updater, replicas, batches, config, abort, ends)) as course:
+                for applied in course:
+                    metrics = run_log.add(applied, stop)
+                    self.tracker.update(metrics)
+                    for each in metrics:
+                        self.callbacks.on_step(each)
+                    self._evaluate_if_due(stop)
+                    run_log.save_if_due(stop)
+        return "done" if run_log.step == job.total_steps or self.validation.is_over else "interrupted"
+
+    def close(self, status: str) -> StorageError | None:
+        """Writes the adapter, job.json and the model card. Returns why the adapter could not be written."""
+        if lost := self.run_log.close(is_done=status == "done"):
+            _log.error("%s", lost)
+        write_job(self.output, self._record("failed" if lost else status))
+        if self.run_log.last is not None:
+            write_card(self.output)
+        return lost
+
+    def result(self, last: MicroBatchMetrics) -> JobResult:
+        """The figures of a run that is done, with the evaluation of its output."""
+        run_log, step = self.run_log, self.run_log.output_step
+        was_evaluated = step in self.validation.made
+        evaluation = self.validation.of_output(step, run_log.output)
+        if evaluation is not None:
+            write_job(self.output, self._record("done") | {"evaluation": asdict(evaluation)})
+            if not was_evaluated:
+                self._note(step, evaluation)
+        return JobResult(
+            steps=run_log.step,
+            total_steps=self.job.total_steps,
+            tokens=run_log.tokens,
+            skipped_updates=run_log.skipped_updates,
+            rejected=run_log.rejected,
+            seconds=run_log.elapsed_s,
+            last=last,
+            output_dir=self.output.path,
+            adapter_step=step,
+            evaluation=evaluation,
+        )
+
+    def _stopping(self) -> None:
+        self.callbacks.on_stop()
+        self.run_log.checkpoint()  # already now: the process may be killed soon after the signal
+
+    def _evaluate_if_due(self, stop: Stop) -> None:
+        step = self.run_log.step
+        if self.validation.is_due(step):
+            evaluation = self.validation.evaluate(step, self.updater.snapshot().values, stop)
+            self.run_log.note_evaluation(self.validation.state)
+            self._note(step, evaluation)
+
+    def _note(self, step: int, evaluation: Evaluation) -> None:
+        """Records an evaluation, and reports it."""
+        names = self.job.spec.data.eval_dataset or ("validation split",)
+        add_evaluation(self.output.path, names, asdict(evaluation), step)
+        self.tracker.evaluation(step, evaluation)
+
+    def _record(self, status: str) -> dict[str, object]:
+        """job.json at the end of the run."""
+        return {
+            **self.description,
+            "status": status,
+            "steps": self.run_log.step,
+            "adapter_step": self.run_log.output_step,
+            "tokens": self.run_log.tokens,
+        }
 
 
-def _description(job: _PreparedJob, session: Session) -> dict[str, object]:
+def _tracked_settings(spec: JobSpec) -> dict[str, object]:
+    """What W&B shows of a job: no names of data sets, no paths."""
+    return {"model": public_name(spec.model), **asdict(spec.lora), **asdict(spec.training)}
+
+
+def _validation(job: PreparedJob, session: Session, model: PeftModel, callbacks: Callbacks) -> Validation:
+    config, evaluator, ends = job.training, None, frozenset[int]()
+    if job.held_out:
+        evaluator = Evaluator(session, model, job.held_out, config)
+    if config.eval_strategy == "epoch":
+        ends = epoch_ends(job.rows, config, job.total_steps, job.start)
+    state = job.checkpoint.state.evaluations if job.checkpoint else EvaluationState()
+    return Validation(evaluator, config, job.total_steps, ends, state, callbacks)
+
+
+def _description(job: PreparedJob, session: Session) -> dict[str, object]:
     """What job.json says of the job, whatever becomes of it."""
     return describe(job.spec, job.base, session) | {
         "prompt": asdict(prompt_template(job.rows, job.base.tokenizer)),
         "total_steps": job.total_steps,
-        "resumed_at": job.done_steps,
+        "resumed_at": job.start.updates,
     }

@@ -19,8 +19,8 @@ tags:
 # LoRA adapter for {base_model}
 
 Trained with hetrain {hetrain} ([arXiv 2505.07329](https://arxiv.org/abs/2505.07329)): {steps} of
-{total_steps} updates over {tokens} tokens. Rank {r}, alpha {alpha}, target modules {targets}. Last loss of a
-micro-batch: {loss}.
+{total_steps} updates over {tokens} tokens{best}. Rank {r}, alpha {alpha}{scaled}, target modules {targets}.
+Last loss of a micro-batch: {loss}.
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -49,12 +49,24 @@ def model_card(run: RunRecord) -> str:
         steps=job.get("steps", 0),
         total_steps=job["total_steps"],
         tokens=job.get("tokens", 0),
+        best=_best(job),
+        scaled=" (alpha/√r, rsLoRA)" if lora.get("use_rslora") else "",
         r=lora["r"],
         alpha=lora["alpha"],
         targets=", ".join(lora["target_modules"]),
         loss="not finite" if last.get("loss") is None else f"{last['loss']:.3f}",
     )
     return head + "".join(f"| {name} | {value} |\n" for name, value in protection_rows(run)) + _TAIL
+
+
+def _best(job: Mapping[str, Any]) -> str:
+    """What is said of an adapter that is not that of the last update."""
+    steps, best = job.get("steps"), job.get("adapter_step")
+    return (
+        ""
+        if best in (None, steps)
+        else f"; this is the adapter of update {best}, with the least held-out loss"
+    )
 
 
 def protection_rows(run: RunRecord) -> list[tuple[str, str]]:

@@ -17,7 +17,9 @@ class JobResult:
     """How a job ended: updates, tokens, seconds of training, the last metrics, the adapter's directory.
 
     Of the `steps` updates `skipped_updates` have changed nothing, since values were not finite. `rejected`
-    results of workers failed verification in this run. `evaluation` is that of the finished adapter on the
+    results of workers failed verification in this run. With fewer `steps` than `total_steps` the run
+    ended early, as `early_stopping_patience` says. The adapter is that of update `adapter_step`, which is not
+    the last one where `load_best_model_at_end` found a better one. `evaluation` is that of the adapter on the
     rows that were held out, if there are any.
     """
 
@@ -29,15 +31,18 @@ class JobResult:
     seconds: float
     last: MicroBatchMetrics = field(repr=False)
     output_dir: Path
+    adapter_step: int
     evaluation: Evaluation | None = None
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped_updates} of them skipped)" if self.skipped_updates else ""
         rejected = f", {self.rejected} results of workers rejected" if self.rejected else ""
         held_out = f", held-out loss {self.evaluation.loss:.3f}" if self.evaluation else ""
+        early = f" of {self.total_steps}, ended early," if self.steps < self.total_steps else ""
+        best = f" of update {self.adapter_step}" if self.adapter_step != self.steps else ""
         return (
-            f"{self.steps} updates{skipped} over {self.tokens} tokens in {self.seconds:.0f} s{rejected}, "
-            f"last loss {self.last.loss:.3f}{held_out}. Adapter in {self.output_dir}"
+            f"{self.steps} updates{early}{skipped} over {self.tokens} tokens in {self.seconds:.0f} s"
+            f"{rejected}, last loss {self.last.loss:.3f}{held_out}. Adapter{best} in {self.output_dir}"
         )
 
 

@@ -45,7 +45,7 @@ class OutputDirectory:
         self._keep = keep
         self._metrics = -1
         if keep is None and not overwrite:
-            self._require_unused()
+            require_unused(path)
         _make(path)
         self._lock = OutputLock(path)
 
@@ -137,32 +137,25 @@ class OutputDirectory:
         self.release_reserve()
         self._lock.release()
 
-    def _require_unused(self) -> None:
-        if (self.path / ADAPTER_FILE).exists():
-            found, resume = "an adapter", ""
-        elif checkpoint_steps(self.path):
-            found, resume = "a checkpoint", "go on from it with `resume_from_checkpoint` latest, "
-        else:
-            return
-        raise UsageError(
-            f"there is {found} already",
-            where=str(self.path),
-            hint=f"{resume}choose another `output_dir`, or set `overwrite_output_dir`",
-        )
-
     def _begin(self) -> int:
         """Removes other runs' files, with the first metrics: a run that never starts removes nothing."""
         for step in checkpoint_steps(self.path):
             if step > (self._keep or 0):
                 remove_checkpoint(self.path, step)
         if not self._keep:
-            for name in (EVALUATIONS_FILE, "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-        metrics = self.path / METRICS_FILE
-        lines = metrics.read_text("utf-8", "replace").splitlines() if self._keep and metrics.exists() else []
-        kept = [line for line in lines if _step_of(line) <= (self._keep or 0)]
-        replace_text(metrics, "".join(f"{line}\n" for line in kept))
-        return os.open(metrics, os.O_WRONLY | os.O_APPEND)
+            (self.path / "report.html").unlink(missing_ok=True)
+        for name in (EVALUATIONS_FILE, METRICS_FILE):
+            self._cut(self.path / name)
+        return os.open(self.path / METRICS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def _cut(self, records: Path) -> None:
+        """Keeps the lines up to the update that the run goes on from."""
+        if not self._keep:
+            records.unlink(missing_ok=True)
+        elif records.exists():
+            lines = records.read_text("utf-8", "replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= self._keep]
+            replace_text(records, "".join(f"{line}\n" for line in kept))
 
     def _remove_scratch(self) -> None:
         """Removes what a run that was killed was writing."""
@@ -172,6 +165,21 @@ class OutputDirectory:
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
+
+
+def require_unused(path: Path) -> None:
+    """Raises `UsageError` if a run's adapter or checkpoints are there."""
+    if (path / ADAPTER_FILE).exists():
+        found, resume = "an adapter", ""
+    elif checkpoint_steps(path):
+        found, resume = "a checkpoint", "go on from it with `resume_from_checkpoint` latest, "
+    else:
+        return
+    raise UsageError(
+        f"there is {found} already",
+        where=str(path),
+        hint=f"{resume}choose another `output_dir`, or set `overwrite_output_dir`",
+    )
 
 
 def _make(path: Path) -> None:
@@ -193,7 +201,7 @@ def _no_room(what: str, path: Path) -> StorageError:
 
 
 def _step_of(line: str) -> float:
-    """The update of a line of metrics.jsonl; infinity where a run was killed while it wrote the line."""
+    """The update of a line of records; infinity where a run was killed while it wrote the line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -70,10 +70,18 @@ def read_run(directory: Path) -> RunRecord:
         raise UsageError(f"the run's records cannot be read: {error}", where=str(directory)) from error
 
 
-def add_evaluation(adapter: Path, names: Sequence[str], figures: Mapping[str, object]) -> None:
+def add_evaluation(
+    adapter: Path, names: Sequence[str], figures: Mapping[str, object], step: int | None = None
+) -> None:
     """Appends to evaluations.jsonl of the run that made `adapter`; does nothing for an adapter of elsewhere.
 
     That it cannot be written is a warning: the evaluation is done.
+
+    Args:
+        adapter: output directory or checkpoint of the run.
+        names: of the data set.
+        figures: what came out.
+        step: the adapter's update; None: as the run's records say.
     """
     is_checkpoint = adapter.name.startswith("checkpoint-")
     directory = _run_directory(adapter)
@@ -81,7 +89,9 @@ def add_evaluation(adapter: Path, names: Sequence[str], figures: Mapping[str, ob
         return
     try:
         job = json.loads((directory / JOB_FILE).read_bytes())
-        step = int(adapter.name.rpartition("-")[2]) if is_checkpoint else job.get("steps")
+        if step is None:
+            last = job.get("adapter_step", job.get("steps"))
+            step = int(adapter.name.rpartition("-")[2]) if is_checkpoint else last
         dataset = [str(Path(name).resolve()) if Path(name).is_file() else name for name in names]
         _append_line(directory / EVALUATIONS_FILE, json.dumps({"step": step, "dataset": dataset, **figures}))
     except (OSError, ValueError) as error:

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hetrain.config import TrainingConfig
 from hetrain.jobs.files import METRICS_FILE
 from hetrain.public.disk import reason_of
@@ -18,10 +20,13 @@ from hetrain.train.checkpoint import (
     Checkpoint,
     Identity,
     TrainerState,
+    checkpoint_path,
     checkpoint_steps,
+    read_adapter,
     remove_checkpoint,
     write_checkpoint,
 )
+from hetrain.train.early_stopping import EvaluationState
 from hetrain.train.loop import AppliedUpdate
 from hetrain.train.metrics import MicroBatchMetrics, metrics_of
 from hetrain.train.output_dir import OutputDirectory
@@ -43,6 +48,10 @@ class RunLog:
 
     Checkpoints are copied between two updates and written by a thread, so that training goes on meanwhile.
     While the disk is full, training pauses. Room for the last adapter and checkpoint is taken beforehand.
+
+    Attributes:
+        output: the adapter that was written at the end,
+        output_step: and its update.
 
     Args:
         output: the run's directory.
@@ -71,6 +80,10 @@ class RunLog:
         self.tokens = start.tokens if start else 0
         self.step = start.step if start else 0
         self.skipped_updates = start.skipped_updates if start else 0
+        self.micro_batches = start.micro_batches if start else 0
+        self.evaluations = start.evaluations if start else EvaluationState()
+        self.output: Tensors = {}
+        self.output_step = self.step
         self.rejected = 0
         self.last: MicroBatchMetrics | None = None
         self._begin = time.perf_counter() - (start.elapsed_s if start else 0.0)
@@ -93,7 +106,7 @@ class RunLog:
         return time.perf_counter() - self._begin
 
     def add(self, applied: AppliedUpdate, stop: Stop = never) -> list[MicroBatchMetrics]:
-        """Records an update, and writes a checkpoint when one is due. Returns the update's metrics.
+        """Records an update. Returns its metrics.
 
         Waits while the disk is full, unless `stop` ends that.
 
@@ -104,15 +117,31 @@ class RunLog:
         metrics = metrics_of(applied, self._total_steps, self.skipped_updates, self._begin)
         self.step, self.last = applied.update.step, metrics[-1]
         self.tokens += sum(each.tokens for each in metrics)
+        self.micro_batches += len(metrics)
         self.rejected += sum(each.rejected for each in metrics)
         self._unwritten += metrics
         self._patiently(self._write_metrics, METRICS_FILE, stop)
         if self._writing is not None and self._writing.done():
             self._finish_writing(stop)
-        if self._config.save_steps and self.step % self._config.save_steps == 0:
+        return metrics
+
+    def note_evaluation(self, evaluations: EvaluationState) -> None:
+        """Takes what an evaluation of the last update has shown into the checkpoints from here on."""
+        self.evaluations = evaluations
+        if self._saved == self.step:  # by a signal meanwhile
+            self._saved = -1
+
+    def save_if_due(self, stop: Stop = never) -> None:
+        """Writes a checkpoint when it is time, or when the last evaluation was the best one and counts.
+
+        Raises:
+            StorageError: as `add`.
+        """
+        is_regular = self._config.save_steps and self.step % self._config.save_steps == 0
+        is_best = self._config.load_best_model_at_end and self.evaluations.best_step == self.step
+        if is_regular or is_best:
             self._finish_writing(stop)
             self.checkpoint()
-        return metrics
 
     def checkpoint(self) -> None:
         """Starts to write a checkpoint, unless the last one is of the same update.
@@ -126,9 +155,12 @@ class RunLog:
             identity=self._identity,
             step=self.step,
             skipped_updates=self.skipped_updates,
+            micro_batches=self.micro_batches,
+            total_steps=self._total_steps,
             tokens=self.tokens,
             elapsed_s=self.elapsed_s,
             schedule=self._updater.schedule_state(),
+            evaluations=self.evaluations,
         )
         values, moments = self._updater.snapshot().values, self._updater.optimizer_state()
         self._saved, self._write_again = self.step, partial(self._write, state, values, moments)
@@ -137,16 +169,18 @@ class RunLog:
     def close(self, *, is_done: bool) -> StorageError | None:
         """Writes the adapter if this run has changed it, into the room that was reserved for it.
 
+        Also a checkpoint of the last update, from which the run can go on: always when it is not done, else
+        if any are wanted.
+
         Args:
-            is_done: whether all updates were made. Otherwise a checkpoint of the last one is written, too,
-                and there is no wait for room.
+            is_done: whether the run has come to its end. Otherwise there is no wait for room.
 
         Returns:
             Why the adapter could not be written, if so.
         """
         self._end_writing()
         self._output.release_reserve()
-        if not is_done:
+        if not is_done or (self._config.save_steps and self.last is not None):
             self.checkpoint()
             self._end_writing()
         self._writer.shutdown()
@@ -154,7 +188,8 @@ class RunLog:
             return None
         if not is_done:
             self._wait_s = 0
-        save = partial(self._write_adapter, self._updater.snapshot().values)
+        self.output = self._output_values(is_done=is_done)
+        save = partial(self._write_adapter, self.output)
         try:
             self._patiently(partial(self._output.save_adapter, save), "the adapter", never)
         except StorageError as error:
@@ -165,13 +200,27 @@ class RunLog:
             _log.warning("metrics.jsonl lacks the last updates: %s", reason_of(error))
         return None
 
+    def _output_values(self, *, is_done: bool) -> Tensors:
+        """The values of the adapter that is the output, and sets `output_step` to their update."""
+        values, best = self._updater.snapshot().values, self.evaluations.best_step
+        self.output_step = self.step
+        if is_done and self._config.load_best_model_at_end and best not in (0, self.step):
+            path = checkpoint_path(self._output.path, best)
+            try:
+                values = read_adapter(path, values)
+                self.output_step = best
+            except (OSError, KeyError, SafetensorError) as error:
+                _log.error("%s: the best adapter cannot be read, the last one is written: %s", path, error)
+        return values
+
     def _write(self, state: TrainerState, values: Tensors, moments: Tensors) -> None:
         path = self._output.path
         write_checkpoint(path, state, moments, partial(self._write_adapter, values))
-        limit = self._config.save_total_limit
+        limit, best = self._config.save_total_limit, state.evaluations.best_step
         try:
             for step in checkpoint_steps(path)[:-limit] if limit else ():
-                remove_checkpoint(path, step)
+                if step != best:
+                    remove_checkpoint(path, step)
         except OSError as error:
             _log.warning("an earlier checkpoint could not be removed: %s", reason_of(error))
 

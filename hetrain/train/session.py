@@ -115,7 +115,7 @@ def open_session(
         _log.warning("engine %r hides NOTHING: workers and broker see activations in clear", engine.name)
     if workers and (warning := plaintext_warning(workers)):
         _log.warning(warning)
-    target = _device(device)
+    target = torch_device(device)
     with ExitStack() as stack:
         stack.callback(flush_denormals, flush_denormals())  # before any thread starts, which inherits it
         if workers is None:
@@ -141,7 +141,7 @@ def open_session(
             lambda group, matrix: kept.update(kept_rows(group, matrix)),
         )
         split.causal.to(target)
-        channel.budget.require(_largest_product(split.plan, tokens))
+        channel.budget.require(largest_product(split.plan, tokens))
         plan, verification = split.plan, Verification(kept, weights_of(base.files), outsourcing.verify_rows)
         sealer = engine.open(plan, JobOptions(verification, outsourcing.activation_bits, hints))
         worker = channel.prepare(plan.model, engine.name, plan.to_bytes(), plan.digest, sealer.setup)
@@ -151,7 +151,7 @@ def open_session(
         yield Session(split, channel, sealer, worker)
 
 
-def _largest_product(plan: Plan, tokens: int) -> int:
+def largest_product(plan: Plan, tokens: int) -> int:
     """Bytes of the largest operand and its result, encrypted by `rlwe`; other engines take more."""
     sizes = ResultFormat(parameters_for(min(tokens, SLOTS)))
     return max(sizes.operand_bytes(each.k) + sizes.result_bytes(each.n) for each in products_of(plan))
@@ -171,7 +171,8 @@ def weights_of(files: ModelFiles) -> Weights:
     return load
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """The device of this name. Raises `UsageError` where there is none."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -63,6 +63,7 @@ def step_threads(count: int, abort: Callable[[], object]) -> Iterator[ThreadPool
             the end of the block waits for them.
     """
     with ThreadPoolExecutor(count, "micro-batch", flush_denormals) as pool:
+        was_frozen = gc.get_freeze_count() > 0  # an evaluation within training
         gc.collect()
         gc.freeze()  # modules and models outlive the steps: to walk them again and again took 3 % of the time
         try:
@@ -71,7 +72,8 @@ def step_threads(count: int, abort: Callable[[], object]) -> Iterator[ThreadPool
             abort()
             raise
         finally:
-            gc.unfreeze()
+            if not was_frozen:
+                gc.unfreeze()
 
 
 def run_step(replica: Replica, batch: MicroBatch, snapshot: Snapshot, seed: int) -> StepResult:

@@ -77,6 +77,11 @@ class Updater:
         """Updates so far."""
         return self._version
 
+    @property
+    def learning_rate(self) -> float:
+        """That of the next update."""
+        return float(self._scheduler.get_last_lr()[0])
+
     def optimizer_state(self) -> Tensors:
         """A copy of AdamW's moments and counts: ``{parameter}/{exp_avg, exp_avg_sq, step}``."""
         return {
@@ -92,6 +97,8 @@ class Updater:
     def restore(self, values: Tensors, moments: Tensors, schedule: dict[str, Any], version: int) -> None:
         """Goes on from where `snapshot`, `optimizer_state` and `schedule_state` were taken.
 
+        If that was in a run of another number of updates, the learning rate is from here on that of this one.
+
         Raises:
             ValueError: names or shapes are not those of this adapter, or the schedule is of other settings.
         """
@@ -106,9 +113,17 @@ class Updater:
         numbered = {index: state[name] for index, name in enumerate(self._parameters)}
         self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": numbered})
         self._scheduler.load_state_dict(schedule)
-        for group, rate in zip(self._optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        (group,), (rate_of,) = self._optimizer.param_groups, self._scheduler.lr_lambdas
+        (peak,) = self._scheduler.base_lrs
+        group["lr"] = peak * rate_of(self._scheduler.last_epoch)
+        self._scheduler._last_lr = [group["lr"]]
         self._version = version
+
+    def start_from(self, values: Tensors) -> None:
+        """Gives the adapter its initial values, by the names of its parameters."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(values[name])
 
     def snapshot(self, staleness: int = 0) -> Snapshot:
         """A copy of the adapter's values.
@@ -140,7 +155,7 @@ class Updater:
         """
         complete = [each for each in gradients if each is not None]
         norm = self._set_gradients(complete, n_targets) if len(complete) == len(gradients) else math.nan
-        update = Update(self._version + 1, float(self._scheduler.get_last_lr()[0]), norm)
+        update = Update(self._version + 1, self.learning_rate, norm)
         if update.is_skipped:
             _log.warning("update %d is skipped: its loss or its gradients are not finite", update.step)
             self._optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.dataset import read_job_rows
 from hetrain.public.errors import StorageError
+from hetrain.train.callbacks import Callbacks
 from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import JobResult, finetune
 from hetrain.train.metrics import MicroBatchMetrics
@@ -72,7 +73,7 @@ def mounted(disk: SmallDisk) -> SmallDisk:
 
 
 def train(spec: JobSpec, on_step: Callable[[MicroBatchMetrics], object] = lambda metrics: None) -> JobResult:
-    return finetune(spec, read_job_rows(spec), on_step)
+    return finetune(spec, read_job_rows(spec), Callbacks(on_step=on_step))
 
 
 def at(step: int, act: Callable[[], object]) -> Callable[[MicroBatchMetrics], None]:
@@ -136,7 +137,7 @@ def test_training_waits_for_room(
     assert waiting.times == 1
     assert result.steps == 9
     assert steps_of(spec.output_dir) == ALL
-    assert checkpoint_steps(spec.output_dir) == [6, 8]
+    assert checkpoint_steps(spec.output_dir) == [8, 9]
     assert_tidy(spec.output_dir)
 
 

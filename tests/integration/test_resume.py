@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.dataset import read_job_rows
 from hetrain.public.errors import Interrupted, NotFinite, UsageError
+from hetrain.train.callbacks import Callbacks
 from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import finetune
 from hetrain.train.metrics import MicroBatchMetrics
@@ -79,7 +80,7 @@ def interrupt(spec: JobSpec, training: TrainingConfig, output: Path, at: int, ti
     job = replace(spec, training=training, output_dir=output)
     rows = read_job_rows(job)
     with pytest.raises(Interrupted) as caught:
-        finetune(job, rows, signals.on_step, signals.on_stop)
+        finetune(job, rows, Callbacks(on_step=signals.on_step, on_stop=signals.on_stop))
     assert signals.stops == (times == 1)
     assert json.loads((output / "job.json").read_text())["status"] == "interrupted"
     return caught.value
@@ -135,7 +136,7 @@ def test_in_lock_step_a_stop_changes_not_a_bit(
     monkeypatch.setattr("hetrain.train.step.available_cores", lambda: 1)
     undisturbed, stopped, left = (tmp_path / name for name in ("undisturbed", "stopped", "left"))
     run(spec, replace(IN_STEP, max_steps=6), undisturbed)
-    assert checkpoint_steps(undisturbed) == []
+    assert checkpoint_steps(undisturbed) == [6]
 
     error = interrupt(spec, replace(IN_STEP, max_steps=6), stopped, at=2)
     assert "`resume_from_checkpoint` latest" in str(error)

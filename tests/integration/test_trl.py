@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, ScriptArguments, SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from cli.submit import submit
+from cli.trl_options import RULES, translate
 from hetrain.data.chat import training_template
 from hetrain.data.packing import IGNORE_INDEX, micro_batches
 from hetrain.public.errors import DatasetError
@@ -260,3 +265,20 @@ def test_only_hetrain_refuses_a_data_set_of_which_nothing_is_left(
     assert trl_rows(lines, tokenizer, 3, tmp_path) == []
     with pytest.raises(DatasetError, match="none of the 1 rows"):
         our_rows(lines, tokenizer, 3, tmp_path)
+
+
+def test_every_option_of_trl_is_taken_or_in_the_table() -> None:
+    app = typer.Typer()
+    app.command()(submit)
+    names = {
+        option.removeprefix("--").replace("-", "_")
+        for parameter in typer.main.get_command(app).params
+        for option in (*parameter.opts, str(parameter.name))
+    }
+    configs = (ScriptArguments, ModelConfig, SFTConfig)
+    theirs = {field.name for config in configs for field in dataclasses.fields(config)}
+    unknown = {
+        name for name in theirs if translate({name: None}).spelled.get(name, name) not in names | set(RULES)
+    }
+    assert not unknown
+    assert not names & set(RULES), "what is an option of its own needs no rule"

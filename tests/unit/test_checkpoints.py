@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -43,7 +44,14 @@ _FILE_EVENTS = ("open", "os.", "shutil.")
 def write(directory: Path, step: int) -> None:
     """The checkpoint of an update, every value of which is the update's number."""
     state = TrainerState(
-        identity={"seed": 1}, step=step, skipped_updates=0, tokens=step, elapsed_s=1.0, schedule={}
+        identity={"seed": 1},
+        step=step,
+        skipped_updates=0,
+        micro_batches=step,
+        total_steps=9,
+        tokens=step,
+        elapsed_s=1.0,
+        schedule={},
     )
     values = {"a": torch.full((100,), float(step))}
 
@@ -147,6 +155,17 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_used(
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert "checkpoint-2: the checkpoint cannot be used" in warning
     assert find_checkpoint(LATEST, two).state.step == 2
+
+
+def test_a_checkpoint_of_another_version_is_named_as_such(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    state = tmp_path / "checkpoint-1" / STATE_FILE
+    before = hashlib.sha256(state.read_bytes()).hexdigest()
+    state.write_text(state.read_text().replace('"format": 4', '"format": 3'))
+    sums = tmp_path / "checkpoint-1" / SUMS_FILE
+    sums.write_text(sums.read_text().replace(before, hashlib.sha256(state.read_bytes()).hexdigest()))
+    with pytest.raises(UsageError, match=r"cannot be used: trainer_state.json: format: Input should be 4"):
+        find_checkpoint(LATEST, tmp_path)
 
 
 def test_the_sums_are_those_of_sha256sum(two: Path) -> None:

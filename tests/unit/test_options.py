@@ -55,13 +55,16 @@ def called_with(
     return calls[0]
 
 
+def settings_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What a command gives to a function, without its callbacks."""
+    return {name: value for name, value in given.items() if not name.startswith("on_")}
+
+
 def test_without_options_a_command_has_the_defaults_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
     given = called_with(monkeypatch, "finetune", submit, "rows.jsonl")
-    del given["on_step"], given["on_stop"], given["on_prepare"]
-    assert given == vars(JobSpec(dataset="rows.jsonl"))
+    assert settings_of(given) == vars(JobSpec(dataset="rows.jsonl"))
     given = called_with(monkeypatch, "evaluate", evaluate, "rows.jsonl")
-    del given["on_prepare"]
-    assert given == vars(EvaluationSpec(dataset="rows.jsonl"))
+    assert settings_of(given) == vars(EvaluationSpec(dataset="rows.jsonl"))
 
 
 def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +80,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             dataset_test_split="other",
             eval_dataset=("held.jsonl", "out.csv"),
         ),
+        init_from=Path("earlier"),
         model="some/model",
         output_dir=Path("elsewhere"),
         workers="redis://broker",
@@ -84,7 +88,12 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         overwrite_output_dir=True,
         resume_from_checkpoint="latest",
         lora=LoraConfig(
-            r=3, alpha=5, dropout=0.25, target_modules=["q_proj", "v_proj", "up_proj"], layers="1,3-4"
+            r=3,
+            alpha=5,
+            dropout=0.25,
+            target_modules=["q_proj", "v_proj", "up_proj"],
+            layers="1,3-4",
+            use_rslora=True,
         ),
         training=TrainingConfig(
             max_length=7,
@@ -105,6 +114,12 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             staleness_correction="none",
             save_steps=6,
             save_total_limit=11,
+            eval_strategy="steps",
+            eval_steps=12,
+            early_stopping_patience=13,
+            early_stopping_threshold=0.25,
+            load_best_model_at_end=True,
+            report_to=("tensorboard", "wandb"),
         ),
         outsourcing=OutsourcingConfig(
             engine="clear", activation_bits=12, verify_rows=9, outsource=["*.a", "*.b"]
@@ -120,22 +135,30 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2.5
         --learning-rate 0.5 --lr-scheduler-type cosine --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2
         --max-skipped-updates 4 --seed 8 --max-staleness 1 --staleness-correction none --save-steps 6
-        --save-total-limit 11 --engine clear --activation-bits 12 --verify-rows 9 --outsource *.a --outsource
-        *.b"""
+        --save-total-limit 11 --eval-strategy steps --eval-steps 12 --early-stopping-patience 13
+        --early-stopping-threshold 0.25 --load-best-model-at-end --report-to tensorboard,wandb
+        --init-from earlier --use-rslora --engine clear --activation-bits 12 --verify-rows 9 --outsource *.a
+        --outsource *.b"""
     given = called_with(monkeypatch, "finetune", submit, *line.split())
-    del given["on_step"], given["on_stop"], given["on_prepare"]
-    assert given == vars(job)
+    assert settings_of(given) == vars(job)
     defaults = JobSpec(dataset="other")
     for mine, default in (
         (job, defaults),
         *((getattr(job, n), getattr(defaults, n)) for n in ("lora", "training", "outsourcing", "data")),
     ):
         alike = {name for name, value in vars(default).items() if vars(mine)[name] == value}
-        # A row is either a text or a pair, and rows to evaluate on are given in one of two ways.
-        assert alike <= {"prompt_field", "completion_field", "validation_split"}, "not every field is tried"
+        # A row is either a text or a pair, and some things are given in one of two ways.
+        others = {"prompt_field", "completion_field", "validation_split", "warmup_ratio"}
+        others |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
+        assert alike <= others, "not every field is tried"
     pair = ("--prompt_field", "q", "--completion-field=a_b", "--validation-split", "0.25")
     data = called_with(monkeypatch, "finetune", submit, "rows.jsonl", *pair)["data"]
     assert data == TrainingDataConfig(prompt_field="q", completion_field="a_b", validation_split=0.25)
+    rows = ("--per-device-train-batch-size=4", "--gradient-accumulation-steps=3", "--warmup-ratio=0.1")
+    training = called_with(monkeypatch, "finetune", submit, "rows.jsonl", *rows)["training"]
+    assert training == TrainingConfig(
+        per_device_train_batch_size=4, gradient_accumulation_steps=3, warmup_ratio=0.1
+    )
 
 
 def typed(*arguments: str) -> Result:
@@ -149,8 +172,7 @@ def test_underscores_and_short_names_are_the_same_options(monkeypatch: pytest.Mo
     long = "rows.jsonl --model-name-or-path x --learning-rate 0.5 --num-train-epochs 0.5 --batch-tokens 64"
     short = "rows.jsonl --model x --lr 0.5 --epochs 0.5 --batch_tokens=64"
     given = [called_with(monkeypatch, "finetune", submit, *line.split()) for line in (long, short)]
-    for each in given:
-        del each["on_step"], each["on_stop"], each["on_prepare"]
+    given = [settings_of(each) for each in given]
     assert given[0] == given[1]
     assert given[0]["training"].longest_row == 64  # follows from the micro-batch
 
@@ -194,10 +216,7 @@ def test_a_file_of_trl_has_its_own_names(tmp_path: Path, monkeypatch: pytest.Mon
     ("content", "says"),
     [
         ("lerning_rate: 3", r"lerning_rate is not known \(did you mean learning_rate\?\)"),
-        (
-            "per_device_train_batch_size: 4\nbf16: true",
-            r"per_device_.* no meaning here: .*tokens.*; bf16 has no",
-        ),
+        ("bf16: true\nneftune_noise_alpha: 5", r"bf16 has no meaning here: .*integers.*; neftune_noise_"),
         ("lora: {r: 4}", "lora is not known"),
         ("lora_r: {x: 4}", "lora_r holds further keys"),
         ("seed: 1\nseed: 2", "seed stands there twice"),
@@ -205,7 +224,7 @@ def test_a_file_of_trl_has_its_own_names(tmp_path: Path, monkeypatch: pytest.Mon
         ("learning_rate: 1\nlr: 2", "learning_rate and lr are the same option"),
         ("dataset_name: a\ndataset:", "dataset_name and dataset are the same option"),
         ("max_length: null", "max_length may not be null: rows must fit micro-batches"),
-        ("save-total-limit: null\nseed: ~", r"save-total-limit may not .*; seed may not be null: leave"),
+        ("save-total-limit: null\nseed: ~", r"save_total_limit may not .*; seed may not be null: leave"),
         ("- a\n- b", "holds no keys"),
         ("a: [", "no YAML"),
         ("print_config: true", "print_config is not known"),
@@ -227,8 +246,7 @@ def test_null_in_a_file_is_the_default_that_it_names(tmp_path: Path, monkeypatch
     file = tmp_path / "job.yaml"
     file.write_text("dataset: x.csv\ncompletion_only_loss:\nresume_from_checkpoint: null\neval_dataset: ~\n")
     given = called_with(monkeypatch, "finetune", submit, "--config", str(file))
-    del given["on_step"], given["on_stop"], given["on_prepare"]
-    assert given == vars(JobSpec(dataset="x.csv"))
+    assert settings_of(given) == vars(JobSpec(dataset="x.csv"))
 
 
 @pytest.mark.parametrize(
@@ -320,12 +338,61 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
         (TrainingConfig, "staleness_correction", "hope"),
         (TrainingConfig, "save_steps", -1),
         (TrainingConfig, "save_total_limit", -1),
+        (TrainingConfig, "gradient_accumulation_steps", 0),
+        (TrainingConfig, "per_device_train_batch_size", 0),
+        (TrainingConfig, "warmup_ratio", 1.0),
+        (TrainingConfig, "eval_strategy", "often"),
+        (TrainingConfig, "eval_steps", 5),
+        (TrainingConfig, "early_stopping_patience", 1),
+        (TrainingConfig, "early_stopping_threshold", 0.1),
+        (TrainingConfig, "load_best_model_at_end", True),
+        (TrainingConfig, "report_to", "mlflow"),
+        (TrainingConfig, "report_to", ("none", "wandb")),
+        (TrainingConfig, "report_to", ""),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(config: type, field: str, value: object) -> None:
     with pytest.raises(UsageError) as caught:
         config(**{field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"batch_tokens": 4096, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"batch_tokens": 4096, "per_device_train_batch_size": 2}, "per_device_train_batch_size"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio"),
+        ({"eval_strategy": "epoch", "eval_steps": 3}, "eval_steps"),
+    ],
+)
+def test_of_two_ways_to_say_a_thing_one_is_taken(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainingConfig(**given)
+    assert caught.value.field == field
+
+
+def test_to_evaluate_during_training_there_must_be_rows() -> None:
+    with pytest.raises(UsageError, match="no rows are held out") as caught:
+        JobSpec(dataset="x", training=TrainingConfig(eval_strategy="epoch"))
+    assert caught.value.field == "eval_strategy"
+    held_out = TrainingDataConfig(validation_split=0.1)
+    assert JobSpec(dataset="x", data=held_out, training=TrainingConfig(eval_strategy="epoch")).data.holds_out
+
+
+def test_an_update_is_so_many_micro_batches_or_rows() -> None:
+    config = TrainingConfig(micro_batch_tokens=512, gradient_accumulation_steps=3)
+    assert (config.tokens_per_update, config.batches_per_update) == (1536, 3)
+    assert config.tokens_per_micro_batch == 512
+    rows = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_length=100)
+    assert (rows.batches_per_update, rows.tokens_per_micro_batch, rows.longest_row) == (3, 400, 100)
+    assert TrainingConfig(per_device_train_batch_size=4).batches_per_update == 1
+
+
+def test_warm_up_may_be_a_part_of_all_updates() -> None:
+    config = TrainingConfig(warmup_ratio=0.1)
+    assert [config.over(total).warmup_steps for total in (1, 10, 11, 100)] == [1, 1, 2, 10]
+    assert TrainingConfig(warmup_steps=3).over(100).warmup_steps == 3
 
 
 @pytest.mark.parametrize(
