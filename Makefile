@@ -10,7 +10,8 @@ RESULTS := benchmarks/results
 # together at first, and a process that has nothing left takes tests from the others.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: venv compiler chromium tmux demo check test test-all lint docs wheel screenshot report-screenshot gpu-check bench bench-learning clean
+.PHONY: venv compiler chromium tmux demo check test test-all lint docs wheel sanitize fuzz screenshot report-screenshot gpu-check \
+	bench bench-learning clean
 
 venv: $(READY)
 
@@ -72,6 +73,14 @@ wheel: venv
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
 	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+# The kernels in C under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: venv
+	$(BIN)/python -m pytest -n 0 tests/slow/test_sanitizers.py
+
+# 100,000 damaged inputs for each parser of strangers' bytes; stopped, it goes on where it was.
+fuzz: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 100000 --seed 2026 --json $(RESULTS)/fuzz.json
 
 # The picture of docs/monitoring.md.
 screenshot: venv chromium

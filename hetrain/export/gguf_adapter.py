@@ -145,8 +145,8 @@ def read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dict
 class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
     """Ends with the file. By itself gguf goes on after it, for as many items as a damaged length says."""
 
-    def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any) -> Any:
-        found = super()._get(offset, dtype, count, *more)
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
         if len(found) < count:
             raise ValueError("it ends early")
         return found

@@ -189,7 +189,8 @@ class _Broker:
                 return
             with connection, suppress(OSError):
                 connection.settimeout(5)
-                connection.recv(_HELLO)
+                while b"SETINFO" in (asked := connection.recv(_HELLO)):  # redis-py's name and version
+                    connection.sendall(b"+OK\r\n" * asked.count(b"SETINFO"))
                 connection.sendall(self.replies)
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(_HELLO):
@@ -226,8 +227,6 @@ def _broker(directory: Path, stack: ExitStack) -> Opened:
         finally:
             store.close()
 
-    # redis-py sends its name and version first, and reads their replies.
-    hello = b"+OK\r\n" * 2
     info = (
         b"# Server\r\nvalkey_version:9.1.0\r\nmaxmemory:5\r\nused_memory:1\r\nmaxmemory_policy:noeviction\r\n"
     )
@@ -241,7 +240,7 @@ def _broker(directory: Path, stack: ExitStack) -> Opened:
         b"m": b"*2\r\n$-1\r\n$2\r\n{}\r\n",
         b"l": b"*2\r\n$1\r\na\r\n*1\r\n$2\r\n{}\r\n",
     }
-    return Opened([kind + hello + reply for kind, reply in replies.items()], run)
+    return Opened([kind + reply for kind, reply in replies.items()], run)
 
 
 CLIENT_TARGETS = (

@@ -190,10 +190,11 @@ def _headers(_: Path, __: ExitStack) -> Opened:
             return None
         if not isinstance(header, Mapping):  # as fields of a task they are objects
             return None
-        for read in readers:
+        read = []
+        for reader in readers:
             with suppress(WireError):
-                read(header)
-        return readers[len(data) % len(readers)](header)
+                read.append(reader(header))
+        return read or readers[len(data) % len(readers)](header)
 
     return Opened([json.dumps(each).encode() for each in ({}, _CIPHERTEXT, _SEED, _CONCRETE, setup)], run)
 

@@ -13,6 +13,9 @@ from redis.exceptions import RedisError
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.broker.resp import Replies
 from hetrain.public.errors import UsageError, WireError
+from hetrain.public.protocol.messages import Completion, EvaluateTask, PrepareTask, WorkerReport, parse
+from hetrain.public.protocol.plan import Plan
+from hetrain.public.protocol.registration import WorkerRegistration
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,13 @@ def test_senseless_addresses_are_refused_without_their_password(url: str) -> Non
     with pytest.raises(UsageError) as caught:
         parse_broker_url(url)
     assert "s3cret" not in str(caught.value)
+
+
+def test_another_wire_version_is_named_as_such_whatever_else_differs() -> None:
+    for kind in (PrepareTask, EvaluateTask, Completion, WorkerReport, WorkerRegistration, Plan):
+        with pytest.raises(WireError, match=r"wire version 2 is not spoken here, only 1 \(a ") as caught:
+            parse(kind, '{"version": 2, "new": true}', where="message")
+        assert "install the same version" in caught.value.hint
 
 
 _LINES = st.sampled_from(

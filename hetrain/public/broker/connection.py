@@ -238,11 +238,15 @@ def broker_errors(url: str) -> Iterator[None]:
         raise BrokerUnreachable(
             f"the broker cannot be reached ({error or type(error).__name__})", where=where, hint=hint
         ) from error
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         # redis-py polls the socket, None by now, of a connection that another thread closes.
-        if "fileno" not in str(error):
-            raise
-        raise BrokerUnreachable("the connection was closed", where=where) from error
+        if isinstance(error, TypeError) and "fileno" in str(error):
+            raise BrokerUnreachable("the connection was closed", where=where) from error
+        # It converts replies without looking at what they are.
+        raise BrokerError(
+            f"the broker sent a reply of another kind than asked for ({type(error).__name__}: {error})",
+            where=where,
+        ) from error
     except MemoryError as error:
         raise BrokerError("the broker's reply is longer than this machine's memory", where=where) from error
     except foreign.RedisError as error:

@@ -196,6 +196,13 @@ def parse(kind: type[M], text: str | bytes, *, where: str) -> M:
 
 def _malformed(kind: type[BaseModel], error: ValidationError, where: str) -> WireError:
     first = error.errors()[0]
+    if first["loc"] == ("version",):  # it is compared first
+        found = printable(first["input"])
+        return WireError(
+            f"wire version {found} is not spoken here, only {VERSION} (a {kind.__name__})",
+            where=where,
+            hint="install the same version of hetrain on client and workers: docs/operations.md",
+        )
     place = printable(".".join(str(part) for part in first["loc"]))  # the peer may have chosen names in it
     return WireError(
         f"malformed {kind.__name__} message: {place}: {first['msg']}",
