@@ -10,8 +10,8 @@ RESULTS := benchmarks/results
 # together at first, and a process that has nothing left takes tests from the others.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: venv compiler chromium tmux demo check test test-all lint docs wheel sanitize fuzz screenshot report-screenshot gpu-check \
-	bench bench-learning clean
+.PHONY: venv compiler chromium tmux demo demo-plain check test test-all lint docs wheel sanitize fuzz \
+	screenshot report-screenshot gpu-check bench bench-learning clean
 
 venv: $(READY)
 
@@ -47,6 +47,11 @@ $(READY): requirements.txt requirements-dev.txt pyproject.toml $(SOURCES_IN_C) |
 
 demo: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+# The same training with stock PEFT, in clear, to compare with.
+demo-plain: venv
+	$(BIN)/python -m benchmarks.demo_plain out/demo-plain
+	$(BIN)/python examples/handbook_table.py out/demo-plain
 
 lint: venv
 	$(BIN)/ruff check .
