@@ -30,26 +30,56 @@ _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
 
+class ForkedCommand:
+    """The command, running in a session of its own.
+
+    Attributes:
+        pid: its process id.
+        outputs: the files of its standard output and its errors.
+    """
+
+    def __init__(
+        self, arguments: Sequence[object], environment: Mapping[str, str], directory: Path, cwd: str
+    ) -> None:
+        words = [str(argument) for argument in arguments]
+        self.outputs = directory / "stdout", directory / "stderr"
+        for path in self.outputs:
+            path.touch()
+        self._process = _CONTEXT.Process(target=_command, args=(words, dict(environment), cwd, *self.outputs))
+        # The first one starts the server. Threads of OpenBLAS would be lost in its forks.
+        with patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit status; None if it still runs after so many seconds."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Kills it, and waits until it has ended."""
+        self._process.kill()
+        self._process.join()
+
+    def texts(self) -> tuple[str, str]:
+        """What it has written so far: standard output, errors."""
+        stdout, stderr = (path.read_text(errors="replace") for path in self.outputs)
+        return stdout, stderr
+
+
 def run_forked(
     arguments: Sequence[object], timeout: float, environment: Mapping[str, str]
 ) -> CompletedProcess[str]:
     """Runs the command to its end in this process's working directory."""
-    words = [str(argument) for argument in arguments]
     with TemporaryDirectory() as directory:
-        outputs = Path(directory) / "stdout", Path(directory) / "stderr"
-        for path in outputs:
-            path.touch()
-        process = _CONTEXT.Process(target=_command, args=(words, dict(environment), os.getcwd(), *outputs))
-        # The first one starts the server. Threads of OpenBLAS would be lost in its forks.
-        with patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):
-            process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise TimeoutExpired(words, timeout, *(path.read_text() for path in outputs))
-        stdout, stderr = (path.read_text() for path in outputs)
-    return CompletedProcess(words, process.exitcode, stdout, stderr)
+        command = ForkedCommand(arguments, environment, Path(directory), os.getcwd())
+        status = command.wait(timeout)
+        words = [str(argument) for argument in arguments]
+        if status is None:
+            command.kill()
+            raise TimeoutExpired(words, timeout, *command.texts())
+        return CompletedProcess(words, status, *command.texts())
 
 
 def _command(
