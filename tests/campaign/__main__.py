@@ -48,15 +48,19 @@ def run(campaign: Campaign, numbers: Iterable[int]) -> Iterator[RoundRecord]:
     numbers, code = list(numbers), commit()
     if not numbers:
         return
-    with installation() as world:
-        rounds = Rounds(world)
-        campaign.left_out = {kind.value: why for kind, why in rounds.left_out.items()}
-        for number in numbers:
-            record = rounds.run(plan_round(campaign.seed, number))
-            campaign.add(record, code)
-            sys.stdout.write(line(record))
-            sys.stdout.flush()
-            yield record
+    while numbers:
+        with installation() as world:
+            rounds = Rounds(world)
+            campaign.left_out = {kind.value: why for kind, why in rounds.left_out.items()}
+            for number in list(numbers):
+                record = rounds.run(plan_round(campaign.seed, number))
+                numbers.remove(number)
+                campaign.add(record, code)
+                sys.stdout.write(line(record))
+                sys.stdout.flush()
+                yield record
+                if record.violations:
+                    break  # what a violation leaves must not be taken for another one
 
 
 def _options() -> argparse.Namespace:

@@ -40,6 +40,7 @@ def find_faketime() -> Path | None:
 class BrokerClock:
     """The broker's wall clock, by which all keys expire. It can be moved where libfaketime is there.
 
+    A broker has this clock if it was started with its environment variables.
     Those of workers and clients cannot: Python's `time.sleep` fails under libfaketime 0.9.10. They time
     everything by monotonic clocks.
     """
@@ -77,8 +78,9 @@ class Broker:
         admin: a client of it that passes no relay.
     """
 
-    def __init__(self, directory: Path, log: IO[bytes], environment: Mapping[str, str]) -> None:
-        self._directory, self._log, self._environment = directory, log, environment
+    def __init__(self, directory: Path, log: IO[bytes]) -> None:
+        self._directory, self._log = directory, log
+        self._environment: Mapping[str, str] = {}
         self._password = secrets.token_urlsafe(24)
         self.start()
         address = parse_broker_url(self.url_at(directory / "broker.sock")).for_redis()
@@ -88,6 +90,12 @@ class Broker:
     def url_at(self, path: Path) -> str:
         """Its address through a socket at `path`."""
         return f"redis+socket://:{self._password}@{path}"
+
+    def replace(self, environment: Mapping[str, str]) -> None:
+        """Starts an empty one in its place, which has these environment variables, too."""
+        self._environment = environment
+        self.kill()
+        self.start()
 
     def start(self) -> None:
         """Starts it."""
@@ -124,7 +132,7 @@ class Installation:
         self.clock = BrokerClock(directory)
         self.disk: SmallDisk = stack.enter_context(small_disk(directory / "disk", _DISK_BYTES))
         log = stack.enter_context((directory / "broker.log").open("wb"))
-        self.broker = Broker(directory, log, self.clock.environment())
+        self.broker = Broker(directory, log)
         stack.callback(self.broker.kill)
         self.relays: dict[str, Relay] = {}
         for party in ("worker", "client"):

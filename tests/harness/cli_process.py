@@ -5,6 +5,7 @@ They are forked from a process that has imported what the command needs and done
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -15,9 +16,15 @@ from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
+import celery.app.amqp
+import celery.canvas
+import celery.events.receiver  # noqa: F401
 import peft  # noqa: F401
+import rich.progress  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+import cli.submit  # noqa: F401
 import hetrain.inspection.doctor
 import hetrain.inspection.plan_report
 import hetrain.train.evaluation
@@ -25,6 +32,7 @@ import hetrain.train.finetune  # noqa: F401
 from cli.main import main
 from tasks.supervisor.worker_process import tie_to_parent
 
+get_checkpoint_conversion_mapping("llama")  # makes those of all families, once
 _TIE = tie_to_parent()  # to the server, which imports this module, too
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
@@ -85,6 +93,7 @@ def run_forked(
 def _command(
     words: list[str], environment: dict[str, str], directory: str, stdout: Path, stderr: Path
 ) -> None:
+    gc.freeze()  # else every collection looks at all that was imported
     os.setsid()
     if _TIE:
         _TIE()
