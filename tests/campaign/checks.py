@@ -20,8 +20,8 @@ from tests.campaign.client import MICRO_BATCHES, Client
 from tests.campaign.installation import WORKERS, Installation
 from tests.campaign.plan import UPDATES
 
-KEYS_GONE_S = 8.0
-"""Seconds after a job's end within which nothing of it is left: the longest lease is 4 s."""
+KEYS_GONE_S = 20.0
+"""Seconds after a job's end within which nothing of it is left; a lease lasts 4 s."""
 SERVE_AGAIN_S = 60.0
 """Seconds within which all workers are registered again."""
 _POLL_S = 0.05
