@@ -25,6 +25,7 @@ KEYS_GONE_S = 20.0
 SERVE_AGAIN_S = 60.0
 """Seconds within which all workers are registered again."""
 _POLL_S = 0.05
+_MOST_COUNTED_S = 0.1
 ADAPTER = "adapter_model.safetensors"
 """The file in a job's output directory."""
 
@@ -131,10 +132,24 @@ def check_workers(installation: Installation) -> Iterator[str]:
         yield f"after {SERVE_AGAIN_S:g} s not all workers serve again; {sum(ready.values())} are ready"
 
 
+class Patience:
+    """Time in which this process has run, and so could the others: a machine that is overloaded is excused."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s, self._seen_at = seconds, monotonic()
+
+    def is_over(self) -> bool:
+        """Whether `seconds` have passed. Of the time between two calls, at most 0.1 s counts."""
+        now = monotonic()
+        self._left_s -= min(now - self._seen_at, _MOST_COUNTED_S)
+        self._seen_at = now
+        return self._left_s < 0
+
+
 def _within(seconds: float, condition: Callable[[], object]) -> bool:
-    end = monotonic() + seconds
+    patience = Patience(seconds)
     while not condition():
-        if monotonic() > end:
+        if patience.is_over():
             return False
         sleep(_POLL_S)
     return True

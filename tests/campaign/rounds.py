@@ -11,7 +11,7 @@ from time import monotonic
 
 import redis
 
-from tests.campaign.checks import ADAPTER, Processes, check_keys, check_result, check_workers
+from tests.campaign.checks import ADAPTER, Patience, Processes, check_keys, check_result, check_workers
 from tests.campaign.client import Client
 from tests.campaign.faults import STRIKES, Scene, Struck, impossible
 from tests.campaign.installation import Installation
@@ -19,7 +19,7 @@ from tests.campaign.plan import Fault, Job, Kind, Round
 from tests.campaign.records import Injected, RoundRecord
 
 DEADLINE_S = 120.0
-"""Seconds after which a job that has not ended hangs."""
+"""Seconds after which a job that has not ended hangs; see `Patience`."""
 _POLL_S = 0.01
 _SAID = 3000
 
@@ -133,10 +133,10 @@ class Rounds:
     def _drive(self, scene: Scene, faults: Sequence[ActiveFault]) -> list[str]:
         """Runs the job to its end; returns a violation if that does not come."""
         scene.client.start()
-        end = monotonic() + DEADLINE_S
+        patience = Patience(DEADLINE_S)
         has_begun = hangs = False
         while not scene.client.has_ended(_POLL_S):
-            if hangs := monotonic() > end:
+            if hangs := patience.is_over():
                 break
             has_begun = has_begun or bool(scene.job_keys())
             updates = scene.client.updates()
