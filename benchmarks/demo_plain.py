@@ -1,6 +1,7 @@
-"""The training of ``make demo`` with stock peft, in clear: ``python -m benchmarks.demo_plain OUTPUT_DIRECTORY``.
+"""The training of ``make demo`` with stock peft, in clear: ``python -m benchmarks.demo_plain DIRECTORY``.
 
-Rows, initial adapter, micro-batches and schedule are those of `examples/demo.sh`. The directory takes the adapter.
+Rows, initial adapter, micro-batches and schedule are those of `examples/demo.sh`. The adapter goes to the
+directory.
 """
 
 from __future__ import annotations
