@@ -160,6 +160,8 @@ class _Checkpoint:
         state = TrainerState(
             identity={"seed": 1, "model": "tiny"},
             step=1,
+            micro_batches=1,
+            total_steps=2,
             skipped_updates=0,
             tokens=10,
             elapsed_s=1.0,
