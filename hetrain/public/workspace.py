@@ -38,6 +38,8 @@ def recycled_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     it then returns to the system comes back in pages that have to be zeroed.
     """
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(_POOL.take(nbytes)).view(dtype).view(shape)
 
 

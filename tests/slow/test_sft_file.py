@@ -39,8 +39,10 @@ push_to_hub: false
 
 @pytest.fixture(scope="module")
 def broker(tiny_llama: Path) -> Iterator[BrokerServer]:
-    """A broker with a worker that serves the model."""
+    """A broker with a worker that serves the model, and has answered."""
     with broker_with_worker(tiny_llama) as server:
+        made = hetrain("prepare", tiny_llama, "--broker-url", server.url)
+        assert made.returncode == 0, made.stderr
         yield server
 
 
