@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from hetrain.public.errors import ParameterError
-from hetrain.public.workspace import recycled_empty, workspace
+from hetrain.public.workspace import unaligned_empty, workspace
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """int32 [P, N, n] from int8 [P, N, K] and int8 [n, K], by rows or transposed. On a CPU the result lies in
@@ -90,7 +90,7 @@ def combined(planes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory of the caller's."""
     if device.type == "cpu":
-        return recycled_empty(shape, dtype)
+        return unaligned_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -16,7 +16,6 @@ import torch
 from hetrain.nn.families import Activation
 from hetrain.public import compiled
 from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
-from hetrain.public.workspace import recycled_empty
 
 _INTERFACE = 1
 _KERNELS = ("rms_norm", "rms_norm_backward", "gate", "gate_backward")
@@ -52,7 +51,7 @@ class NativeLayers:
         """w∘x·r with r = 1/sqrt(mean(x²) + epsilon) for each row of x [rows, width]; weight [width]."""
         _require_rows(x)
         _require_weight(weight, x)
-        y = recycled_empty(x.shape, torch.float32)
+        y = torch.empty(x.shape, dtype=torch.float32)
         self.found.hetrain_rms_norm(
             ctypes.byref(
                 _NormArguments(
@@ -74,7 +73,7 @@ class NativeLayers:
         """dx = r·(w∘dy − x̂·mean(w∘dy∘x̂)), x̂ = x·r, [rows, width]."""
         _require_rows(x, dy)
         _require_weight(weight, x)
-        dx = recycled_empty(x.shape, torch.float32)
+        dx = torch.empty(x.shape, dtype=torch.float32)
         self.found.hetrain_rms_norm_backward(
             ctypes.byref(
                 _NormBackwardArguments(
@@ -95,7 +94,7 @@ class NativeLayers:
     def gate(self, g: torch.Tensor, u: torch.Tensor, activation: Activation) -> torch.Tensor:
         """act(g)∘u, [rows, width]."""
         _require_rows(g, u)
-        y = recycled_empty(g.shape, torch.float32)
+        y = torch.empty(g.shape, dtype=torch.float32)
         self.found.hetrain_gate(
             ctypes.byref(
                 _GateArguments(
@@ -118,7 +117,7 @@ class NativeLayers:
         """dg = dy∘u∘act'(g) beside du = dy∘act(g), [rows, 2·width]."""
         _require_rows(g, u, dy)
         rows, width = g.shape
-        both = recycled_empty((rows, 2 * width), torch.float32)
+        both = torch.empty(rows, 2 * width, dtype=torch.float32)
         self.found.hetrain_gate_backward(
             ctypes.byref(
                 _GateBackwardArguments(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Literal
 
+import numpy as np
 import redis
 
 from hetrain.public.broker.connection import (
@@ -25,7 +26,6 @@ from hetrain.public.broker.resp import Replies
 from hetrain.public.errors import BlobMissing, WireError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import MAX_BLOB_BYTES, Blob
-from hetrain.public.workspace import recycled_bytes
 
 CHUNK_BYTES = 4 << 20
 _COMMANDS_IN_FLIGHT = 2
@@ -107,7 +107,7 @@ class BlobStore:
         if blob.nbytes > limit:
             raise WireError(f"a blob of {blob.nbytes} bytes is larger than {limit}", where=blob.key)
         # Not zeroed: its pages come into being as bytes arrive, so a false size alone costs no memory.
-        data = recycled_bytes(blob.nbytes).data
+        data = np.empty(blob.nbytes, np.uint8).data
         targets = [data[start : start + size] for start, size in _chunks(blob.nbytes)]
         commands: list[tuple[str, ...]] = [("GET", name) for name in chunk_keys(blob)]
         if finished:

@@ -18,7 +18,7 @@ from hetrain.public.lattice.ring import DIGIT_OFFSET, LANES
 from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
-from hetrain.public.workspace import recycled_empty
+from hetrain.public.workspace import unaligned_empty
 from hetrain.secret.activation_quantization import dequantize_result, quantize_operand
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 from hetrain.secret.verification.job import Verification
@@ -121,7 +121,7 @@ class ClearSealer:
 
 def digit_planes(values: torch.Tensor) -> torch.Tensor:
     """D with Σ_l 2^(8l)·D_l = values, D_l in −128..127: int32 [T, K] of |v| ≤ 0x7F7F7F -> int8 [3, T, K]."""
-    planes = recycled_empty((3, *values.shape), torch.int8)
+    planes = unaligned_empty((3, *values.shape), torch.int8)
     shifted = values + DIGIT_OFFSET
     for position, plane in enumerate(planes):
         plane.copy_(((shifted >> (8 * position)) & 0xFF) - 0x80)

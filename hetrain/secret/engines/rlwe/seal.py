@@ -29,7 +29,7 @@ from hetrain.public.lattice.uniform_masks import MaskBlocks
 from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.messages import EngineHeader, Header
 from hetrain.public.protocol.product import Operand, Part, Product
-from hetrain.public.workspace import recycled_empty, workspace
+from hetrain.public.workspace import unaligned_empty, workspace
 from hetrain.secret.activation_quantization import largest_entry, token_scales
 from hetrain.secret.engines.rlwe.hints import Hint, HintStore
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
@@ -64,7 +64,7 @@ class RlweClaim:
     def read(self, part: Part) -> torch.Tensor:
         """u of the part's rows, int16 [N, n]."""
         packed = self.result_format.read_result(part.data, part.n, where=part.worker)
-        u = recycled_empty((len(packed), part.n), torch.int16)
+        u = unaligned_empty((len(packed), part.n), torch.int16)
         ring_kernels().unpack(packed, u)
         return u
 
@@ -95,7 +95,7 @@ class RlweOpening:
     def open(self) -> torch.Tensor:
         """Y = X·Wᵀ, float32 [T, n]."""
         verified = self.parts.results()
-        y = recycled_empty((len(self.scales.tokens), verified[-1].rows[1]), torch.float32)
+        y = unaligned_empty((len(self.scales.tokens), verified[-1].rows[1]), torch.float32)
         hint = self.hint.mapped()
         for each in verified:
             start, stop = each.rows
@@ -185,7 +185,7 @@ def encrypt(message: Message, hint: Hint, secret: Any, parameters: ParameterSet)
     """
     k, degree = message.x.shape[1], parameters.ring_degree
     mask_blocks, noise_stream = MaskBlocks(hint.seed), SecretStream("hetrain.noise")
-    planes = recycled_empty((3, degree, k), torch.int8)
+    planes = unaligned_empty((3, degree, k), torch.int8)
     for first in range(0, k, GROUP):  # masks and keystream of a group stay within a core's cache
         count = -(-min(GROUP, k - first) // LANES)
         masks = workspace("masks", (count, *_BLOCK), torch.int32)
