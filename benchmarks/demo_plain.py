@@ -15,7 +15,6 @@ from hetrain.config import LoraConfig
 from hetrain.train.session import open_base
 
 RECIPE = Run("handbook", updates=60, tokens=512, seed=42)
-MICRO_BATCH_TOKENS = 256
 _SHOWN = 5
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     output = parser.parse_args().output
     base = open_base("smollm2-135m")
-    setup = set_up(base, RECIPE, MICRO_BATCH_TOKENS)
+    setup = set_up(base, RECIPE, RECIPE.tokens)
     model = plain_model(base.files.directory, LoraConfig(), setup.values)
     training = DelayedTraining(model, RECIPE)
     for number, batches in enumerate(setup.updates, 1):

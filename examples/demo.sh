@@ -12,12 +12,11 @@ hetrain eval handbook_eval.jsonl
 
 echo "== Training on handbook.jsonl, encrypted in both directions"
 hetrain submit handbook.jsonl --output-dir "$OUT" --overwrite-output-dir \
-    --batch-tokens 512 --micro-batch-tokens 256 --max-steps 60 \
-    --learning-rate 2e-3 --lr-scheduler-type cosine --warmup-steps 6
+    --batch-tokens 512 --max-steps 60 --learning-rate 2e-3 --lr-scheduler-type cosine --warmup-steps 6
 
 echo "== After training: evaluation loss, encrypted"
 hetrain eval handbook_eval.jsonl --adapter "$OUT"
 echo "== The loss curve, and where time and bytes went"
 hetrain report "$OUT"
 echo "== Every question of handbook_eval.jsonl, which the training rows ask in other words; in clear, here"
-python handbook_table.py "$OUT" --at-least 36
+python handbook_table.py "$OUT"
