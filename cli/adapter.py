@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.console import log_errors_only
 from cli.options import AsJson, Quiet, option
 from hetrain import api
 from hetrain.config import RunSpec
@@ -134,7 +134,7 @@ def report(
 
 def _be_quiet(wanted: bool) -> None:
     if wanted:
-        logging.getLogger().setLevel(logging.ERROR)
+        log_errors_only()
 
 
 def _show(result: Export, as_json: bool, quiet: bool) -> None:

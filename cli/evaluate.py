@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
 
 import typer
 
+from cli.console import log_errors_only
 from cli.options import AsJson, Quiet, from_configuration
 from cli.progress import PreparationDisplay
 from hetrain import api
@@ -18,7 +18,7 @@ from hetrain.config import EvaluationSpec
 def evaluate(spec: EvaluationSpec, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Loss and perplexity of a data set, on workers that see only ciphertexts."""
     if quiet or as_json:
-        logging.getLogger().setLevel(logging.ERROR)
+        log_errors_only()
     with PreparationDisplay(quiet=quiet or as_json) as display:
         result = api.evaluate(**vars(spec), on_prepare=display.on_prepare)
     if as_json:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from cli.console import log_errors_only
 from cli.options import AsJson, Quiet, option
 from cli.progress import PreparationDisplay
 from hetrain import api
@@ -29,7 +29,7 @@ def prepare(
     Jobs do it themselves where it is missing. The products are verified and kept in the cache.
     """
     if quiet or as_json:
-        logging.getLogger().setLevel(logging.ERROR)
+        log_errors_only()
     with PreparationDisplay(quiet=quiet or as_json) as display:
         result = api.prepare(model, workers=workers, outsource=outsource, on_prepare=display.on_prepare)
     if as_json:

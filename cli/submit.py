@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.console import log_errors_only
 from cli.options import AsJson, Quiet, from_configuration
 from cli.plan import print_plan
 from cli.progress import TrainingDisplay
@@ -50,9 +50,9 @@ def submit(
     Ctrl-C (or SIGTERM) once finishes the updates that have begun and writes adapter and checkpoint; twice
     leaves at once.
     """
-    if quiet:
-        logging.getLogger().setLevel(logging.ERROR)
     if dry_run:
+        if quiet:
+            log_errors_only()
         _print_dry_run(api.dry_run(**vars(spec)), spec, as_json=as_json, quiet=quiet)
     else:
         run_job(spec, detach=detach, as_json=as_json, quiet=quiet)
@@ -61,7 +61,7 @@ def submit(
 def run_job(spec: JobSpec, *, detach: bool, as_json: bool, quiet: bool) -> None:
     """Trains here, or has another process do it."""
     if quiet:
-        logging.getLogger().setLevel(logging.ERROR)
+        log_errors_only()
     if detach:
         _detach(spec, as_json=as_json, quiet=quiet)
     else:

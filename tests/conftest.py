@@ -31,10 +31,11 @@ if "HETRAIN_TEST_CACHE" not in os.environ:
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from hetrain.public.model.files import resolve
 from tests.harness.exclusive import machine_lock
+from tests.harness.tiny_model import save_tiny_llama
 
 pytest.register_assert_rewrite(
     *(f"tests.harness.{module}" for module in ("agreement", "faults", "split_model", "trl_rows"))
@@ -61,17 +62,7 @@ def smollm2_dir() -> Path:
 def tiny_llama(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers with SmolLM2's tokenizer: real in all but size."""
     directory = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(AutoTokenizer.from_pretrained(smollm2_dir)),
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    save_tiny_llama(directory, len(AutoTokenizer.from_pretrained(smollm2_dir)))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2_dir / name, directory)
     return directory

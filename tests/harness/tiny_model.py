@@ -24,6 +24,12 @@ def save_tiny_model(directory: Path, text: str) -> None:
     )
     tokens.train_from_iterator(text.splitlines(), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>", pad_token="<eos>")
+    save_tiny_llama(directory, len(tokenizer), bos_token_id=0, eos_token_id=0)
+    tokenizer.save_pretrained(directory)
+
+
+def save_tiny_llama(directory: Path, vocab_size: int, **settings: int) -> None:
+    """Saves a random Llama of two layers, the same at every call, without a tokenizer."""
     torch.manual_seed(3)
     config = LlamaConfig(
         hidden_size=64,
@@ -31,10 +37,8 @@ def save_tiny_model(directory: Path, text: str) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
+        **settings,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
