@@ -130,7 +130,7 @@ def _adapted_block(files: ModelFiles, *, remote: bool) -> PreTrainedModel:
     causal.requires_grad_(False)
     causal.eval()
     plan = Plan(model="probe", groups=())
-    add_adapter(SplitModel(causal, plan, {}, tuple(linears), 0, conv1d), LoraConfig(), seed=0)
+    add_adapter(SplitModel(causal, plan, {}, (), tuple(linears), 0, conv1d), LoraConfig(), seed=0)
     return causal
 
 

@@ -23,7 +23,7 @@ from hetrain.inspection.crypto_probe import CryptoCosts, measure_crypto
 from hetrain.inspection.stopwatch import seconds_per_token
 from hetrain.nn.checkpoint_io.loading import skeleton
 from hetrain.nn.families import block_linears, shape_of
-from hetrain.nn.loss import OutputHead, summed_loss
+from hetrain.nn.loss import LocalHead, OutputHead, summed_loss
 from hetrain.nn.memory.low_precision import StoredHead
 from hetrain.public.errors import ModelError
 from hetrain.public.model.files import ModelFiles
@@ -150,7 +150,7 @@ def _heads(causal: PreTrainedModel, most_tokens: int) -> tuple[float, float]:
     stored = StoredHead(width, 1, bias=False)
     dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
     stored.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    head = OutputHead(stored)
+    head = OutputHead(LocalHead(stored))
 
     def local(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return cross_entropy(hidden @ weight.t(), targets)

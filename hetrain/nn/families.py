@@ -180,6 +180,14 @@ def block_linears(causal: PreTrainedModel) -> dict[str, Linear]:
     return found
 
 
+def output_head(causal: PreTrainedModel) -> tuple[str, nn.Linear] | None:
+    """Name and module of the projection to logits; None where it is no plain linear."""
+    head = causal.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    return next(name for name, module in causal.named_modules() if module is head), head
+
+
 def _require_plain_product(name: str, module: nn.Module) -> None:
     if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
         raise UnsupportedArchitecture(

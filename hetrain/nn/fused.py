@@ -3,6 +3,7 @@
     rms_norm      y = w∘x·r, r = 1/sqrt(mean(x²) + epsilon)
     gated_silu    y = g·sigmoid(g)∘u
     gated_gelu    the same with GELU, approximated by tanh
+    exponentials  e^(z − max z) in place, and its sum: what a softmax is made of
 
 The functions take what the compiled kernels can: float32 on the CPU. For anything else, and where nothing was
 compiled, they are torch's own operations, which are the reference. `fuse_layers` has a model use them.
@@ -83,6 +84,23 @@ def reference_gated_silu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def reference_gated_gelu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """`gated_gelu` by torch."""
     return functional.gelu(g, approximate="tanh") * u
+
+
+def exponentials(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces z [rows, width] by e^(z − m), m [rows] its rows' largest values.
+
+    Returns m, and the sums of the new rows. A row that has a NaN, or an infinity, gets a sum that is NaN.
+    """
+    if _fits(z) and z.stride(1) == 1:
+        return _native().exponentials(z)
+    return reference_exponentials(z)
+
+
+def reference_exponentials(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exponentials` by torch."""
+    largest = z.amax(dim=1)
+    z.sub_(largest[:, None]).exp_()
+    return largest, z.sum(dim=1)
 
 
 @functools.cache

@@ -7,10 +7,11 @@ backward  dx = dy·W + that of the adapter     dy·W on the worker, the gradient
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -25,6 +26,8 @@ from hetrain.public.protocol.product import Part, Product
 from hetrain.public.system import flush_denormals
 from hetrain.secret.engine import Sealed, Sealer
 from hetrain.transport.channel import Channel, Reply
+
+_MOST_LOGITS = 1 << 27
 
 
 @dataclass
@@ -66,6 +69,21 @@ class ProductStats:
         self.workers = workers
 
 
+@dataclass(frozen=True, eq=False)
+class Multiplication:
+    """An operand and what it is multiplied by: Y = ((X·diag(c))·Wᵀ)·diag(s).
+
+    Attributes:
+        product: the matrix and its direction.
+        x: [T, K], T ≤ 2048.
+        channels: s and c; None: all are one.
+    """
+
+    product: Product
+    x: torch.Tensor
+    channels: Scales | None = None
+
+
 @dataclass
 class RemoteMatmul:
     """Multiplies by outsourced matrices over one channel, and keeps count.
@@ -81,41 +99,37 @@ class RemoteMatmul:
     stats: ProductStats
 
     def multiply(self, product: Product, x: torch.Tensor, channels: Scales | None = None) -> torch.Tensor:
-        """Y = ((X·diag(c))·Wᵀ)·diag(s). Block i+1 is sealed while block i is away.
+        """Y = ((X·diag(c))·Wᵀ)·diag(s), float32 [T, n] on the CPU; see `Multiplication`.
 
-        Args:
-            product: the matrix and its direction.
-            x: [T, K]; every 2048 tokens travel as one ciphertext.
-            channels: s and c; None: all are one.
-
-        Returns:
-            float32 [T, n] on the CPU.
+        Every 2048 of the T tokens travel as one ciphertext.
         """
         # The recorder of cheap operations would note hundreds of calls here that it cannot use.
         with torch._C.DisableTorchFunction():
-            return self._multiply(product, x, channels)
+            blocks = (Multiplication(product, block, channels) for block in x.split(SLOTS))
+            results = list(self.multiply_each(blocks))
+            return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _multiply(self, product: Product, x: torch.Tensor, channels: Scales | None) -> torch.Tensor:
-        blocks = x.split(SLOTS)
-        if len(blocks) == 1:
-            return self._open(*self._exchange(self._seal(product, x, channels), product))
-        results = []
+    def multiply_each(self, operands: Iterable[Multiplication]) -> Iterator[torch.Tensor]:
+        """The products one after the other: each operand is sealed while the one before it is away."""
+        remaining = iter(operands)
+        first, second = next(remaining), next(remaining, None)
+        if second is None:
+            yield self._open(*self._exchange(*self._seal(first)))
+            return
         with ThreadPoolExecutor(1, "remote-matmul", flush_denormals) as thread:
-            away = None
-            for block in blocks:
-                sealed = self._seal(product, block, channels)
-                if away is not None:
-                    results.append(self._open(*away.result()))
-                away = thread.submit(self._exchange, sealed, product)
-            assert away is not None
-            results.append(self._open(*away.result()))
-        return torch.cat(results)
+            away = thread.submit(self._exchange, *self._seal(first))
+            for each in chain((second,), remaining):
+                sealed = self._seal(each)
+                opened = self._open(*away.result())
+                away = thread.submit(self._exchange, *sealed)
+                yield opened
+            yield self._open(*away.result())
 
-    def _seal(self, product: Product, x: torch.Tensor, channels: Scales | None) -> Sealed:
+    def _seal(self, each: Multiplication) -> tuple[Sealed, Product]:
         begin = time.perf_counter()
-        sealed = self.sealer.seal(x, product, channels)
+        sealed = self.sealer.seal(each.x, each.product, each.channels)
         self.stats.encrypt_s += time.perf_counter() - begin
-        return sealed
+        return sealed, each.product
 
     def _exchange(self, sealed: Sealed, product: Product) -> tuple[Sealed, Reply]:
         begin = time.perf_counter()
@@ -260,3 +274,64 @@ class RemoteLinear(nn.Linear):
             raise UnsupportedArchitecture("this linear belongs to no group", where=repr(self))
         y = self.group.output(input, self.index)
         return y if self.bias is None else y + self.bias
+
+
+class RemoteHead:
+    """The output head, evaluated by workers slice by slice: see `hetrain.nn.loss.Projection`.
+
+    z_i = h·W_iᵀ + b_i          dh = Σ_i dz_i·W_i
+
+    Args:
+        groups: slices of the head, in order.
+        scales: of their int8 matrices, by group.
+        matmul: the way to the workers.
+        bias: b [V], if there is one.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        scales: Mapping[str, Scales],
+        matmul: RemoteMatmul,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._groups = groups
+        self._scales = scales
+        self._matmul = matmul
+        self._bias = bias
+
+    @property
+    def most_tokens(self) -> int:
+        """As many as have 2^27 logits, and no more than a ciphertext has."""
+        vocabulary = sum(group.out_features for group in self._groups)
+        return min(max(_MOST_LOGITS // vocabulary, 1), SLOTS)
+
+    def __call__(
+        self, hidden: torch.Tensor
+    ) -> tuple[Iterator[torch.Tensor], Callable[[Iterable[torch.Tensor]], torch.Tensor]]:
+        """Slices of the logits of hidden states [n, H], n ≤ 2048, and the way back."""
+        return self._logits(hidden), self._input_gradient
+
+    def _logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        operands = (
+            Multiplication(Product(group, "forward"), hidden, self._scales[group.name])
+            for group in self._groups
+        )
+        products, first = self._matmul.multiply_each(operands), 0
+        for group, y in zip(self._groups, products, strict=True):
+            y = y.to(hidden.device)
+            if self._bias is not None:
+                y += self._bias[first : first + group.out_features]
+            first += group.out_features
+            yield y
+
+    def _input_gradient(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        operands = (
+            Multiplication(Product(group, "backward"), gradient, self._scales[group.name].transposed)
+            for group, gradient in zip(self._groups, gradients, strict=True)
+        )
+        products = self._matmul.multiply_each(operands)
+        total = next(products)
+        for each in products:
+            total += each
+        return total

@@ -11,10 +11,10 @@ from peft import PeftModel
 from hetrain.nn.attention import RowLayout
 from hetrain.nn.dropout import SeededDropout
 from hetrain.nn.lora import adapter_parameters, take_branch
-from hetrain.nn.loss import OutputHead, summed_loss
+from hetrain.nn.loss import LocalHead, OutputHead, summed_loss
 from hetrain.nn.memory.saved_tensors import HalfSaver
 from hetrain.nn.prefix import FrozenPrefix, PrefixStore
-from hetrain.nn.remote import ProductStats, RemoteGroup, RemoteLinear, RemoteMatmul
+from hetrain.nn.remote import ProductStats, RemoteGroup, RemoteHead, RemoteLinear, RemoteMatmul
 from hetrain.nn.split import SplitModel
 from hetrain.nn.trial_run import hidden_states
 from hetrain.secret.engine import Sealer
@@ -37,12 +37,12 @@ class Replica:
         self.parameters = adapter_parameters(self.model)
         self._causal = self.model.get_base_model()
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
-        self._head = OutputHead.of(self._causal)
         self._saver = HalfSaver(self.model.parameters())
         self._dropouts = [m for m in self.model.modules() if isinstance(m, SeededDropout)]
         self._prefix = None if prefixes is None else FrozenPrefix(self._causal, prefixes)
         self._sealer = sealer
         self._matmul = RemoteMatmul(channel, sealer, self.stats)
+        self._head = OutputHead.of(self._causal, self._projection(split))
         self._bind(split, self._matmul)
 
     def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
@@ -90,9 +90,16 @@ class Replica:
             parameter.grad = None
         return gradients
 
+    def _projection(self, split: SplitModel) -> RemoteHead | LocalHead:
+        """To logits, by workers where the plan has the output head."""
+        head = self._causal.get_output_embeddings()
+        return (
+            RemoteHead(split.head, split.scales, self._matmul, head.bias) if split.head else LocalHead(head)
+        )
+
     def _bind(self, split: SplitModel, matmul: RemoteMatmul) -> None:
         """Gives every `RemoteLinear` its group, and the group the adapters of its linears."""
-        for group in split.plan.groups:
+        for group in split.block_groups:
             branches, end = [], 0
             linears = [self._causal.get_submodule(member.module) for member in group.members]
             for linear, member in zip(linears, group.members, strict=True):

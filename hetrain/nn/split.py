@@ -1,13 +1,14 @@
 """Splitting a model: what the client loads, which linears are outsourced, and how they group.
 
 The architecture comes from transformers and is built without weights. Linears inside the decoder's blocks
-that are to be outsourced are replaced by `RemoteLinear`; everything else is loaded. A trial on a few tokens
-then shows which of them share an input, and that the model gives the same logits, its norms and gates fused.
+that are to be outsourced, and the output head, are replaced by `RemoteLinear`; everything else is loaded. A
+trial on a few tokens then shows which of them share an input, and that the model gives the same logits, its
+norms and gates fused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hetrain.nn.checkpoint_io.checkpoint_names import tensor_names
 from hetrain.nn.checkpoint_io.loading import load_kept, skeleton, tensor_of
-from hetrain.nn.families import Linear, block_linears, is_transposed, shape_of
+from hetrain.nn.families import Linear, block_linears, is_transposed, output_head, shape_of
 from hetrain.nn.fused import fuse_layers
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.trial_run import shared_inputs
@@ -24,6 +25,10 @@ from hetrain.public.errors import ModelError, UsageError, WireError
 from hetrain.public.model.files import ModelFiles
 from hetrain.public.model.quantization import Scales
 from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_group
+
+HEAD_ROWS = 8192
+"""Outputs of one group of the output head. Its gradient with respect to the hidden states is a sum over the
+vocabulary: groups keep the noise of their products, and the memory that these take, small."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class SplitModel:
         causal: the transformers model; its outsourced linears are `RemoteLinear`, bound to nothing yet.
         plan: what client and workers agree on.
         scales: per group, the scales of its int8 matrix.
+        head: those groups of the plan, its last ones, that are slices of the output head; none: it is not
+            outsourced.
         block_linears: names of all linears of the decoder's blocks, outsourced or not.
         client_parameters: numbers that the client holds.
         conv1d: whether the blocks have linears whose matrix is stored transposed, as GPT-2's ``Conv1D``.
@@ -42,9 +49,15 @@ class SplitModel:
     causal: PreTrainedModel
     plan: Plan
     scales: dict[str, Scales]
+    head: tuple[Group, ...]
     block_linears: tuple[str, ...]
     client_parameters: int
     conv1d: bool
+
+    @property
+    def block_groups(self) -> tuple[Group, ...]:
+        """The plan's groups of linears inside the decoder's blocks."""
+        return self.plan.groups[: len(self.plan.groups) - len(self.head)]
 
 
 OnMatrix = Callable[[Group, torch.Tensor], None]
@@ -61,29 +74,39 @@ def split_model(
     Args:
         checkpoint: the whole model.
         outsource: globs (`fnmatch.fnmatchcase`) on full module names, as in ``model.layers.*.mlp.down_proj``.
-            Linears of the decoder's blocks that match any are outsourced; the others are loaded as they are.
+            Linears of the decoder's blocks, and the output head, that match any are outsourced; the others
+            are loaded as they are.
         on_matrix: called once with each group's matrix.
 
     Raises:
-        UsageError: a pattern matches no linear of the blocks.
+        UsageError: a pattern matches no such linear.
         ModelError: the checkpoint lacks a tensor.
         UnsupportedArchitecture: the model has a part that can neither be outsourced nor kept apart.
     """
     causal = skeleton(checkpoint)
     linears = block_linears(causal)
     tensors = tensor_names(causal, checkpoint)
-    outsourced = {name: linears[name] for name in _matching(linears, outsource)}
+    head = _head(causal, tensors)
+    chosen = _matching([*linears, *head], outsource)
     members = {
-        name: _member(name, linear, tensor_of(tensors, checkpoint, f"{name}.weight"))
-        for name, linear in outsourced.items()
+        name: _member(name, linears[name], tensor_of(tensors, checkpoint, f"{name}.weight"))
+        for name in chosen
+        if name in linears
     }
-    remotes = {name: _replace(causal, name, linear) for name, linear in outsourced.items()}
+    slices = [
+        part
+        for name in chosen
+        if name in head
+        for part in _slices(_member(name, head[name], tensors[f"{name}.weight"]))
+    ]
+    remotes = {name: _replace(causal, name, (linears | head)[name]) for name in chosen}
     load_kept(causal, checkpoint, tensors)
     causal.eval()
     fuse_layers(causal)
+    grouped = [[members[name] for name in names] for names in shared_inputs(causal, remotes)]
     groups, scales = [], {}
-    for names in shared_inputs(causal, remotes):
-        group, scale = _plan_group([members[name] for name in names], checkpoint, on_matrix)
+    for together in (*grouped, *([one] for one in slices)):
+        group, scale = _plan_group(together, checkpoint, on_matrix)
         groups.append(group)
         scales[group.name] = scale
     causal.requires_grad_(False)
@@ -92,10 +115,27 @@ def split_model(
         causal=causal,
         plan=Plan(model=checkpoint.label, groups=tuple(groups)),
         scales=scales,
+        head=tuple(groups[len(grouped) :]),
         block_linears=tuple(linears),
         client_parameters=sum(held.values()),
         conv1d=any(map(is_transposed, linears.values())),
     )
+
+
+def _head(causal: PreTrainedModel, tensors: Mapping[str, str]) -> dict[str, Linear]:
+    """The output head by its name, if it can be outsourced."""
+    found = output_head(causal)
+    return {} if found is None or f"{found[0]}.weight" not in tensors else dict([found])
+
+
+def _slices(member: Member) -> list[Member]:
+    """The linear, `HEAD_ROWS` outputs at a time."""
+    starts = range(0, member.out_features, HEAD_ROWS)
+    widths = (min(HEAD_ROWS, member.out_features - start) for start in starts)
+    return [
+        member.model_copy(update={"first": start, "out_features": width})
+        for start, width in zip(starts, widths, strict=True)
+    ]
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -106,7 +146,7 @@ def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
         if not matches:
             examples = {name.rpartition(".")[2]: name for name in reversed(known)}
             raise UsageError(
-                f"{pattern!r} matches no linear of the decoder's blocks",
+                f"{pattern!r} matches no linear of the decoder's blocks, nor the output head",
                 field="outsource",
                 hint=f"patterns match whole names, here {', '.join(sorted(examples.values()))} and those of "
                 "the other blocks; `hetrain plan` shows what a pattern takes",

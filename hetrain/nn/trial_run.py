@@ -1,9 +1,9 @@
 """A trial of a split model on a few tokens: which linears share an input, and whether splitting is faithful.
 
 The outsourced matrices are not there, so their linears return features of their input, picked at random but
-always the same ones; the client's own linears compute their products. So the model must give the same logits
-twice: from packed rows, as training runs it, and from each row alone, with the original attention, positions,
-norms, gates and output head.
+always the same ones, and so does an outsourced output head; the client's own linears compute their products.
+So the model must give the same logits twice: from packed rows, as training runs it, and from each row alone,
+with the original attention, positions, norms, gates and output head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hetrain.nn.attention import RowLayout, packed_rows
 from hetrain.nn.families import OWN_ATTENTION
 from hetrain.nn.fused import as_in_transformers
-from hetrain.nn.loss import OutputHead
+from hetrain.nn.loss import plain_logits
 from hetrain.nn.remote import RemoteLinear
 from hetrain.public.errors import UnsupportedArchitecture
 
@@ -63,14 +63,15 @@ def hidden_states(
 
 
 def shared_inputs(causal: PreTrainedModel, remotes: Mapping[str, RemoteLinear]) -> list[list[str]]:
-    """Names of the linears that share an input, group by group in order of evaluation.
+    """Names of the linears that share an input, group by group in order of evaluation, the head left out.
 
     Raises:
         UnsupportedArchitecture: the model cannot run on packed rows, or gives other logits there.
     """
-    tracer, names = InputTracer(), list(remotes)
-    for index, name in enumerate(names):
-        tracer.attach(index, remotes[name])
+    tracer, head = InputTracer(), causal.get_output_embeddings()
+    names = [name for name, remote in remotes.items() if remote is not head]
+    for index, remote in enumerate(remotes.values()):
+        tracer.attach(index, remote)
     try:
         with torch.inference_mode():
             grouped = _try_out(causal, tracer, names)
@@ -105,7 +106,7 @@ def _try_out(causal: PreTrainedModel, tracer: InputTracer, names: list[str]) -> 
     if not any(getattr(module, "row_attention_seen", False) for module in causal.modules()):
         raise UnsupportedArchitecture(OWN_ATTENTION, where=type(causal.base_model).__name__)
     tracer.calls.clear()
-    _require_same_logits(causal, tokens, OutputHead.of(causal)(packed))
+    _require_same_logits(causal, tokens, plain_logits(causal, packed))
     return groups
 
 

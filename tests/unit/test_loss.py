@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hetrain.nn.loss import OutputHead, summed_loss
+from hetrain.nn.loss import LocalHead, OutputHead, summed_loss
 from hetrain.nn.memory.bfloat16 import add_product, has_bfloat16_tiles
 from hetrain.nn.memory.low_precision import StoredHead
 
@@ -23,7 +23,7 @@ def test_loss_is_that_of_float64(dtype: torch.dtype, scale: float, cap: float | 
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator, requires_grad=True)
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     targets[::7] = -100
-    loss = summed_loss(hidden, targets, OutputHead(head, scale, cap))
+    loss = summed_loss(hidden, targets, OutputHead(LocalHead(head), scale, cap))
     (gradient,) = torch.autograd.grad(loss, hidden)
     exact = hidden.detach().double().requires_grad_()
     logits = scale * (exact @ weight.double().t() + head.bias.double())

@@ -14,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from hetrain.config import LoraConfig
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
-from hetrain.nn.split import split_model
+from hetrain.nn.split import HEAD_ROWS, split_model
 from hetrain.public.errors import UsageError
 from hetrain.public.model.files import resolve
 from hetrain.train.step import run_step
 from tests.harness.split_model import (
     FAMILIES,
+    SIZES,
+    Family,
     SplitHarness,
     assert_faithful,
     assert_nothing_held,
@@ -82,6 +84,7 @@ SUBSETS = {
         (f"{NEOX_MLP}.dense_h_to_4h", f"{NEOX_MLP}.dense_4h_to_h"),
         (f"{NEOX_MLP}.dense_h_to_4h",),
     ),
+    "the output head alone": Subset("llama", ("lm_head",), ("lm_head",)),
     "Conv1D below Conv1D": Subset(
         "gpt2",
         ("*.attn.c_proj", "*.1.mlp.c_fc"),
@@ -103,6 +106,21 @@ def test_any_subset_gives_the_same_loss_and_gradients(name: str, tmp_path: Path)
     assert [group for way, group in harness.requests if way == "forward"] == heads
     backward = [group for way, group in harness.requests if way == "backward"]
     assert sorted(backward) == sorted(set(heads) - set(subset.bottom))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_large_output_head_leaves_in_slices(tied: bool, tmp_path: Path) -> None:
+    vocabulary = 2 * HEAD_ROWS + 5
+    sizes = SIZES | {"vocab_size": vocabulary, "tie_word_embeddings": tied}
+    save_model(Family("llama", sizes), tmp_path)
+    harness = SplitHarness(tmp_path)
+    heads = ["lm_head", f"lm_head/{HEAD_ROWS}", f"lm_head/{2 * HEAD_ROWS}"]
+    assert [group.name for group in harness.split.head] == heads
+    assert [group.out_features for group in harness.split.head] == [HEAD_ROWS, HEAD_ROWS, 5]
+    assert_faithful(harness)
+    assert_nothing_held(harness)
+    assert [group for way, group in harness.requests if way == "forward"][-3:] == heads
+    assert [group for way, group in harness.requests if way == "backward"][:3] == heads
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -146,7 +164,8 @@ def test_a_fresh_adapter_is_the_same_whatever_leaves(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "patterns", [("*.nope",), ("*", "down_proj"), ("lm_head",), ("*.Mlp.*",), ("model.layers.2.*",), ("",)]
+    "patterns",
+    [("*.nope",), ("*", "down_proj"), ("model.lm_head",), ("*.Mlp.*",), ("model.layers.2.*",), ("",)],
 )
 def test_a_pattern_that_matches_nothing_is_refused(patterns: tuple[str, ...], tmp_path: Path) -> None:
     save_model(FAMILIES["llama"], tmp_path)

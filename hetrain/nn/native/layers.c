@@ -4,6 +4,7 @@
  *     rms_norm_backward   dx = r·(w∘dy - x'·mean(w∘dy∘x')), x' = x·r
  *     gate                y = act(g)∘u
  *     gate_backward       dg = dy∘u∘act'(g), du = dy∘act(g)
+ *     exponentials        z becomes e^(z - m), m = max z; and its sum
  *
  * act(g) = g·sigmoid(p(g)): SiLU with p(g) = g, or GELU by tanh, since (1 + tanh(z))/2 = sigmoid(2z), with
  * p(g) = sqrt(8/pi)·(g + 0.044715·g^3).
@@ -48,6 +49,12 @@ typedef struct {
     float *both; /* [rows, 2·width], contiguous, written: dg beside du */
 } gate_backward_arguments;
 
+typedef struct {
+    int64_t level, rows, width, z_stride;
+    float *z;              /* [rows, width], changed */
+    float *largest, *sums; /* [rows], written */
+} exponentials_arguments;
+
 #define BODY "layers_body.h"
 #include "levels.h"
 
@@ -55,9 +62,10 @@ DISPATCH(rms_norm)
 DISPATCH(rms_norm_backward)
 DISPATCH(gate)
 DISPATCH(gate_backward)
+DISPATCH(exponentials)
 
 /* Changes with every structure above: layers_library.py refuses another one. */
 int hetrain_interface(void)
 {
-    return 1;
+    return 2;
 }

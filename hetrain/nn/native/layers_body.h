@@ -9,11 +9,15 @@
 #define fused AT_LEVEL(fused)
 #define all AT_LEVEL(all)
 #define clamped AT_LEVEL(clamped)
+#define exponential AT_LEVEL(exponential)
+#define exponential_of AT_LEVEL(exponential_of)
 #define one_and_exponential AT_LEVEL(one_and_exponential)
 #define active AT_LEVEL(active)
 #define activation AT_LEVEL(activation)
 #define sum_of_products AT_LEVEL(sum_of_products)
 #define inverse_rms AT_LEVEL(inverse_rms)
+#define larger AT_LEVEL(larger)
+#define sum_of_parts AT_LEVEL(sum_of_parts)
 #define gate_rows AT_LEVEL(gate_rows)
 #define gate_backward_rows AT_LEVEL(gate_backward_rows)
 
@@ -74,6 +78,14 @@ INLINE floats clamped(floats x, float low, float high)
 
 /* ---- Norms ---- */
 
+INLINE float sum_of_parts(float *parts)
+{
+    for (int64_t half = SUMS / 2; half; half /= 2)
+        for (int64_t k = 0; k < half; k++)
+            parts[k] += parts[k + half];
+    return parts[0];
+}
+
 /* sum of a∘b, or of w∘a∘b */
 INLINE float sum_of_products(const float *a, const float *b, const float *w, int64_t width)
 {
@@ -88,10 +100,7 @@ INLINE float sum_of_products(const float *a, const float *b, const float *w, int
     memcpy(parts, sums, sizeof parts);
     for (int64_t k = 0; i + k < width; k++)
         parts[k] += w ? w[i + k] * a[i + k] * b[i + k] : a[i + k] * b[i + k];
-    for (int64_t half = SUMS / 2; half; half /= 2)
-        for (int64_t k = 0; k < half; k++)
-            parts[k] += parts[k + half];
-    return parts[0];
+    return sum_of_parts(parts);
 }
 
 INLINE float inverse_rms(const float *x, int64_t width, float epsilon)
@@ -133,9 +142,13 @@ static void AT_LEVEL(rms_norm_backward)(const rms_norm_backward_arguments *a)
 
 #define LARGEST_GATE 64.0f /* beyond, p(g) is so far from 0 that sigmoid(p(g)) is 0 or 1 */
 
-/* 1 + e^t within 1e-6 of it: e^t = 2^n·e^r, |r| ≤ ln(2)/2, with Taylor's polynomial of degree 6 for e^r, which is within
- * 2e-7. Infinite from 88.4 on. */
-INLINE floats one_and_exponential(floats t)
+typedef struct {
+    floats mantissa, power;
+} exponential;
+
+/* e^t = 2^n·e^r, |r| ≤ ln(2)/2, with Taylor's polynomial of degree 6 for e^r, which is within 2e-7. No less than e^-87;
+ * infinite from 88.4 on. */
+INLINE exponential exponential_of(floats t)
 {
     const float to_integer = 12582912.0f; /* 1.5·2^23: what is added to it is rounded to an integer, in the low bits */
     const floats bounded = clamped(t, -87.0f, 89.0f); /* n from -126, of a normal number, to 128, of infinity */
@@ -148,7 +161,14 @@ INLINE floats one_and_exponential(floats t)
     e = fused(e, r, all(0.5f));
     e = fused(e, r, all(1.0f));
     e = fused(e, r, all(1.0f));
-    return fused(e, (floats)(((words)shifted + 127) << 23), all(1.0f));
+    return (exponential){e, (floats)(((words)shifted + 127) << 23)};
+}
+
+/* 1 + e^t, within 1e-6 of it */
+INLINE floats one_and_exponential(floats t)
+{
+    const exponential e = exponential_of(t);
+    return fused(e.mantissa, e.power, all(1.0f));
 }
 
 typedef struct {
@@ -220,4 +240,45 @@ static void AT_LEVEL(gate_backward)(const gate_backward_arguments *a)
         gate_backward_rows(a, 1);
     else
         gate_backward_rows(a, 0);
+}
+
+/* ---- Softmax ---- */
+
+INLINE floats larger(floats a, floats b)
+{
+    const ints above = (ints)(a > b);
+    return (floats)((above & (ints)a) | (~above & (ints)b));
+}
+
+static void AT_LEVEL(exponentials)(const exponentials_arguments *a)
+{
+    const int64_t rest = a->width % LANES, whole = a->width - rest;
+    for (int64_t row = 0; row < a->rows; row++) {
+        float *const z = a->z + row * a->z_stride;
+        floats highest = all(z[0]), sums = all(0.0f);
+        for (int64_t i = 0; i < whole; i += LANES)
+            highest = larger(get(z + i), highest);
+        float largest = z[0], sum = 0.0f;
+        for (int64_t k = 0; k < LANES; k++)
+            largest = highest[k] > largest ? highest[k] : largest;
+        for (int64_t i = whole; i < a->width; i++)
+            largest = z[i] > largest ? z[i] : largest;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const exponential e = exponential_of(get(z + i) - largest);
+            const floats value = e.mantissa * e.power;
+            put(z + i, value);
+            sums += value;
+        }
+        if (rest) {
+            const exponential e = exponential_of(get_some(z + whole, rest) - largest);
+            const floats value = e.mantissa * e.power;
+            memcpy(z + whole, &value, sizeof(float) * (size_t)rest);
+            for (int64_t k = 0; k < rest; k++)
+                sum += value[k];
+        }
+        for (int64_t k = 0; k < LANES; k++)
+            sum += sums[k];
+        a->largest[row] = largest;
+        a->sums[row] = sum;
+    }
 }

@@ -17,13 +17,14 @@ from hetrain.nn.families import Activation
 from hetrain.public import compiled
 from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
 
-_INTERFACE = 1
-_KERNELS = ("rms_norm", "rms_norm_backward", "gate", "gate_backward")
+_INTERFACE = 2
+_KERNELS = ("rms_norm", "rms_norm_backward", "gate", "gate_backward", "exponentials")
 
 _NormArguments = structure("level rows width x_stride x* weight* epsilon~ y*")
 _NormBackwardArguments = structure("level rows width x_stride dy_stride x* weight* dy* epsilon~ dx*")
 _GateArguments = structure("level rows width g_stride u_stride is_gelu g* u* y*")
 _GateBackwardArguments = structure("level rows width g_stride u_stride dy_stride is_gelu g* u* dy* both*")
+_ExponentialsArguments = structure("level rows width z_stride z* largest* sums*")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,19 @@ class NativeLayers:
             )
         )
         return both
+
+    def exponentials(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z becomes e^(z − m), m its rows' largest values. Returns m and the sums of rows, both [rows]."""
+        _require_rows(z)
+        largest, sums = torch.empty(2, len(z), dtype=torch.float32)
+        self.found.hetrain_exponentials(
+            ctypes.byref(
+                _ExponentialsArguments(
+                    self.level, *z.shape, z.stride(0), z.data_ptr(), largest.data_ptr(), sums.data_ptr()
+                )
+            )
+        )
+        return largest, sums
 
 
 def _require_rows(*operands: torch.Tensor) -> None:

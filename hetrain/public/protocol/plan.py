@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -22,15 +24,22 @@ class _Part(BaseModel):
 
 
 class Member(_Part):
-    """One linear of a group: its module, its tensor in the checkpoint, and its width.
+    """One linear of a group, or a slice of its outputs: its module, its tensor in the checkpoint, its width.
 
-    `transposed` says that the checkpoint stores [in, out] (GPT-2's ``Conv1D``) instead of [out, in].
+    `transposed` says that the checkpoint stores [in, out] (GPT-2's ``Conv1D``) instead of [out, in]. `first`
+    is the linear's output that is the slice's first one.
     """
 
     module: Name
     tensor: Name
     out_features: Size
     transposed: bool = False
+    first: Annotated[int, Field(ge=0, lt=1 << 24)] = 0
+
+    @property
+    def end(self) -> int:
+        """The linear's output after the last one."""
+        return self.first + self.out_features
 
 
 class Group(_Part):
@@ -55,11 +64,12 @@ class Group(_Part):
 def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:
     """The group of linears whose stacked int8 matrix is `values` [out_features, in_features].
 
-    It goes by the name of its first module.
+    It goes by the name of its first module, and a slice by its first output, too.
     """
     forward, backward = norms_of(values)
+    first = members[0]
     return Group(
-        name=members[0].module,
+        name=f"{first.module}/{first.first}" if first.first else first.module,
         members=members,
         in_features=values.shape[1],
         forward=forward,
@@ -90,7 +100,7 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
 
     Raises:
         WireError: it is larger than `MAX_PLAN_BYTES`, its digest differs, it is malformed, or two groups
-            share a name or a tensor.
+            share a name or a tensor's rows.
     """
     if len(data) > MAX_PLAN_BYTES:
         raise WireError(
@@ -102,21 +112,27 @@ def parse_plan(data: bytes | bytearray | memoryview, digest: str) -> Plan:
     plan = parse(Plan, raw, where="plan")
     if len({group.name for group in plan.groups}) != len(plan.groups):
         raise WireError("two groups of the plan share a name")
-    tensors = [member.tensor for group in plan.groups for member in group.members]
-    if len(set(tensors)) != len(tensors):
-        raise WireError("two linears of the plan share a tensor")
+    if _overlap(member for group in plan.groups for member in group.members):
+        raise WireError("two linears of the plan share rows of a tensor")
     return plan
 
 
+def _overlap(members: Iterable[Member]) -> bool:
+    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for member in members:
+        ranges[member.tensor].append((member.first, member.end))
+    return any(low[1] > high[0] for each in ranges.values() for low, high in pairwise(sorted(each)))
+
+
 def check_shapes(group: Group, shape_of: Callable[[str], tuple[int, ...]]) -> None:
-    """Raises `WireError` unless a checkpoint's tensors, by name, have the shapes that `group` says."""
+    """Raises `WireError` unless a checkpoint's tensors, by name, have the rows and columns of `group`."""
     for member in group.members:
-        expected = (member.out_features, group.in_features)
         shape = shape_of(member.tensor)
-        if shape != (expected[::-1] if member.transposed else expected):
+        outputs, inputs = (shape[::-1] if member.transposed else shape) if len(shape) == 2 else (0, 0)
+        if outputs < member.end or inputs != group.in_features:
             raise WireError(
                 f"tensor {member.tensor} has shape {'×'.join(map(str, shape))}, the plan says "
-                f"{expected[0]} outputs and {expected[1]} inputs",
+                f"{member.end} outputs and {group.in_features} inputs",
                 where=member.module,
             )
 
@@ -140,13 +156,12 @@ def stack_group(members: tuple[Member, ...], read_tensor: Callable[[str], torch.
                 f"tensor {member.tensor} has {weight.dim()} dimensions, not 2", where=member.module
             )
         part = weight.t() if member.transposed else weight
-        if part.shape[0] != member.out_features:
+        if part.shape[0] < member.end:
             raise WireError(
-                f"tensor {member.tensor} has {part.shape[0]} output channels, "
-                f"the plan says {member.out_features}",
+                f"tensor {member.tensor} has {part.shape[0]} output channels, the plan says {member.end}",
                 where=member.module,
             )
-        parts.append(part)
+        parts.append(part[member.first : member.end])
     if len({part.shape[1] for part in parts}) != 1:
         raise WireError("the members of a group differ in their input width", where=members[0].module)
     return quantize(torch.cat(parts))
