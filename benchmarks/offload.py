@@ -57,7 +57,7 @@ def report(readings: Sequence[Usage], tokens: int, **more: float) -> None:
     print(json.dumps({**means, "tokens": tokens, "peak_rss_bytes": peak, **more}))
 
 
-def client(model: str, updates: int) -> None:
+def client(model: str, updates: int, tokens: int | None) -> None:
     """Trains and reports on this process."""
     import hetrain
 
@@ -71,7 +71,7 @@ def client(model: str, updates: int) -> None:
         if metrics.step > len(readings):
             readings.append(Usage.now())
 
-    config = hetrain.TrainingConfig(max_steps=updates + 1, max_length=ROW_TOKENS)
+    config = hetrain.TrainingConfig(max_steps=updates + 1, max_length=ROW_TOKENS, batch_tokens=tokens)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
         write_text_rows(data, rows=config.tokens_per_update // ROW_TOKENS, tokens=ROW_TOKENS)
@@ -81,7 +81,7 @@ def client(model: str, updates: int) -> None:
     report(readings, result.tokens // (updates + 1), wire_bytes=wire / (updates + 1))
 
 
-def plain(model: str, updates: int, dtype: str) -> None:
+def plain(model: str, updates: int, tokens: int | None, dtype: str) -> None:
     """Trains with stock peft and reports on this process."""
     import torch
 
@@ -92,7 +92,7 @@ def plain(model: str, updates: int, dtype: str) -> None:
     from hetrain.nn.lora import adapter_parameters
     from hetrain.train.session import open_base
 
-    config, base = TrainingConfig(), open_base(model)
+    config, base = TrainingConfig(batch_tokens=tokens), open_base(model)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
         write_text_rows(data, rows=config.tokens_per_update // ROW_TOKENS, tokens=ROW_TOKENS)
@@ -113,12 +113,12 @@ def plain(model: str, updates: int, dtype: str) -> None:
     report(readings, sum(batch.n_tokens for batch in batches))
 
 
-def measure(shape: str, updates: int, kinds: Sequence[str]) -> dict[str, Any]:
+def measure(shape: str, updates: int, tokens: int | None, kinds: Sequence[str]) -> dict[str, Any]:
     """The client and the plain trainings of a shape, one after the other."""
     model = MODELS[shape]()
     run_watched([sys.executable, "-m", "cli", "prepare", model, "--quiet"])
-    calls: dict[str, Callable[[], str]] = {"client": lambda: f"client({model!r}, {updates})"}
-    calls |= {kind: lambda kind=kind: f"plain({model!r}, {updates}, {kind!r})" for kind in kinds}  # type: ignore[misc]
+    calls: dict[str, Callable[[], str]] = {"client": lambda: f"client({model!r}, {updates}, {tokens})"}
+    calls |= {kind: lambda kind=kind: f"plain({model!r}, {updates}, {tokens}, {kind!r})" for kind in kinds}  # type: ignore[misc]
     return {"shape": shape, "updates": updates, "runs": {name: _run(call()) for name, call in calls.items()}}
 
 
@@ -171,10 +171,14 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--shapes", nargs="+", choices=MODELS, default=[SMOLLM2])
     parser.add_argument("--updates", type=int, default=3, help="measured ones; one more comes before")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of an update; default: as for submit")
     parser.add_argument("--plain", nargs="*", choices=PLAIN, default=list(PLAIN))
     arguments = parser.parse_args()
     before = environment()
-    measured = [measure(shape, arguments.updates, arguments.plain) for shape in arguments.shapes]
+    measured = [
+        measure(shape, arguments.updates, arguments.batch_tokens, arguments.plain)
+        for shape in arguments.shapes
+    ]
     print(table(measured))
     write({"shapes": measured, "environment": before}, arguments.json)
 

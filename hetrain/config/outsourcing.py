@@ -29,8 +29,9 @@ class OutsourcingConfig:
     )
     outsource: tuple[str, ...] = setting(
         ("*",),
-        "Glob on full module names, as in 'model.layers.*.mlp.*', repeatable: only matching linears of the "
-        "decoder blocks go to workers, the others run on the client, with adapters all the same. "
+        "Glob on full module names, as in 'model.layers.*.mlp.*' or 'lm_head', repeatable: only matching "
+        "linears of the decoder blocks, and the output head, go to workers; the others run on the client, "
+        "with adapters all the same. "
         "`hetrain plan` also takes auto: what pays at its link.",
         metavar="PATTERN",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 
 from hetrain.public.protocol.plan import Group
 
@@ -24,7 +25,8 @@ def choose(
     For a group of K inputs and n outputs all that leaving costs grows with K + n (bytes, encryption), and all
     that it saves with K·n (products, memory of weights). So groups leave in the order of K·n / (K + n), the
     largest first, and equal ones in the plan's order; what is chosen is how many. That is the best choice
-    where all groups are equal, and otherwise falls short of it by less than one group.
+    where all groups are equal, and otherwise falls short of it by less than one group. Slices of one linear
+    leave together.
 
     Args:
         groups: of the plan.
@@ -34,8 +36,12 @@ def choose(
     Returns:
         Of all numbers of groups that fit, those of the fastest job; the fewest of equally fast ones.
     """
-    order = sorted(range(len(groups)), key=lambda index: -_gain(groups[index]))
-    prefixes = [tuple(groups[index] for index in sorted(order[:count])) for count in range(len(groups) + 1)]
+    units = [tuple(slices) for _, slices in groupby(groups, key=lambda group: group.members[0].module)]
+    order = sorted(range(len(units)), key=lambda index: -_gain(units[index][0]))
+    prefixes = [
+        tuple(chain.from_iterable(units[index] for index in sorted(order[:count])))
+        for count in range(len(units) + 1)
+    ]
     judged = [(prefix, judge(prefix)) for prefix in prefixes]
     fitting = [(prefix, each) for prefix, each in judged if each.memory <= limit]
     if not fitting:

@@ -27,6 +27,7 @@ WITHOUT_DATA = 1_000_000
 _ROW_TOKENS = 256
 _PROCESS_BYTES = 600e6
 _LOGITS_AT_ONCE, _LOGITS_TOKENS = 1 << 26, 512
+_REMOTE_LOGITS_AT_ONCE = 1 << 27
 _FORMAT = ResultFormat(parameters_for(SLOTS))
 
 
@@ -39,12 +40,20 @@ class ModelFacts:
         linear_weights: of these, weights of the decoder blocks' linears, outsourced or not.
         vocabulary: rows of the output head.
         stored_bytes: of a number of embeddings and output head.
+        head: name of the output head.
+        head_weights: its numbers; 0 if they are those of the embeddings.
     """
 
     parameters: int
     linear_weights: int
     vocabulary: int
     stored_bytes: int
+    head: str = ""
+    head_weights: int = 0
+
+    def is_head(self, group: Group) -> bool:
+        """Whether the group is a slice of the output head."""
+        return group.members[0].module == self.head
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,10 @@ class Surroundings:
 
         return choose(groups, judge, self.limit)
 
+    def _inside(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of the decoder's blocks."""
+        return [group for group in groups if not self.facts.is_head(group)]
+
     def _work(self, groups: Sequence[Group]) -> Work:
         fill, tokens = _fill(self.training.tokens_per_micro_batch), self.training.tokens_per_micro_batch
         shapes = [(group.in_features, group.out_features) for group in groups]
@@ -152,19 +165,20 @@ class Surroundings:
             tokens=self.tokens,
             bytes_up=fill * sum(_FORMAT.operand_bytes(k) for k, _ in both) / SLOTS,
             bytes_down=fill * sum(_FORMAT.result_bytes(n) for _, n in both) / SLOTS,
-            weights=sum(k * n for k, n in shapes),
+            weights=_weights(groups),
             products=len(both),
             micro_batches=self.tokens / tokens,
             at_once=self.training.replicas,
         )
 
     def _costs(self, measured: Probe, groups: Sequence[Group], work: Work) -> MachineCosts:
-        """Client: blocks without products, head, linears that stayed, values and bytes of the others."""
+        """Client: blocks without products, head or loss, linears that stayed, values and bytes of others."""
         crypto, values = measured.crypto, _values(groups) * _fill(self.training.tokens_per_micro_batch)
-        kept = self.facts.linear_weights - work.weights
+        kept = self.facts.linear_weights - _weights(self._inside(groups))
+        leaves = len(self._inside(groups)) < len(groups)
         client_s = (
             measured.layers * measured.client_block_s
-            + measured.client_head_s
+            + (measured.client_softmax_s if leaves else measured.client_head_s)
             + kept * measured.weight_s
             + values * (crypto.seal_s + crypto.open_s)
             + (work.bytes_up + work.bytes_down) * crypto.byte_s
@@ -177,23 +191,27 @@ class Surroundings:
 
         client    stored·(embeddings, head, norms) + 4·(linears that stayed) + r·T·L·(saved)
                   + r·2048·(11·k + 8·n) of the largest product + 5·rows·Σ(K + n) of verification
-                  + 8·min(512·V, 2^26) of logits + the process
+                  + logits: 8·min(512·V, 2^26), or r·4·min(T·V, 2^27) of an outsourced head + the process
         local     4·(all parameters) + T·(L·(saved) + 12·V) + the process
 
         `saved` is what a block keeps of a token for its backward pass. Buffers that the allocator does not
         give back are not counted; they may be half as much again.
         """
         facts, tokens, at_once = self.facts, self.training.tokens_per_micro_batch, self.training.replicas
-        kept = facts.linear_weights - sum(group.in_features * group.out_features for group in groups)
+        inside = self._inside(groups)
+        leaves = len(inside) < len(groups)
+        logits = 8 * min(_LOGITS_TOKENS * facts.vocabulary, _LOGITS_AT_ONCE)
+        if leaves:
+            logits = at_once * 4 * min(tokens * facts.vocabulary, _REMOTE_LOGITS_AT_ONCE)
         wide = [(group.in_features, group.out_features) for group in groups]
         largest = max((11 * max(pair) + 8 * min(pair) for pair in wide), default=0)
         client = (
-            facts.stored_bytes * (facts.parameters - facts.linear_weights)
-            + 4 * kept
+            facts.stored_bytes * (facts.parameters - facts.linear_weights - leaves * facts.head_weights)
+            + 4 * (facts.linear_weights - _weights(inside))
             + at_once * tokens * measured.layers * measured.client_saved
             + at_once * SLOTS * largest
             + 5 * KEPT_ROWS * _values(groups)
-            + 8 * min(_LOGITS_TOKENS * facts.vocabulary, _LOGITS_AT_ONCE)
+            + logits
         )
         local = 4 * facts.parameters + tokens * (
             measured.layers * measured.local_saved + 12 * facts.vocabulary
@@ -262,6 +280,10 @@ def _fill(tokens: int) -> float:
     """Slots that travel for each token: rings have 256, 512, 1024 or 2048, and need not be full."""
     whole, rest = divmod(tokens, SLOTS)
     return (whole * SLOTS + (parameters_for(rest).ring_degree if rest else 0)) / tokens
+
+
+def _weights(groups: Sequence[Group]) -> int:
+    return sum(group.in_features * group.out_features for group in groups)
 
 
 def _values(groups: Sequence[Group]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,20 @@ from hetrain.inspection.crypto_probe import CryptoCosts, measure_crypto
 from hetrain.inspection.stopwatch import seconds_per_token
 from hetrain.nn.checkpoint_io.loading import skeleton
 from hetrain.nn.families import block_linears, shape_of
-from hetrain.nn.loss import LocalHead, OutputHead, summed_loss
+from hetrain.nn.loss import LocalHead, OutputHead, PullBack, summed_loss
 from hetrain.nn.memory.low_precision import StoredHead
 from hetrain.public.errors import ModelError
+from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.files import ModelFiles
 
-BUDGETS_S = {"local": 7.0, "client": 4.0, "weight": 1.5, "local head": 2.5, "client head": 2.5}
+BUDGETS_S = {
+    "local": 7.0,
+    "client": 4.0,
+    "weight": 1.5,
+    "local head": 2.0,
+    "client head": 2.0,
+    "softmax": 1.0,
+}
 """Elapsed seconds for each measurement; with those of encryption and set-up about 20."""
 _HEAD_ROWS = 8192
 _SAVED_TOKENS = 512  # of few tokens the client stores less, since it leaves small tensors alone
@@ -47,6 +55,7 @@ class Probe:
         weight_s: a weight of a linear that stays on the client, both passes.
         local_head_s: output head and loss, locally.
         client_head_s: the same on the client.
+        client_softmax_s: the client's part of an outsourced output head, without products.
         local_saved: bytes of activations that a block keeps for its backward pass, locally.
         client_saved: the same on the client.
         crypto: of values and bytes.
@@ -59,6 +68,7 @@ class Probe:
     weight_s: float
     local_head_s: float
     client_head_s: float
+    client_softmax_s: float
     local_saved: float
     client_saved: float
     crypto: CryptoCosts
@@ -96,7 +106,7 @@ def _probe(files: ModelFiles, row_tokens: int, most_tokens: int) -> Probe:
     local_s = seconds_per_token(local.step, most_tokens, BUDGETS_S["local"])
     client = ClientBlock(files, rows)
     client_s = seconds_per_token(client.step, most_tokens, BUDGETS_S["client"])
-    local_head_s, client_head_s = _heads(local.causal, most_tokens)
+    local_head_s, client_head_s, client_softmax_s = _heads(local.causal, most_tokens)
     return Probe(
         layers=config.num_hidden_layers,
         block_weights=weights,
@@ -105,6 +115,7 @@ def _probe(files: ModelFiles, row_tokens: int, most_tokens: int) -> Probe:
         weight_s=_weight_seconds(max(shapes, key=math.prod), most_tokens),
         local_head_s=local_head_s,
         client_head_s=client_head_s,
+        client_softmax_s=client_softmax_s,
         local_saved=local.saved_bytes(min(most_tokens, _SAVED_TOKENS)),
         client_saved=client.saved_bytes(min(most_tokens, _SAVED_TOKENS)),
         crypto=measure_crypto(),
@@ -142,21 +153,40 @@ def _weight_seconds(shape: tuple[int, int], most_tokens: int) -> float:
     return seconds_per_token(step, most_tokens, BUDGETS_S["weight"]) / (k * n)
 
 
-def _heads(causal: PreTrainedModel, most_tokens: int) -> tuple[float, float]:
-    """Processor seconds of output head and loss for a supervised token, locally and on the client."""
+class _LogitsFromNowhere:
+    """Logits of no meaning for nothing: a `hetrain.nn.loss.Projection`."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    most_tokens = SLOTS
+
+    def __call__(self, hidden: torch.Tensor) -> tuple[Iterator[torch.Tensor], PullBack]:
+        def pull_back(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+            (_,) = gradients
+            return torch.zeros_like(hidden)
+
+        return iter([noise((len(hidden), self._vocabulary))]), pull_back
+
+
+def _heads(causal: PreTrainedModel, most_tokens: int) -> tuple[float, float, float]:
+    """Processor seconds for a supervised token: head and loss locally, on the client, and the loss alone."""
     config = causal.config.get_text_config()
     rows, width = min(config.vocab_size, _HEAD_ROWS), causal.get_output_embeddings().weight.shape[1]
     weight = nn.Parameter(noise((rows, width)), requires_grad=False)
     stored = StoredHead(width, 1, bias=False)
     dtype = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
     stored.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    head = OutputHead(LocalHead(stored))
+    head, softmax = OutputHead(LocalHead(stored)), OutputHead(_LogitsFromNowhere(rows))
 
     def local(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return cross_entropy(hidden @ weight.t(), targets)
 
     def client(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return summed_loss(hidden, targets, head)
+
+    def alone(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return summed_loss(hidden, targets, softmax)
 
     def step(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tokens: int) -> None:
         hidden = noise((tokens, width)).requires_grad_()
@@ -166,4 +196,5 @@ def _heads(causal: PreTrainedModel, most_tokens: int) -> tuple[float, float]:
     return (
         scale * seconds_per_token(lambda tokens: step(local, tokens), most_tokens, BUDGETS_S["local head"]),
         scale * seconds_per_token(lambda tokens: step(client, tokens), most_tokens, BUDGETS_S["client head"]),
+        scale * seconds_per_token(lambda tokens: step(alone, tokens), most_tokens, BUDGETS_S["softmax"]),
     )

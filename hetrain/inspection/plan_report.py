@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -45,7 +45,8 @@ class PlanReport:
         plan: the groups, as workers would agree to them.
         groups: the same with their costs.
         kept: linears of decoder blocks that stay on the client.
-        outsourced_parameters: parameters that workers hold.
+        outsourced_parameters: parameters that workers hold and the client does not: an output head that is
+            the embeddings does not count.
         client_parameters: parameters that the client holds.
         hint_bytes: disk that hints take; a training micro-batch reads all of them once.
         training: the settings that it is for.
@@ -130,7 +131,10 @@ def report_of(split: SplitModel, training: TrainingConfig, rows: Sequence[Row]) 
 def _report(split: SplitModel, plan: Plan, training: TrainingConfig, course: Course | None) -> PlanReport:
     """The report for a part of the groups that `split` has, or all."""
     leaving = {member.module for group in plan.groups for member in group.members}
-    all_weights, weights = _weights(split.plan), _weights(plan)
+    shared = set(split.head) if split.has_tied_head else set()
+    all_weights, weights = (
+        _weights([g for g in each.groups if g not in shared]) for each in (split.plan, plan)
+    )
     return PlanReport(
         plan=plan,
         groups=tuple(_group_report(group) for group in plan.groups),
@@ -153,18 +157,21 @@ def _compared(
     return replace(report, comparison=surroundings.compare(report.plan.groups))
 
 
-def _weights(plan: Plan) -> int:
-    return sum(group.in_features * group.out_features for group in plan.groups)
+def _weights(groups: Iterable[Group]) -> int:
+    return sum(group.in_features * group.out_features for group in groups)
 
 
 def _facts(split: SplitModel, report: PlanReport) -> ModelFacts:
     embeddings = split.causal.get_input_embeddings().weight
     linears = [shape_of(split.causal.get_submodule(name)) for name in split.block_linears]
+    head = _weights(split.head)
     return ModelFacts(
         parameters=report.outsourced_parameters + report.client_parameters,
         linear_weights=sum(k * n for k, n in linears),
         vocabulary=split.causal.config.get_text_config().vocab_size,
         stored_bytes=embeddings.element_size(),
+        head=split.head[0].members[0].module if split.head else "",
+        head_weights=0 if split.has_tied_head else head,
     )
 
 

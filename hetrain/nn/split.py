@@ -55,6 +55,12 @@ class SplitModel:
     conv1d: bool
 
     @property
+    def has_tied_head(self) -> bool:
+        """Whether the output head's matrix is that of the embeddings."""
+        head: torch.Tensor = self.causal.get_output_embeddings().weight
+        return head is self.causal.get_input_embeddings().weight
+
+    @property
     def block_groups(self) -> tuple[Group, ...]:
         """The plan's groups of linears inside the decoder's blocks."""
         return self.plan.groups[: len(self.plan.groups) - len(self.head)]

@@ -351,7 +351,7 @@ def test_a_plan_that_names_a_tensor_twice_is_refused(plan: Plan) -> None:
     first = plan.groups[0]
     groups = (first, first.model_copy(update={"name": "again"}))
     data = plan.model_copy(update={"groups": groups}).to_bytes()
-    with pytest.raises(WireError, match="share a tensor"):
+    with pytest.raises(WireError, match="share rows of a tensor"):
         parse_plan(data, digest(data))
 
 
