@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from hetrain.public.compiled import INSTRUCTION_SETS, require, structure
 from hetrain.public.lattice.result_format import DIGITS, pack, packed_bytes
 from hetrain.public.lattice.ring import DROPPED_BITS, MODULUS, RESULT_BITS
 from worker_gpu.kernels import combined
+from worker_gpu.threads import in_pieces
 
 _INTERFACE = 2
 _PIECE_WORDS = 1 << 16
@@ -71,23 +71,17 @@ def native(instructions: str | None = None) -> Epilogue | None:
             products.device.type == out.device.type == "cpu",
         )
 
-        def piece(first: int) -> None:
-            part = products[:, first : first + step]
-            pointers = (one.data_ptr() for one in (*part, out[first:]))
+        def piece(some: slice) -> None:
+            part = products[:, some]
+            pointers = (one.data_ptr() for one in (*part, out[some]))
             strides = products.stride(1), out.stride(0)
             found.hetrain_switch(
                 ctypes.byref(_Arguments(level, part.shape[1], features, *strides, *pointers))
             )
 
-        step = -(-tokens // min(torch.get_num_threads(), -(-products[0].numel() // _PIECE_WORDS)))
-        list(_threads().map(piece, range(0, tokens, step)))
+        in_pieces(piece, tokens, -(-products[0].numel() // _PIECE_WORDS))
 
     return Epilogue(INSTRUCTION_SETS[level], switch)
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), "epilogue")
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from hetrain.public.errors import ParameterError
 from hetrain.public.workspace import unaligned_empty, workspace
+from worker_gpu import int16
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """int32 [P, N, n] from int8 [P, N, K] and int8 [n, K], by rows or transposed. On a CPU the result lies in
@@ -53,11 +54,26 @@ def int8_products(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return out[: count * tokens].view(count, tokens, -1)[:, :, :n]
 
 
+def int16_products(
+    planes: torch.Tensor, matrix: torch.Tensor, instructions: str | None = None
+) -> torch.Tensor:
+    """See `Kernel`: products of 12-bit digits in C, on CPUs, by the named instruction set or the best.
+
+    Raises:
+        NotImplementedError: on a GPU, or where no kernel was compiled.
+    """
+    count, tokens, k = planes.shape
+    _require_inner(k)
+    products = _scratch("products", (count, tokens, len(matrix)), torch.int32, planes.device)
+    int16.multiply(planes, matrix, products, instructions)
+    return products
+
+
 def float64_products(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """See `Kernel`: one float64 product S = c·Wᵀ, as S mod 2^t, zeros, ⌊S / 2^t⌋ with t = 8·(P − 1).
 
-    The fall-back where int8 products are not exact (some processors saturate) or not there. S is summed over
-    so many columns at a time that every partial sum stays below 2^53: |c| < 2^(8P), |W| ≤ 2^7.
+    The fall-back where int8 products are not exact (some processors saturate) and nothing was compiled. S is
+    summed over so many columns at a time that every partial sum stays below 2^53: |c| < 2^(8P), |W| ≤ 2^7.
     """
     count, _, k = planes.shape
     _require_inner(k)
@@ -109,5 +125,5 @@ def _require_inner(k: int) -> None:
         raise ParameterError(f"an inner dimension of {k} would overflow, {_MAX_INNER} at most")
 
 
-KERNELS: dict[str, Kernel] = {"int8": int8_products, "float64": float64_products}
+KERNELS: dict[str, Kernel] = {"int8": int8_products, "int16": int16_products, "float64": float64_products}
 """In the order of preference."""

@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("hetrain", "tasks", "worker_gpu", "cli", "tests", "pyproject.toml")
 FLAGS = "-shared -fPIC -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-# Ring, masks and layers; of the worker's kernels those that use its epilogue.
+# Ring, masks and layers; of the worker's kernels the 16-bit products and those that use its epilogue.
 TESTS = ("tests/unit/test_ring.py", "tests/unit/test_fused_layers.py", "tests/unit/test_kernels.py")
-CHOSEN = "ring or layers or switched or hints or epilogue"
+CHOSEN = "ring or layers or switched or hints or epilogue or int16"
 PAST_THE_END = "int past_the_end(int *values, int count) { return values[count]; }"
 CALL_IT = """
 import ctypes, sys, numpy

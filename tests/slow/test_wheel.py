@@ -24,13 +24,14 @@ import importlib.metadata, sys, torch
 import cli, hetrain, tasks, worker_gpu
 from hetrain.secret.engines.rlwe.native.ring_library import NativeRing
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
-from worker_gpu import epilogue
+from worker_gpu import epilogue, int16
 
 for package in (cli, hetrain, tasks, worker_gpu):
     assert package.__file__.startswith(sys.prefix), package.__file__
 assert importlib.metadata.version("hetrain") == hetrain.__version__
 assert isinstance(ring_kernels(), NativeRing)
 assert epilogue.native() is not None
+assert int16.best_instructions() is not None
 print("used")
 """
 
@@ -80,6 +81,7 @@ def test_it_is_a_manylinux_wheel_with_kernels_types_and_licence(wheel: Path) -> 
         "hetrain/secret/engines/rlwe/native/_ring",
         "hetrain/nn/native/_layers",
         "worker_gpu/native/_epilogue",
+        "worker_gpu/native/_int16",
     ):
         assert f"{extension}{suffix}" in files
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(files)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetrain.public.compiled import INSTRUCTION_SETS
 from hetrain.public.errors import ParameterError, UsageError, WireError, WorkerError
 from hetrain.public.lattice.masks import PublicSeed
 from hetrain.public.lattice.parameters import PARAMETER_SETS, ParameterSet
@@ -15,16 +19,38 @@ from hetrain.public.lattice.ring import MODULUS
 from hetrain.public.lattice.uniform_masks import expand_masks
 from hetrain.public.protocol.messages import Blob, EvaluateTask
 from tests.harness import plain_ring as plain
-from worker_gpu import epilogue
+from worker_gpu import epilogue, int16
 from worker_gpu.device import choose_compute, choose_device, is_exact, preferred, switches
 from worker_gpu.engines import open_engine
 from worker_gpu.epilogue import Epilogue
-from worker_gpu.kernels import KERNELS, Kernel, combined, float64_products, int8_products, reference, slabs
+from worker_gpu.kernels import (
+    KERNELS,
+    Kernel,
+    combined,
+    float64_products,
+    int8_products,
+    int16_products,
+    reference,
+    slabs,
+)
 
 CPU = torch.device("cpu")
 DEVICE = choose_device()  # the one a worker would take here; `make gpu-check` makes it CUDA
 COMPUTE = choose_compute(DEVICE)
-ALL = pytest.mark.parametrize("kernel", [int8_products, float64_products, reference])
+HAS_INT16 = DEVICE == CPU and int16.best_instructions() is not None
+INT16_LEVELS = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(int16.best_instructions() or "portable") + 1]
+INT16 = [
+    pytest.param(
+        partial(int16_products, instructions=name),
+        id=f"int16-{name}",
+        marks=pytest.mark.skipif(
+            not HAS_INT16 or name not in INT16_LEVELS, reason=f"no compiled kernel for {name} here"
+        ),
+    )
+    for name in INSTRUCTION_SETS
+]
+FAST = pytest.mark.parametrize("kernel", [int8_products, *INT16, float64_products])
+ALL = pytest.mark.parametrize("kernel", [int8_products, *INT16, float64_products, reference])
 SIZE = st.integers(1, 70)
 TOKEN = "0" * 32
 
@@ -84,13 +110,13 @@ def test_extreme_products_are_exact(kernel: Kernel, weight: int, digits: tuple[i
 @ALL
 @pytest.mark.parametrize("count", [3, 4])
 def test_the_widest_products_are_exact(kernel: Kernel, count: int) -> None:
-    """Where sums come closest to 2^31, and float64 takes several of them."""
+    """Where sums come closest to 2^31, and float64 and int16 take several of them."""
     planes = torch.full((count, 2, 130_000), -128, dtype=torch.int8)
     result = run(kernel, planes, torch.full((1, 130_000), -128, dtype=torch.int8))
     assert result.tolist() == [[130_000 * -128 * plain.value([-128] * count)]] * 2
 
 
-@pytest.mark.parametrize("kernel", [int8_products, float64_products])
+@FAST
 def test_wider_products_are_refused(kernel: Kernel) -> None:
     with pytest.raises(ParameterError, match="130001"):
         kernel(torch.zeros(3, 1, 130_001, dtype=torch.int8), torch.zeros(1, 130_001, dtype=torch.int8))
@@ -105,10 +131,63 @@ def test_a_slice_of_a_transposed_matrix_is_exact(kernel: Kernel) -> None:
     assert run(kernel, some, shard).tolist() == plain_product(some, shard)
 
 
-@pytest.mark.parametrize("kernel", [int8_products, float64_products])
+@FAST
 def test_products_of_real_size_agree_with_the_reference(kernel: Kernel) -> None:
     planes, matrix = random_pair(3, 96, 1536, 256, seed=2)
     assert torch.equal(run(kernel, planes, matrix), reference(planes, matrix))
+
+
+@pytest.mark.parametrize("kernel", INT16)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("count", "tokens", "k", "n"),
+    [(3, 97, 2047, 45), (3, 1, 4097, 700), (4, 41, 2080, 33), (4, 7, 4101, 641), (3, 5, 9000, 31)],
+)
+def test_int16_products_of_several_blocks_are_exact(
+    kernel: Kernel, count: int, tokens: int, k: int, n: int, transposed: bool
+) -> None:
+    """Ragged at every edge of a block. Nothing that was in the memory before shows."""
+    planes, matrix = random_pair(count, n, k, tokens, seed=n)
+    kernel(torch.full_like(planes, 127), torch.full_like(matrix, 127))
+    laid_out = matrix.t().contiguous().t() if transposed else matrix
+    assert torch.equal(run(kernel, planes, laid_out), reference(planes, matrix))
+
+
+@pytest.mark.parametrize("kernel", INT16)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tokens", "n"), [(300, 64), (64, 300)])
+def test_int16_products_are_the_same_in_any_number_of_threads(
+    kernel: Kernel, threads: int, tokens: int, n: int
+) -> None:
+    planes, matrix = random_pair(3, n, 500, tokens, seed=threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(run(kernel, planes, matrix.t().contiguous().t()), reference(planes, matrix))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not HAS_INT16, reason="no compiled kernel here")
+def test_int16_refuses_what_it_cannot_read() -> None:
+    planes, matrix = random_pair(3, 6, 8, 4, seed=5)
+    assert torch.equal(run(int16_products, planes, matrix), reference(planes, matrix))
+    for wrong, w in (
+        (planes[:2], matrix),
+        (planes[:, :0], matrix),
+        (planes[:, :, ::2], matrix[:, :4]),
+        (planes.to(torch.int16), matrix),
+        (planes, matrix[:, :7]),
+        (planes, matrix.to(torch.float32)),
+        (planes[:, :, :4].contiguous(), matrix[:, ::2]),
+    ):
+        with pytest.raises(ParameterError):
+            int16_products(wrong, w)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there was no C compiler when hetrain was installed")
+def test_int16_is_compiled_where_there_is_a_compiler() -> None:
+    assert int16.best_instructions() is not None, "reinstall hetrain (pip install --editable .)"
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (64, 2048), (3000, 2048), (3072, 256), (700, 100_000)])
@@ -122,8 +201,9 @@ def test_slabs_cover_all_rows_in_multiples_of_a_group(rows: int, tokens: int) ->
 # ---- What a worker chooses ----
 
 
-def test_both_kernels_count_as_exact_and_one_is_chosen() -> None:
-    assert all(is_exact(kernel, DEVICE) for kernel in KERNELS.values())
+def test_every_kernel_counts_as_exact_and_one_is_chosen() -> None:
+    exact = {name for name, kernel in KERNELS.items() if is_exact(kernel, DEVICE)}
+    assert exact == set(KERNELS) - (set() if HAS_INT16 else {"int16"})
     assert switches(epilogue.REFERENCE, DEVICE)
     assert COMPUTE.kernel is KERNELS[COMPUTE.kernel_name]
     assert COMPUTE.kernel_name in COMPUTE.description
@@ -190,7 +270,8 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_kernel_is_rejected_however_fast(monkeypatch: pytest.MonkeyPatch, wrong: Kernel) -> None:
-    monkeypatch.setitem(KERNELS, "int8", fast_when_large(wrong))
+    for name in ("int8", "int16"):
+        monkeypatch.setitem(KERNELS, name, fast_when_large(wrong))
     assert choose_compute(CPU).kernel is float64_products
 
 
@@ -211,18 +292,19 @@ def test_a_wrong_epilogue_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("int8", "float64", "chosen"),
+    ("int8", "int16", "float64", "chosen"),
     [
-        ([3.0, 2.0, 9.0], [1.5, 1.9, 1.4], "int8"),  # one round of each under load decides nothing
-        ([1.0, 5.0], [0.9, 0.8], "int8"),
-        ([4.0, 3.0], [1.9, 2.5], "float64"),
-        ([1.0], [7.0], "int8"),
+        ([3.0, 2.0, 9.0], [1.5, 1.9, 1.4], [2.5, 2.5, 2.5], "int8"),  # one round under load decides nothing
+        ([1.0, 5.0], [0.9, 0.8], [0.9, 0.7], "int8"),
+        ([4.0, 3.0], [1.9, 2.5], [2.4, 4.0], "int16"),
+        ([4.0, 3.0], [2.4, 4.0], [1.9, 2.5], "float64"),
+        ([1.0], [7.0], [7.0], "int8"),
     ],
 )
-def test_int8_is_chosen_unless_its_best_round_is_clearly_slower(
-    int8: list[float], float64: list[float], chosen: str
+def test_int8_is_chosen_unless_its_best_round_is_clearly_slower_than_another(
+    int8: list[float], int16: list[float], float64: list[float], chosen: str
 ) -> None:
-    assert preferred({"int8": int8, "float64": float64}) == chosen
+    assert preferred({"int8": int8, "int16": int16, "float64": float64}) == chosen
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99", "hpu"])
