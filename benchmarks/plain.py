@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -45,8 +45,9 @@ def plain_model(
 
 def plain_step(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss over the targets of `batch` and the gradients of its sum, rows as a right-padded batch."""
-    tokens, targets = _padded(batch.tokens, batch.lengths, 0), _padded(batch.targets, batch.lengths, -100)
-    mask = _padded(torch.ones_like(batch.tokens), batch.lengths, 0)
+    rows, wanted = _rows(batch)
+    tokens, targets = _padded(rows, 0), _padded(wanted, -100)
+    mask = _padded([torch.ones_like(row) for row in rows], 0)
     logits = model(input_ids=tokens, attention_mask=mask).logits
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     loss.backward()
@@ -56,14 +57,12 @@ def plain_step(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, to
 def lean_step(model: PeftModel, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
     """As `plain_step` with less work: rows in batches of similar length, and logits of targets alone."""
     causal = model.get_base_model()
-    pieces = [each.split(list(batch.lengths)) for each in (batch.tokens, batch.targets)]
-    rows = sorted(zip(*pieces, strict=True), key=lambda row: len(row[0]))
+    rows = sorted(zip(*_rows(batch), strict=True), key=lambda row: len(row[0]))
     size, total = -(-len(rows) // _LEAN_BATCHES), 0.0
     for first in range(0, len(rows), size):
         tokens, targets = zip(*rows[first : first + size], strict=True)
-        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+        padded, wanted = _padded(tokens, 0), _padded(targets, -100)
+        mask = _padded([torch.ones_like(row) for row in tokens], 0)
         states = causal.base_model(input_ids=padded, attention_mask=mask).last_hidden_state
         counts = wanted != -100
         logits = causal.get_output_embeddings()(states[counts])
@@ -82,6 +81,10 @@ def _take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def _padded(values: torch.Tensor, lengths: tuple[int, ...], filler: int) -> torch.Tensor:
-    rows = values.split(list(lengths))
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+def _rows(batch: MicroBatch) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
+    """Tokens and targets of each row, of which none shares anything with others."""
+    return [batch.tokens[places] for places in batch.places], batch.targets.split(list(batch.lengths))
+
+
+def _padded(rows: Sequence[torch.Tensor], filler: int) -> torch.Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=filler)

@@ -202,8 +202,11 @@ def _update(training: TrainingConfig) -> str:
 
 def _course(found: api.PlanReport, course: api.Course) -> str:
     """What a training on the data set is, and a warning if it will learn worse than it could."""
+    shared = ""
+    if course.epoch_tokens < course.row_tokens:
+        shared = f", of which a pass computes {course.epoch_tokens} since rows share a prompt"
     text = (
-        f"The data set has {course.rows} rows of {course.epoch_tokens} tokens in all. A training makes "
+        f"The data set has {course.rows} rows of {course.row_tokens} tokens in all{shared}. A training makes "
         f"{course.updates} updates over about {course.tokens} tokens, "
         f"{course.tokens * found.bytes_per_token / 1e9:.1f} GB on the wire."
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 
 from hetrain.config import TrainingConfig
-from hetrain.data.packing import MicroBatch, count_micro_batches, epoch_sizes, epochs
+from hetrain.data.packing import MicroBatch, count_micro_batches, epoch_sizes, epoch_tokens, epochs
 from hetrain.data.tokenization import Row
 
 
@@ -73,12 +73,14 @@ class Course:
 
     Attributes:
         rows: rows of the data set.
-        epoch_tokens: their tokens.
+        row_tokens: their tokens.
+        epoch_tokens: tokens that a pass computes: those of all rows, a shared prompt once a micro-batch.
         updates: optimizer updates.
-        tokens: tokens of all of them, about.
+        tokens: tokens that all of them compute, about.
     """
 
     rows: int
+    row_tokens: int
     epoch_tokens: int
     updates: int
     tokens: int
@@ -86,7 +88,9 @@ class Course:
     @staticmethod
     def of(rows: Sequence[Row], config: TrainingConfig) -> Course:
         """The course of a training on `rows`."""
-        epoch_tokens, updates = sum(len(row.tokens) for row in rows), count_updates(rows, config)
-        whole_epochs = round(epoch_tokens * config.num_train_epochs)
+        row_tokens, updates = sum(len(row.tokens) for row in rows), count_updates(rows, config)
+        size, at_once = config.tokens_per_micro_batch, config.per_device_train_batch_size
+        a_pass = epoch_tokens(rows, size, config.seed, at_once)
+        whole_epochs = round(a_pass * config.num_train_epochs)
         tokens = whole_epochs if config.max_steps <= 0 else updates * config.tokens_per_update
-        return Course(len(rows), epoch_tokens, updates, tokens)
+        return Course(len(rows), row_tokens, a_pass, updates, tokens)

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from hetrain.config import LoraConfig
-from hetrain.nn.attention import RowLayout, packed_rows
+from hetrain.nn.attention import RowLayout, end_to_end, packed_rows
 from hetrain.nn.checkpoint_io.loading import skeleton
 from hetrain.nn.families import block_linears, is_transposed, shape_of
 from hetrain.nn.lora import add_adapter
@@ -79,7 +79,7 @@ class ClientBlock:
         row = min(self._row_tokens, tokens)
         lengths = [row] * (tokens // row) + ([tokens % row] if tokens % row else [])
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        with packed_rows(RowLayout.of(lengths)), self._saver.saving():
+        with packed_rows(RowLayout.of(end_to_end(lengths))), self._saver.saving():
             return _states(self.causal, _embedded(self.causal, 1, tokens), positions)
 
 

@@ -94,7 +94,8 @@ class Surroundings:
     Attributes:
         facts: the model.
         training: its micro-batches.
-        tokens: of the job.
+        tokens: that the job computes.
+        row_tokens: of the rows, for each of these: more than one where rows share a prompt.
         link: to the broker.
         link_measured: whether it was measured.
         rates: what is assumed.
@@ -106,6 +107,7 @@ class Surroundings:
     facts: ModelFacts
     training: TrainingConfig
     tokens: int
+    row_tokens: float
     link: Link
     link_measured: bool
     rates: Rates
@@ -172,18 +174,21 @@ class Surroundings:
         )
 
     def _costs(self, measured: Probe, groups: Sequence[Group], work: Work) -> MachineCosts:
-        """Client: blocks without products, head or loss, linears that stayed, values and bytes of others."""
+        """Client: blocks without products, head or loss, linears that stayed, values and bytes of others.
+
+        Of a shared prompt local training computes each row's tokens, and so do both heads.
+        """
         crypto, values = measured.crypto, _values(groups) * _fill(self.training.tokens_per_micro_batch)
         kept = self.facts.linear_weights - _weights(self._inside(groups))
         leaves = len(self._inside(groups)) < len(groups)
         client_s = (
             measured.layers * measured.client_block_s
-            + (measured.client_softmax_s if leaves else measured.client_head_s)
+            + self.row_tokens * (measured.client_softmax_s if leaves else measured.client_head_s)
             + kept * measured.weight_s
             + values * (crypto.seal_s + crypto.open_s)
             + (work.bytes_up + work.bytes_down) * crypto.byte_s
         )
-        local_s = measured.layers * measured.local_block_s + measured.local_head_s
+        local_s = self.row_tokens * (measured.layers * measured.local_block_s + measured.local_head_s)
         return MachineCosts(client_s, local_s, available_cores())
 
     def _memory(self, measured: Probe, groups: Sequence[Group]) -> Memory:
@@ -240,6 +245,7 @@ def survey(
         facts=facts,
         training=training,
         tokens=WITHOUT_DATA if course is None else course.tokens,
+        row_tokens=1.0 if course is None or not course.rows else course.row_tokens / course.epoch_tokens,
         link=link,
         link_measured=config.link == MEASURED,
         rates=Rates(1e12 * config.worker_speed, config.egress_price),
@@ -269,7 +275,7 @@ def _probe(
     if not config.probes:
         return None, ""
     _log.info("measuring this machine for about 20 seconds")
-    row = _ROW_TOKENS if course is None or not course.rows else course.epoch_tokens // course.rows
+    row = _ROW_TOKENS if course is None or not course.rows else course.row_tokens // course.rows
     try:
         return probe(files, max(min(row, training.longest_row), 1), training.tokens_per_micro_batch), ""
     except ModelError as error:

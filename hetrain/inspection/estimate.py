@@ -62,7 +62,7 @@ class Link:
 
 @dataclass(frozen=True)
 class MachineCosts:
-    """Processor seconds of a token on this machine, as client and in local training, and its cores."""
+    """Processor seconds of a token of the job on this machine, as client and trained locally; its cores."""
 
     client_s: float
     local_s: float

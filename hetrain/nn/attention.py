@@ -1,9 +1,10 @@
-"""Attention over several rows packed into one sequence of tokens: no row ever sees another.
+"""Attention over several rows packed into one sequence of tokens: no row sees what is another's alone.
 
 Registered with transformers as an attention implementation. `packed_rows` says how the tokens divide into
 rows, because not every architecture passes unknown arguments on to its attention. Rows of similar length are
 gathered into one batch, padded inside attention only; with causal attention and padding at the end no valid
-token attends to padding.
+token attends to padding. A token that several rows share is gathered into each of them, and gives the same in
+all: that of one is kept.
 The cost is Σ L² over rows instead of (Σ L)².
 """
 
@@ -15,8 +16,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from hetrain.public.errors import UnsupportedArchitecture
@@ -40,31 +43,42 @@ class RowLayout:
 
     buckets: tuple[_Bucket, ...]
     inverse: torch.Tensor
-    """int64 [T]: where token t stands in the concatenation of all buckets' valid places."""
+    """int64 [T]: where token t first stands in the concatenation of all buckets' valid places."""
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> RowLayout:
-        """Groups rows whose lengths share a power of two, so at most half of a batch is padding."""
-        starts, total = [], 0
-        by_size: dict[int, list[int]] = defaultdict(list)
-        for row, length in enumerate(lengths):
-            starts.append(total)
-            total += length
-            by_size[length.bit_length()].append(row)
+    def of(places: Sequence[torch.Tensor], device: torch.device | str = "cpu") -> RowLayout:
+        """Groups rows whose lengths share a power of two, so at most half of a batch is padding.
+
+        Args:
+            places: for each row int64 [L], which of the T tokens are its own, in order. Rows may share their
+                first ones.
+            device: where attention is computed.
+        """
+        by_size: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for row in places:
+            by_size[len(row).bit_length()].append(row)
         buckets, order = [], []
         for members in by_size.values():
-            longest = max(lengths[row] for row in members)
-            place = torch.arange(longest)
-            begin = torch.tensor([starts[row] for row in members])
-            size = torch.tensor([lengths[row] for row in members])
-            # Padding repeats the row's last token: finite values, and its results are dropped.
-            gather = (begin[:, None] + torch.minimum(place, size[:, None] - 1)).flatten()
-            valid = (place < size[:, None]).flatten().nonzero().flatten()
+            size = torch.tensor([len(row) for row in members])
+            # Padding repeats token 0: finite values, and its results are dropped.
+            gather = pad_sequence(members, batch_first=True)
+            longest = gather.shape[1]
+            valid = (torch.arange(longest) < size[:, None]).flatten().nonzero().flatten()
+            gather = gather.flatten()
             buckets.append(_Bucket(len(members), longest, gather.to(device), valid.to(device)))
             order.append(gather[valid])
-        inverse = torch.empty(total, dtype=torch.int64)
-        inverse[torch.cat(order)] = torch.arange(total)
-        return RowLayout(tuple(buckets), inverse.to(device))
+        return RowLayout(tuple(buckets), first_of_each(order).to(device))
+
+
+def first_of_each(places: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int64 [T]: where in the concatenation of `places` each of the T tokens stands first."""
+    return torch.from_numpy(np.unique(torch.cat(list(places)).numpy(), return_index=True)[1])
+
+
+def end_to_end(lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The places of rows that share nothing."""
+    places: tuple[torch.Tensor, ...] = torch.arange(sum(lengths)).split(list(lengths))
+    return places
 
 
 _LAYOUT: ContextVar[RowLayout | None] = ContextVar("row layout", default=None)

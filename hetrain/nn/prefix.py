@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import nn
 from transformers import PreTrainedModel
 
+from hetrain.nn.attention import first_of_each
 from hetrain.nn.families import decoder_blocks
 
 _IN_MEMORY = 256 << 20
@@ -103,15 +104,15 @@ class FrozenPrefix:
         self._store = store
         self._blocks = _blocks_below_adapters(causal)
         self._rows: tuple[int, ...] = ()
-        self._lengths: tuple[int, ...] = ()
+        self._places: tuple[torch.Tensor, ...] = ()
         self._is_kept = False
         for index, block in enumerate(self._blocks):
             is_last = index == len(self._blocks) - 1
             block.forward = _passing(block.forward, self._last if is_last else self._other)
 
-    def start(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Says which rows the next forward pass has, and how many tokens each; none: it keeps nothing."""
-        self._rows, self._lengths = tuple(rows) if self._blocks else (), tuple(lengths)
+    def start(self, rows: Sequence[int], places: Sequence[torch.Tensor]) -> None:
+        """Says which rows the next forward pass has, and which tokens each; none: it keeps nothing."""
+        self._rows, self._places = tuple(rows) if self._blocks else (), tuple(places)
         self._is_kept = bool(rows) and self._store.has(rows)
 
     def _other(self, states: torch.Tensor, compute: Callable[[], Any]) -> Any:
@@ -119,14 +120,15 @@ class FrozenPrefix:
 
     def _last(self, states: torch.Tensor, compute: Callable[[], Any]) -> Any:
         if self._is_kept:
-            kept = torch.cat([self._store.get(row, states.shape[-1]) for row in self._rows])[None].to(states)
+            whole_rows = torch.cat([self._store.get(row, states.shape[-1]) for row in self._rows])
+            kept = whole_rows[first_of_each(self._places)][None].to(states)
             return (kept,) if self._store.in_tuples else kept
         output = compute()
         self._store.in_tuples = isinstance(output, tuple)
         if self._rows:
             computed = output[0] if self._store.in_tuples else output
-            for row, piece in zip(self._rows, computed[0].detach().split(self._lengths), strict=True):
-                self._store.keep(row, piece)
+            for row, places in zip(self._rows, self._places, strict=True):
+                self._store.keep(row, computed[0].detach()[places])
         return output
 
 

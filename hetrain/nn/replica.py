@@ -61,26 +61,29 @@ class Replica:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
+        places: Sequence[torch.Tensor],
         targets: torch.Tensor,
-        lengths: Sequence[int],
         rows: Sequence[int] = (),
     ) -> torch.Tensor:
         """Σ −log p(target) over the supervised tokens of packed rows.
 
         Args:
-            tokens: int64 [T]; `positions` [T] restart at each row; `targets` [T], -100 where unsupervised.
-            lengths: the rows' lengths, summing to T.
+            tokens: int64 [T]; `positions` [T] restart at each row.
+            places: for each row int64 [L], which of the T tokens it has; rows may share their first ones.
+            targets: int64 [Σ L] for the tokens of each row, -100 where unsupervised.
             rows: numbers of the rows, by which their frozen prefix is kept; none: it is not.
         """
         if self._prefix is not None:
-            self._prefix.start(rows, lengths)
+            self._prefix.start(rows, places)
         self._matmul.sealer = self._sealer.for_micro_batch()
-        layout = RowLayout.of(lengths, self._device)
+        layout = RowLayout.of(places, self._device)
         with self._saver.saving():
             states = hidden_states(
                 self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
             )
-        return summed_loss(states[0], targets.to(self._device), self._head)
+        counts = targets >= 0
+        predicting = states[0].index_select(0, torch.cat(list(places))[counts].to(self._device))
+        return summed_loss(predicting, targets[counts].to(self._device), self._head)
 
     def take_gradients(self) -> dict[str, torch.Tensor]:
         """The adapter's gradients by name, removed from the replica; zeros where there is none."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from hetrain.nn.attention import RowLayout, packed_rows
+from hetrain.nn.attention import RowLayout, end_to_end, packed_rows
 from hetrain.nn.families import OWN_ATTENTION
 from hetrain.nn.fused import as_in_transformers
 from hetrain.nn.loss import plain_logits
@@ -100,7 +100,7 @@ def _try_out(causal: PreTrainedModel, tracer: InputTracer, names: list[str]) -> 
     tokens = 3 + torch.arange(sum(_ROWS))  # no two alike, and none that is likely to mean padding
     tokens = tokens[None] % embeddings
     positions = torch.cat([torch.arange(length) for length in _ROWS])[None]
-    packed = hidden_states(causal, tokens, positions, RowLayout.of(_ROWS))[0]
+    packed = hidden_states(causal, tokens, positions, RowLayout.of(end_to_end(_ROWS)))[0]
     groups = [[names[index] for index in members] for members in tracer.groups()]
     _require_one_call_each(names, [name for members in groups for name in members])
     if not any(getattr(module, "row_attention_seen", False) for module in causal.modules()):

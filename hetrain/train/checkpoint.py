@@ -73,7 +73,7 @@ class TrainerState(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     identity: dict[str, Any]
     step: int = Field(ge=1)
     skipped_updates: int = Field(ge=0)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from hetrain.config import DEFAULT_MODEL, BatchingConfig, EvaluationSpec, LoraConfig
 from hetrain.data.dataset import RawRow
 from hetrain.data.packing import MicroBatch, micro_batches, pack
+from hetrain.data.shared_prompt import shared_prompts
 from hetrain.data.tokenization import Row, tokenize_rows
 from hetrain.nn.adapter_files import base_model_of
 from hetrain.nn.lora import add_adapter, load_adapter
@@ -106,8 +107,9 @@ class Evaluator:
     def __init__(
         self, session: Session, model: PeftModel, rows: Sequence[Row], batching: BatchingConfig
     ) -> None:
-        packed = pack(rows, batching.evaluation_tokens, range(len(rows)))
-        self._batches = list(micro_batches(rows, packed))
+        prompts = shared_prompts(rows)
+        packed = pack(rows, batching.evaluation_tokens, range(len(rows)), prompts)
+        self._batches = list(micro_batches(rows, packed, prompts))
         self.at_once = min(batching.in_flight, len(self._batches))
         self._session, self._model = session, model
 
@@ -143,7 +145,7 @@ class Evaluator:
             loss=loss,
             perplexity=math.exp(loss) if loss < 700 else math.inf,
             targets=targets,
-            tokens=sum(batch.n_tokens for batch in self._batches),
+            tokens=sum(sum(batch.lengths) for batch in self._batches),
             seconds=time.perf_counter() - begin,
         )
 

@@ -101,7 +101,7 @@ def _differentiate(replica: Replica, batch: MicroBatch) -> tuple[float, Tensors 
     """`summed_loss` and `gradients` of a `StepResult`."""
     summed_loss, is_complete = math.nan, False
     with suppress(NotFinite):
-        loss = replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths, batch.rows)
+        loss = replica.summed_loss(batch.tokens, batch.positions, batch.places, batch.targets, batch.rows)
         summed_loss = float(loss.detach())
         loss.backward()
         is_complete = True
@@ -113,4 +113,4 @@ def run_evaluation(replica: Replica, batch: MicroBatch) -> float:
     """Σ −log p over the targets of `batch`, without gradients and without dropout."""
     replica.seed_dropout(None)
     with torch.no_grad():
-        return float(replica.summed_loss(batch.tokens, batch.positions, batch.targets, batch.lengths))
+        return float(replica.summed_loss(batch.tokens, batch.positions, batch.places, batch.targets))

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
+from hetrain.data.shared_prompt import shared_prompts
 from hetrain.data.tokenization import Row
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
@@ -215,8 +216,19 @@ def rows(lengths: tuple[int, ...] = (13, 6, 9)) -> list[Row]:
     return found
 
 
-def packed(some_rows: list[Row]) -> MicroBatch:
-    return next(micro_batches(some_rows, [range(len(some_rows))]))
+def prompted_rows(prompt: int = 6, lengths: tuple[int, ...] = (13, 6, 9, 1)) -> list[Row]:
+    """As `rows`, each after the same tokens, which are learned but for the first, and one row without."""
+    beginning, *others = rows((prompt, *lengths))
+    found = []
+    for row in others:
+        tokens = beginning.tokens + row.tokens
+        found.append(Row(tokens, (False,) + (True,) * (len(tokens) - 1), row.line))
+    return [found[0], rows((5,))[0], *found[1:]]
+
+
+def packed(some_rows: list[Row], *, share: bool = True) -> MicroBatch:
+    prompts = shared_prompts(some_rows) if share else None
+    return next(micro_batches(some_rows, [range(len(some_rows))], prompts))
 
 
 def stock_loss(model: torch.nn.Module, row: Row) -> torch.Tensor:
@@ -226,11 +238,12 @@ def stock_loss(model: torch.nn.Module, row: Row) -> torch.Tensor:
     return cross_entropy(logits[counts], targets[counts], reduction="sum")
 
 
-def assert_faithful(harness: SplitHarness) -> None:
+def assert_faithful(harness: SplitHarness, some_rows: list[Row] | None = None) -> None:
     """Loss and gradients of packed rows equal the sum of what stock peft gives for each row alone."""
-    result = run_step(harness.replica(), packed(rows()), harness.snapshot(), seed=0)
+    some_rows = some_rows or rows()
+    result = run_step(harness.replica(), packed(some_rows), harness.snapshot(), seed=0)
     reference = harness.stock_peft()
-    losses = [stock_loss(reference, row) for row in rows()]
+    losses = [stock_loss(reference, row) for row in some_rows]
     sum(losses).backward()
     assert result.summed_loss == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
     expected = {name: p.grad for name, p in adapter_parameters(reference).items()}

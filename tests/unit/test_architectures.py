@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
+from hetrain.data.shared_prompt import shared_prompts
 from hetrain.nn.lora import adapter_parameters, add_adapter, load_adapter
 from hetrain.nn.prefix import PrefixStore
 from hetrain.nn.replica import Replica
@@ -35,6 +36,7 @@ from tests.harness.split_model import (
     assert_faithful,
     assert_nothing_held,
     packed,
+    prompted_rows,
     rows,
     save_model,
     stock_loss,
@@ -121,6 +123,18 @@ def test_split_model_is_faithful(name: str, tmp_path: Path) -> None:
     assert sorted(backward) == sorted(set(groups) - below)
 
 
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt-neox", "opt", "deepseek-v3-dense"]
+)
+def test_a_prompt_that_rows_share_is_computed_once(name: str, tmp_path: Path) -> None:
+    """Also where it is longer than a sliding window, and where its tokens are learned."""
+    save_model(FAMILIES[name], tmp_path)
+    some = prompted_rows()
+    batch = packed(some)
+    assert batch.n_tokens == sum(len(row.tokens) for row in some) - 3 * 6
+    assert_faithful(SplitHarness(tmp_path), some)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_linears_that_share_an_input_form_a_group(name: str, tmp_path: Path) -> None:
     save_model(FAMILIES[name], tmp_path)
@@ -199,7 +213,9 @@ def test_what_lies_below_the_adapters_is_computed_once_for_each_row(
     one, other = (
         Replica(harness.split, harness.model, harness.channel, harness.sealer, store) for _ in range(2)
     )
-    known, mixed, shuffled = micro_batches(rows(), [(0, 1), (1, 2), (2, 0)])
+    some = prompted_rows()
+    layout = [(0, 1, 2), (2, 3), (3, 1, 0)]  # each time another row comes first and has the prompt's states
+    known, mixed, shuffled = micro_batches(some, layout, shared_prompts(some))
 
     def groups(replica: Replica, batch: MicroBatch) -> tuple[StepResult, set[str]]:
         del harness.requests[:]

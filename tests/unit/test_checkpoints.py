@@ -161,10 +161,10 @@ def test_a_checkpoint_of_another_version_is_named_as_such(tmp_path: Path) -> Non
     write(tmp_path, 1)
     state = tmp_path / "checkpoint-1" / STATE_FILE
     before = hashlib.sha256(state.read_bytes()).hexdigest()
-    state.write_text(state.read_text().replace('"format": 4', '"format": 3'))
+    state.write_text(state.read_text().replace('"format": 5', '"format": 4'))
     sums = tmp_path / "checkpoint-1" / SUMS_FILE
     sums.write_text(sums.read_text().replace(before, hashlib.sha256(state.read_bytes()).hexdigest()))
-    with pytest.raises(UsageError, match=r"cannot be used: trainer_state.json: format: Input should be 4"):
+    with pytest.raises(UsageError, match=r"cannot be used: trainer_state.json: format: Input should be 5"):
         find_checkpoint(LATEST, tmp_path)
 
 

@@ -107,7 +107,8 @@ SPOILED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def micro_batch(index: int) -> MicroBatch:
     tokens = torch.full((4,), index)
-    return MicroBatch(index, tokens, torch.arange(4), torch.tensor([1, 1, 1, -100]), (4,), (index,))
+    places = torch.arange(4)
+    return MicroBatch(index, tokens, places, (places,), torch.tensor([1, 1, 1, -100]), (index,))
 
 
 def loss_of(parameters: Mapping[str, torch.Tensor], index: int) -> torch.Tensor:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hetrain.config import DataConfig
-from hetrain.data.packing import IGNORE_INDEX, MicroBatch, count_micro_batches, epochs, micro_batches, pack
+from hetrain.data.packing import (
+    IGNORE_INDEX,
+    MicroBatch,
+    count_micro_batches,
+    epoch_tokens,
+    epochs,
+    micro_batches,
+    pack,
+)
+from hetrain.data.shared_prompt import shared_prompts
 from hetrain.data.tokenization import Row, read_rows
 from hetrain.public.errors import DatasetError, ModelError, UsageError
 
@@ -299,20 +308,26 @@ def test_it_is_an_error_when_nothing_is_left(tmp_path: Path, tokenizer: PreTrain
 
 @st.composite
 def data_sets(draw: st.DrawFn) -> tuple[list[Row], int]:
-    """Rows whose tokens are all different, and a budget that holds the longest."""
+    """Rows whose tokens are all different but for a prompt of some, and a budget that holds the longest."""
     lengths = draw(st.lists(st.integers(2, 12), min_size=1, max_size=40))
+    prompt = tuple(range(-draw(st.integers(0, 8)), 0))
     fresh = itertools.count()
     rows = []
     for line, length in enumerate(lengths, start=1):
-        context = draw(st.integers(1, length - 1))
-        tokens = tuple(itertools.islice(fresh, length))
-        rows.append(Row(tokens, tuple(context <= i for i in range(length)), line))
-    return rows, draw(st.integers(max(lengths), 40))
+        begin = prompt if draw(st.booleans()) else ()
+        context = draw(st.integers(1, length + len(begin) - 1))
+        tokens = begin + tuple(itertools.islice(fresh, length))
+        rows.append(Row(tokens, tuple(context <= i for i in range(len(tokens))), line))
+    longest = max(len(row.tokens) for row in rows)
+    return rows, draw(st.integers(longest, 40))
 
 
 def unpack(batch: MicroBatch) -> list[tuple[list[int], list[int], list[int]]]:
-    parts = (part.split(batch.lengths) for part in (batch.tokens, batch.positions, batch.targets))
-    return [(a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True)]
+    targets = batch.targets.split(list(batch.lengths))
+    return [
+        (batch.tokens[places].tolist(), batch.positions[places].tolist(), each.tolist())
+        for places, each in zip(batch.places, targets, strict=True)
+    ]
 
 
 @given(data_sets(), st.integers(0, 2**64), st.integers(1, 3))
@@ -328,7 +343,8 @@ def test_every_epoch_packs_every_row_once_and_whole(
     seen: Counter[tuple[int, ...]] = Counter()
     for batch in batches:
         assert {part.dtype for part in (batch.tokens, batch.positions, batch.targets)} == {torch.int64}
-        assert batch.n_tokens == sum(batch.lengths) == batch.tokens.numel() <= max_tokens
+        assert batch.n_tokens == len(batch.positions) <= max_tokens
+        assert torch.cat(batch.places).unique().tolist() == list(range(batch.n_tokens))
         n_targets = 0
         for tokens, positions, targets in unpack(batch):
             row = by_tokens[tuple(tokens)]
@@ -340,22 +356,58 @@ def test_every_epoch_packs_every_row_once_and_whole(
             n_targets += sum(row.supervised)
         assert batch.n_targets == n_targets > 0
     assert seen == dict.fromkeys(by_tokens, n_epochs)
+    first = count_micro_batches(rows, max_tokens, seed, 1)
+    assert epoch_tokens(rows, max_tokens, seed) == sum(batch.n_tokens for batch in batches[:first])
 
 
-@given(data_sets(), st.randoms(use_true_random=False))
-def test_pack_is_first_fit(data_set: tuple[list[Row], int], shuffler: Any) -> None:
+@given(data_sets(), st.randoms(use_true_random=False), st.booleans())
+def test_pack_is_first_fit(data_set: tuple[list[Row], int], shuffler: Any, shares: bool) -> None:
     rows, max_tokens = data_set
+    prompts = shared_prompts(rows) if shares else (0,) * len(rows)
     order = list(range(len(rows)))
     shuffler.shuffle(order)
+
+    def computed(members: list[int]) -> int:
+        return sum(len(rows[i].tokens) - prompts[i] for i in members) + max(prompts[i] for i in members)
+
     expected: list[list[int]] = []
     for index in order:
         for members in expected:
-            if sum(len(rows[i].tokens) for i in [*members, index]) <= max_tokens:
+            if computed([*members, index]) <= max_tokens:
                 members.append(index)
                 break
         else:
             expected.append([index])
-    assert pack(rows, max_tokens, order) == [tuple(members) for members in expected]
+    packed = pack(rows, max_tokens, order, prompts if shares else None)
+    assert packed == [tuple(members) for members in expected]
+    batches = micro_batches(rows, packed, prompts)
+    assert [batch.n_tokens for batch in batches] == [computed(members) for members in expected]
+
+
+def rows_of(*tokens: tuple[int, ...]) -> list[Row]:
+    return [Row(each, (False,) + (True,) * (len(each) - 1), line) for line, each in enumerate(tokens, 1)]
+
+
+def test_the_shared_prompt_is_the_beginning_that_saves_most() -> None:
+    system = (1, 2, 3)
+    same = [(*system, 4, 10), (*system, 4, 11), (*system, 5, 12), (*system, 6, 13)]
+    assert shared_prompts(rows_of(*same)) == (3, 3, 3, 3)  # 3·3 tokens, more than 4·1
+    long = [(*system, *range(20, 30), 10), (*system, *range(20, 30), 11)]
+    assert shared_prompts(rows_of(*same, *long)) == (3,) * 6  # 3·5 tokens, more than 13·1
+    assert shared_prompts(rows_of(*same[:2], *long)) == (0, 0, 13, 13)
+    assert shared_prompts(rows_of(*same, (1, 2), (9, 9, 9), system)) == (3, 3, 3, 3, 0, 0, 0)
+    assert shared_prompts(rows_of(system, system)) == (2, 2)  # each goes on after it
+    assert shared_prompts(rows_of((1, 2), (3, 4))) == (0, 0)
+    assert shared_prompts([]) == ()
+    by_chance = [(7, *range(100, 300)), (7, *range(300, 500))]
+    assert shared_prompts(rows_of(*by_chance)) == (0, 0)
+
+
+def test_rows_of_a_micro_batch_share_the_prompt_though_their_number_is_given() -> None:
+    rows = rows_of(*((1, 2, 3, *range(start, start + 4)) for start in range(10, 90, 10)))
+    for batch in epochs(rows, 28, 0, 1, rows_per_batch=4):
+        assert batch.lengths == (7,) * 4
+        assert batch.n_tokens == 3 + 4 * 4
 
 
 def whole(length: int, line: int) -> Row:
