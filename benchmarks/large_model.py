@@ -1,7 +1,8 @@
 """Two layers of Llama-3.1-70B's shape, trained: ``python -m benchmarks.large_model --json FILE``.
 
 Weights are random, in bfloat16 (7.6 GB). The embedded broker and two workers, each with one half of the
-groups as its shard (``HETRAIN_SHARDS=0/2`` and ``1/2``) and half of the cores, run beside the client.
+groups as its shard (``HETRAIN_SHARDS=0/2`` and ``1/2``), run beside the client. Of a micro-batch only one of
+them computes at a time, so each may use all cores.
 ``hetrain prepare`` makes the hints first. Then the client, in a process of its own, trains `--updates`
 updates of one micro-batch of `--tokens` tokens. Seconds and its processor seconds, user and system, are
 counted from the workers' agreement to the last update. Memory is the largest resident set of each process
@@ -35,7 +36,7 @@ from benchmarks.shapes import LLAMA_70B_SLICE, MODELS
 from benchmarks.step import ROW_TOKENS, plain_steps
 from hetrain.public.allocator import keep_freed_memory, tuned_environment
 from tasks.supervisor.server import private_directory, start_server
-from tasks.supervisor.worker_process import spawn_worker, stop, threads_per_worker
+from tasks.supervisor.worker_process import spawn_worker, stop
 
 WORKERS = 2
 _LOG_TAIL = 4000
@@ -76,7 +77,6 @@ def _worker(index: int, url: str, model: str, log: IO[bytes]) -> subprocess.Pope
         "HETRAIN_BROKER_URL": url,
         "HETRAIN_MODELS": json.dumps([model]),
         "HETRAIN_SHARDS": f"{index}/{WORKERS}",
-        "OMP_NUM_THREADS": str(threads_per_worker(WORKERS)),
     }
     return spawn_worker(f"large-{index}", settings, log)
 
@@ -87,7 +87,7 @@ def _peak_rss(pid: int) -> int:
     return int(line.split()[1]) * 1024  # Linux counts in KiB
 
 
-def client(model: str, url: str, tokens: int, updates: int) -> None:
+def client(model: str, tokens: int, updates: int) -> None:
     """Trains and reports on this process."""
     import hetrain
 
@@ -111,7 +111,7 @@ def client(model: str, url: str, tokens: int, updates: int) -> None:
         hetrain.finetune(
             data,
             model=model,
-            workers=url,
+            workers=os.environ["HETRAIN_BROKER_URL"],
             output_dir=Path(scratch) / "out",
             training=config,
             on_start=read,
@@ -142,13 +142,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = MODELS[LLAMA_70B_SLICE]()
     with installation(model) as running:
         begin = time.perf_counter()
-        prepare = [sys.executable, "-m", "cli", "prepare", model, "--broker-url", running.url, "--json"]
-        prepared = json.loads(_output(prepare))
+        prepared = json.loads(_output([sys.executable, "-m", "cli", "prepare", model, "--json"], running.url))
         hints_s = time.perf_counter() - begin
-        call = f"client({model!r}, {running.url!r}, {arguments.tokens}, {arguments.updates})"
-        trained = json.loads(
-            _output([sys.executable, "-c", f"from benchmarks.large_model import client; {call}"])
-        )
+        call = f"client({model!r}, {arguments.tokens}, {arguments.updates})"
+        command = [sys.executable, "-c", f"from benchmarks.large_model import client; {call}"]
+        trained = json.loads(_output(command, running.url))
         peaks = running.worker_peaks()
     figures = {
         "shape": LLAMA_70B_SLICE,
@@ -167,9 +165,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _output(command: list[str]) -> str:
-    """The last line of what it prints."""
-    environment = tuned_environment(os.environ)
+def _output(command: list[str], broker: str) -> str:
+    """The last line of what a command prints, which finds the broker's address in its environment."""
+    environment = tuned_environment(os.environ) | {"HETRAIN_BROKER_URL": broker}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return output.splitlines()[-1]
 
