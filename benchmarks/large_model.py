@@ -2,12 +2,12 @@
 
 Weights are random, in bfloat16 (7.6 GB). The embedded broker and two workers, each with one half of the
 groups as its shard (``HETRAIN_SHARDS=0/2`` and ``1/2``), run beside the client. Of a micro-batch only one of
-them computes at a time, so each may use all cores.
-``hetrain prepare`` makes the hints first. Then the client, in a process of its own, trains `--updates`
-updates of one micro-batch of `--tokens` tokens. Seconds and its processor seconds, user and system, are
-counted from the workers' agreement to the last update. Memory is the largest resident set of each process
-from its start on, in which pages of the checkpoint that are mapped from the disk count. Plain: the same step
-with stock peft in fp32, the mean of `--plain` steps after one that does not count; it takes 16 GB.
+them computes at a time, so each may use all cores. The client, in a process of its own, trains `--updates`
+updates of one micro-batch of `--tokens` tokens. Its opening ends with the first micro-batch: rows, the plan,
+the workers' agreement, and all hints that the cache lacks. Seconds and processor seconds of training, user
+and system, count from there. Memory is the largest resident set of each process from its start on, in which
+pages of the checkpoint that are mapped from the disk count. Plain: the same step with stock peft in fp32, the
+mean of `--plain` steps after one that does not count; it takes 16 GB.
 
 Checkpoint and hints lie in ``HETRAIN_CACHE``: 10 GB.
 """
@@ -92,6 +92,7 @@ def client(model: str, tokens: int, updates: int) -> None:
     import hetrain
 
     keep_freed_memory()  # as the command line does, which also starts in `tuned_environment`
+    began = time.perf_counter()
     readings: list[tuple[float, float]] = []
     steps: list[Any] = []
 
@@ -115,13 +116,15 @@ def client(model: str, tokens: int, updates: int) -> None:
             output_dir=Path(scratch) / "out",
             training=config,
             on_start=read,
+            on_prepare=read,
             on_step=on_step,
         )
-    (begin, cpu_before), (end, cpu_after) = readings[0], readings[-1]
+    (begin, cpu_before), (end, cpu_after) = readings[-len(steps) - 1], readings[-1]
     done = sum(step.tokens for step in steps)
     figures = {
         "losses": [step.loss for step in steps],
         "tokens": done,
+        "opening_s": begin - began,
         "seconds": end - begin,
         "client_cpu_s_per_token": (cpu_after - cpu_before) / done,
         "bytes_up_per_token": sum(step.bytes_up for step in steps) / done,
@@ -137,13 +140,10 @@ def client(model: str, tokens: int, updates: int) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Hints, updates, plain steps."""
+    """Updates, and plain steps."""
     before = environment()
     model = MODELS[LLAMA_70B_SLICE]()
     with installation(model) as running:
-        begin = time.perf_counter()
-        prepared = json.loads(_output([sys.executable, "-m", "cli", "prepare", model, "--json"], running.url))
-        hints_s = time.perf_counter() - begin
         call = f"client({model!r}, {arguments.tokens}, {arguments.updates})"
         command = [sys.executable, "-c", f"from benchmarks.large_model import client; {call}"]
         trained = json.loads(_output(command, running.url))
@@ -151,8 +151,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     figures = {
         "shape": LLAMA_70B_SLICE,
         "tokens_per_update": arguments.tokens,
-        "hints": prepared,
-        "hints_s": hints_s,
         **trained,
         "worker_peak_rss_bytes": peaks,
         "environment": before,
