@@ -116,6 +116,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.step --shape llama-3.2-1b --no-plain --in-flight 1 --updates 1 \
 		--json $(RESULTS)/step-llama.json
 	$(BIN)/python -m benchmarks.scaling --json $(RESULTS)/scaling.json
+	$(BIN)/python -m benchmarks.broker --json $(RESULTS)/broker.json
 	$(BIN)/python -m benchmarks.lockstep --json $(RESULTS)/lockstep.json
 	$(BIN)/python -m benchmarks.offload --json $(RESULTS)/offload.json
 	$(BIN)/python -m benchmarks.micro_batch --json $(RESULTS)/micro_batch.json

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hetrain.public.errors import ModelError
 from hetrain.public.model.files import cache_directory, resolve
 
-SMOLLM2, LLAMA = "smollm2-135m", "llama-3.2-1b"
+SMOLLM2, LLAMA, LLAMA_70B_SLICE = "smollm2-135m", "llama-3.2-1b", "llama-3.1-70b-2-layers"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SEED, _STD = 7, 0.02
 
@@ -60,39 +61,60 @@ GROUPS: Mapping[str, tuple[Linears, ...]] = MappingProxyType(
 
 def llama_3_2_1b() -> LlamaConfig:
     """The public configuration of Llama-3.2-1B, but with SmolLM2's ids of beginning and end."""
-    return LlamaConfig(
-        vocab_size=128256,
+    return _llama_3(
+        rope_factor=32.0,
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=16,
         num_attention_heads=32,
-        num_key_value_heads=8,
         head_dim=64,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
         tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
     )
 
 
-def random_llama_3_2_1b() -> str:
-    """A checkpoint of that shape in the cache directory, made on first use (2.5 GB), whole or not at all."""
-    target = cache_directory() / f"random-{LLAMA}"
+def llama_3_1_70b_slice() -> LlamaConfig:
+    """The public configuration of Llama-3.1-70B with 2 of its 80 layers, and ids as in `llama_3_2_1b`."""
+    return _llama_3(
+        rope_factor=8.0,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=2,
+        num_attention_heads=64,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+
+
+def _llama_3(*, rope_factor: float, **shape: Any) -> LlamaConfig:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": rope_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return LlamaConfig(
+        vocab_size=128256,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters=rope,
+        bos_token_id=1,
+        eos_token_id=2,
+        **shape,
+    )
+
+
+def random_checkpoint(name: str, config: LlamaConfig) -> str:
+    """A checkpoint of that shape in the cache directory, made on first use, whole or not at all."""
+    target = cache_directory() / f"random-{name}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             try:
-                write_random_llama(scratch, llama_3_2_1b())
+                write_random_llama(scratch, config)
                 copy_tokenizer(scratch)
                 scratch.chmod(0o755)
                 scratch.rename(target)
@@ -100,7 +122,7 @@ def random_llama_3_2_1b() -> str:
                 raise ModelError(
                     f"the random model cannot be written: {error}",
                     where=str(target),
-                    hint="it takes 2.5 GB: make room, or set HETRAIN_CACHE",
+                    hint="it takes two bytes a parameter: make room, or set HETRAIN_CACHE",
                 ) from error
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -108,7 +130,11 @@ def random_llama_3_2_1b() -> str:
 
 
 MODELS: Mapping[str, Callable[[], str]] = MappingProxyType(
-    {SMOLLM2: lambda: SMOLLM2, LLAMA: random_llama_3_2_1b}
+    {
+        SMOLLM2: lambda: SMOLLM2,
+        LLAMA: lambda: random_checkpoint(LLAMA, llama_3_2_1b()),
+        LLAMA_70B_SLICE: lambda: random_checkpoint(LLAMA_70B_SLICE, llama_3_1_70b_slice()),
+    }
 )
 """The value of `--model-name-or-path` for a model of each shape."""
 

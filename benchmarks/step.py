@@ -70,9 +70,10 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     before = environment()
     if client_engine(arguments.engine).needs_hints:
         run_watched([sys.executable, "-m", "cli", "prepare", model, "--quiet"])
-    plain_steps = [_plain_steps(model, arguments)] if arguments.plain else []
+    size = arguments.tokens, arguments.repeats
+    plain_runs = [plain_steps(model, *size)] if arguments.plain else []
     encrypted = measure_encrypted(model, arguments)
-    plain_steps += [_plain_steps(model, arguments)] if arguments.plain else []
+    plain_runs += [plain_steps(model, *size)] if arguments.plain else []
     figures = {
         "shape": arguments.shape,
         "engine": arguments.engine,
@@ -81,14 +82,14 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "environment": before,
         "load_after": os.getloadavg(),
     }
-    if not plain_steps:
+    if not plain_runs:
         return figures
-    seconds = [second for run in plain_steps for second in run["seconds"]]
+    seconds = [second for run in plain_runs for second in run["seconds"]]
     plain_s = statistics.median(seconds)
     return figures | {
         "plain_s": plain_s,
         "plain_steps_s": seconds,
-        "plain_peak_rss_bytes": max(run["peak_rss_bytes"] for run in plain_steps),
+        "plain_peak_rss_bytes": max(run["peak_rss_bytes"] for run in plain_runs),
         "ratio_to_plain_peft": encrypted["seconds_per_micro_batch"] / plain_s,
     }
 
@@ -148,9 +149,9 @@ def run_watched(command: list[str]) -> dict[str, int]:
     return peaks
 
 
-def _plain_steps(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs `plain` in a process of its own, so that its memory is gone when the next one starts."""
-    call = f"plain({model!r}, {arguments.tokens}, {arguments.repeats})"
+def plain_steps(model: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """What `plain` prints, from a process of its own, whose memory is gone when the next one starts."""
+    call = f"plain({model!r}, {tokens}, {repeats})"
     command = [sys.executable, "-c", f"from benchmarks.step import plain; {call}"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -158,7 +159,10 @@ def _plain_steps(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def plain(name_or_path: str, tokens: int, repeats: int) -> None:
-    """Prints seconds of `repeats` plain steps, after one that does not count, and the process's memory."""
+    """Trains `repeats` plain steps after one that does not count.
+
+    Prints the seconds of each, processor seconds of all, and the process's largest resident set in bytes.
+    """
     import torch
 
     from benchmarks.plain import plain_model, plain_step
@@ -175,17 +179,18 @@ def plain(name_or_path: str, tokens: int, repeats: int) -> None:
     assert batch.n_tokens == tokens
     model = plain_model(base.files.directory, LoraConfig())
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-4)
-    seconds = []
+    seconds, cpu_s = [], 0.0
     for _ in range(repeats + 1):
-        begin = time.perf_counter()
+        begin, cpu_before = time.perf_counter(), time.process_time()
         _, gradients = plain_step(model, batch)
         for name, parameter in adapter_parameters(model).items():
             parameter.grad = gradients[name]
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - begin)
+        cpu_s += time.process_time() - cpu_before if len(seconds) > 1 else 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    print(json.dumps({"seconds": seconds[1:], "peak_rss_bytes": peak}))
+    print(json.dumps({"seconds": seconds[1:], "cpu_s": cpu_s, "peak_rss_bytes": peak}))
 
 
 if __name__ == "__main__":

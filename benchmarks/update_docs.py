@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks import asynchrony, corrections, lockstep, plots, projection, scaling
+from benchmarks import asynchrony, broker, corrections, lockstep, plots, projection, scaling
 from benchmarks.hardware import ClientModel, WorkerModel
 from benchmarks.report import RESULTS
 
@@ -32,6 +32,7 @@ PARTS: Mapping[str, Callable[[], str]] = MappingProxyType(
     {
         "python -m benchmarks.projection": lambda: projection.table(WorkerModel(), ClientModel()),
         "python -m benchmarks.scaling": lambda: scaling.table(_results("scaling")),
+        "python -m benchmarks.broker": lambda: broker.table(_results("broker")["cells"]),
         "python -m benchmarks.asynchrony": lambda: asynchrony.table(_results("asynchrony")["runs"]),
         "python -m benchmarks.corrections": lambda: corrections.table(_results("corrections")["runs"]),
         "python -m benchmarks.lockstep": lambda: lockstep.table(_results("lockstep")),

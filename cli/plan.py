@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from dataclasses import asdict
 from typing import Annotated
@@ -17,6 +16,7 @@ from cli import comparison
 from cli.options import AsJson, as_options, option
 from hetrain import api
 from hetrain.config import AUTO, ComparisonConfig, DataConfig, JobSpec, OutsourcingConfig, TrainingConfig
+from hetrain.public.spelling import starred
 
 _ALL = list(OutsourcingConfig.outsource)
 _NO_ROWS: list[str] = []
@@ -108,7 +108,7 @@ def plan(
         comparison=compared,
         workers=broker_url,
     )
-    chosen = _patterns(found) if AUTO in outsource else outsource
+    chosen = found.patterns if AUTO in outsource else outsource
     if as_json:
         report = {
             "model": model,
@@ -139,13 +139,6 @@ def plan(
         console.print(f"To outsource at this link: {options or 'nothing'}", highlight=False, soft_wrap=True)
     if found.comparison is not None:
         comparison.print_comparison(console, found.comparison, found.hint_bytes)
-
-
-def _patterns(found: api.PlanReport) -> list[str]:
-    """Patterns that take just these groups: one for alike linears of all layers, else their names."""
-    kept = {_starred(name) for name in found.kept}
-    names = [member.module for row in found.groups for member in row.group.members]
-    return list(dict.fromkeys(name if _starred(name) in kept else _starred(name) for name in names))
 
 
 def print_plan(console: Console, found: api.PlanReport) -> None:
@@ -179,7 +172,7 @@ def print_plan(console: Console, found: api.PlanReport) -> None:
     if found.course is not None:
         console.print(_course(found, found.course), highlight=False)
     if found.kept:
-        alike = Counter(_starred(name) for name in found.kept)
+        alike = Counter(starred(name) for name in found.kept)
         console.print(
             f"The client's {found.client_parameters:,} parameters include {len(found.kept)} linears of "
             f"decoder blocks: {', '.join(f'{name} × {count}' for name, count in alike.items())}.",
@@ -220,10 +213,6 @@ def _alike(found: api.PlanReport) -> dict[str, list[api.GroupReport]]:
     for row in found.groups:
         group = row.group
         members = ", ".join(member.module.rpartition(".")[2] for member in group.members)
-        name = f"{_starred(group.name).rpartition('.')[0]}: {members}"
+        name = f"{starred(group.name).rpartition('.')[0]}: {members}"
         alike.setdefault(name, []).append(row)
     return alike
-
-
-def _starred(module: str) -> str:
-    return re.sub(r"[.][0-9]+[.]", ".*.", module)

@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 
 from cli.console import log_errors_only
-from cli.options import AsJson, Quiet, from_configuration
+from cli.options import AsJson, Quiet, from_configuration, option
 from cli.plan import print_plan
 from cli.progress import TrainingDisplay
 from hetrain import api, jobs
-from hetrain.config import JobSpec
+from hetrain.config import ComparisonConfig, JobSpec
 
 DryRun = Annotated[
     bool,
@@ -35,6 +35,7 @@ Detach = Annotated[
     ),
 ]
 _DETACHED = "run-detached"
+_COMPARISON = ComparisonConfig()
 
 
 @from_configuration
@@ -42,6 +43,10 @@ def submit(
     spec: JobSpec,
     dry_run: DryRun = False,
     detach: Detach = False,
+    link: Annotated[str | None, option(ComparisonConfig, "link")] = None,
+    round_trip_ms: Annotated[float | None, option(ComparisonConfig, "round_trip_ms")] = None,
+    worker_speed: Annotated[float, option(ComparisonConfig, "worker_speed")] = _COMPARISON.worker_speed,
+    client_memory: Annotated[int | None, option(ComparisonConfig, "client_memory")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -50,22 +55,28 @@ def submit(
     Ctrl-C (or SIGTERM) once finishes the updates that have begun and writes adapter and checkpoint; twice
     leaves at once.
     """
+    comparison = ComparisonConfig(
+        link=link, round_trip_ms=round_trip_ms, worker_speed=worker_speed, client_memory=client_memory
+    )
     if dry_run:
         if quiet:
             log_errors_only()
-        _print_dry_run(api.dry_run(**vars(spec)), spec, as_json=as_json, quiet=quiet)
+        found = api.dry_run(**vars(spec), comparison=comparison)
+        _print_dry_run(found, spec, as_json=as_json, quiet=quiet)
     else:
-        run_job(spec, detach=detach, as_json=as_json, quiet=quiet)
+        run_job(spec, detach=detach, as_json=as_json, quiet=quiet, comparison=comparison)
 
 
-def run_job(spec: JobSpec, *, detach: bool, as_json: bool, quiet: bool) -> None:
+def run_job(
+    spec: JobSpec, *, detach: bool, as_json: bool, quiet: bool, comparison: ComparisonConfig = _COMPARISON
+) -> None:
     """Trains here, or has another process do it."""
     if quiet:
         log_errors_only()
     if detach:
-        _detach(spec, as_json=as_json, quiet=quiet)
+        _detach(api.with_chosen_groups(spec, comparison), as_json=as_json, quiet=quiet)
     else:
-        _train(spec, as_json=as_json, quiet=quiet)
+        _train(spec, comparison=comparison, as_json=as_json, quiet=quiet)
 
 
 def run_detached(
@@ -80,6 +91,7 @@ def run_detached(
 def _train(
     spec: JobSpec,
     *,
+    comparison: ComparisonConfig = _COMPARISON,
     as_json: bool = False,
     quiet: bool = False,
     on_start: Callable[[str], object] | None = None,
@@ -88,6 +100,7 @@ def _train(
         train = partial(
             api.finetune,
             **vars(spec),
+            comparison=comparison,
             on_step=display.on_step,
             on_stop=display.on_stop,
             on_prepare=display.on_prepare,

@@ -6,7 +6,7 @@ Nothing heavy is imported before a function is called. Every error is a `hetrain
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from hetrain.config import (
     TrainingConfig,
     TrainingDataConfig,
 )
-from hetrain.config.fields import as_tuple
+from hetrain.config.fields import as_tuple, require
 
 if TYPE_CHECKING:
     from hetrain.data.dataset import JobRows
@@ -60,6 +60,7 @@ def finetune(
     lora: LoraConfig = config.JobSpec.lora,
     training: TrainingConfig = config.JobSpec.training,
     outsourcing: OutsourcingConfig = config.JobSpec.outsourcing,
+    comparison: ComparisonConfig = _COMPARISON,
     overwrite_output_dir: bool = False,
     resume_from_checkpoint: str | PathLike[str] | None = None,
     init_from: str | PathLike[str] | None = None,
@@ -86,6 +87,8 @@ def finetune(
         lora: the adapter.
         training: optimizer, batches, staleness and checkpoints.
         outsourcing: what leaves for the workers, and how it is encrypted.
+        comparison: what groups are judged by where `outsourcing` has ``auto``; without a link in it, that to
+            `workers` is measured.
         overwrite_output_dir: replace the adapter and checkpoints of another run.
         resume_from_checkpoint: a checkpoint's directory, or ``latest`` for the last one in `output_dir`.
         init_from: a PEFT LoRA adapter of the same model to start from; None starts from a fresh one.
@@ -118,6 +121,7 @@ def finetune(
         init_from=init_from,
     )
     rows = _checked_rows(spec)
+    spec = with_chosen_groups(spec, comparison)
     from hetrain.train.callbacks import Callbacks  # imports torch, which takes seconds
     from hetrain.train.finetune import finetune as run
 
@@ -132,14 +136,15 @@ def finetune(
     return run(spec, rows, callbacks)
 
 
-def dry_run(dataset: DatasetNames, **settings: Any) -> DryRun:
+def dry_run(dataset: DatasetNames, *, comparison: ComparisonConfig = _COMPARISON, **settings: Any) -> DryRun:
     """Checks a job up to its first update: settings, rows, model, checkpoint, adapter, broker and workers.
 
     Starts nothing, sends nothing but questions, and writes nothing to the output directory.
 
     Args:
         dataset: as of `finetune`.
-        settings: the arguments of `finetune`, but for callbacks.
+        comparison: as of `finetune`.
+        settings: the other arguments of `finetune`, but for callbacks.
 
     Returns:
         What the job would do.
@@ -149,6 +154,7 @@ def dry_run(dataset: DatasetNames, **settings: Any) -> DryRun:
     """
     spec = _job_spec(dataset, **settings)
     rows = _checked_rows(spec)
+    spec = with_chosen_groups(spec, comparison)
     from hetrain.inspection.doctor import diagnose
     from hetrain.inspection.plan_report import report_of
     from hetrain.train.dry_run import check_job
@@ -186,6 +192,30 @@ class DryRun:
     done_steps: int
     total_steps: int
     output_dir: Path
+
+
+def with_chosen_groups(spec: config.JobSpec, comparison: ComparisonConfig = _COMPARISON) -> config.JobSpec:
+    """`spec` with the patterns that ``auto`` stands for; any other as it is.
+
+    This machine is measured for about 20 seconds, and the link to the workers unless `comparison` gives one.
+
+    Raises:
+        UsageError: nothing pays at the link, what is to be measured cannot be, or `comparison` is given for a
+            job whose patterns are given too.
+        HetrainError: the model or the broker do not allow it.
+    """
+    if not spec.outsourcing.is_auto:
+        require(
+            comparison == _COMPARISON,
+            "link",
+            "the job is not compared with anything",
+            "it is for `outsource` auto; `hetrain plan` compares",
+        )
+        return spec
+    from hetrain.inspection.automatic import choose_patterns
+
+    chosen = choose_patterns(spec, comparison)
+    return replace(spec, outsourcing=replace(spec.outsourcing, outsource=chosen))
 
 
 def _job_spec(

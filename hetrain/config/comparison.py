@@ -1,4 +1,4 @@
-"""What `hetrain plan` compares a job with."""
+"""What a job is compared with."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class ComparisonConfig:
 
     link: str | None = setting(
         None,
-        "Compare the job over this link with training on this machine. Bits per second each way between "
-        "client and broker, as 100mbit or 2.5gbit; measured: send and fetch some MB over the broker of "
-        "`workers`.",
+        "The link by which a job is compared with training on this machine, and groups are judged where "
+        "`outsource` is auto. Bits per second each way between client and broker, as 100mbit or 2.5gbit; "
+        "measured: send and fetch some MB over the broker of `workers`.",
+        default="`hetrain plan` compares nothing; a job with auto measures it",
         metavar=f"RATE|{MEASURED}",
     )
     round_trip_ms: float | None = setting(

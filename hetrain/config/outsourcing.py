@@ -31,8 +31,7 @@ class OutsourcingConfig:
         ("*",),
         "Glob on full module names, as in 'model.layers.*.mlp.*' or 'lm_head', repeatable: only matching "
         "linears of the decoder blocks, and the output head, go to workers; the others run on the client, "
-        "with adapters all the same. "
-        "`hetrain plan` also takes auto: what pays at its link.",
+        "with adapters all the same. auto: what pays over `link`, chosen once, when the job starts.",
         metavar="PATTERN",
     )
 
@@ -40,9 +39,25 @@ class OutsourcingConfig:
         object.__setattr__(self, "outsource", as_tuple(self.outsource))
         require_known("engine", self.engine, ENGINES)
         require(
-            AUTO not in self.outsource,
+            AUTO not in self.outsource or self.is_auto,
             "outsource",
-            f"{AUTO} is no pattern of a job",
-            "`hetrain plan` with auto and `link` prints the patterns to give",
+            f"{AUTO} takes no pattern beside it",
+            f"give {AUTO} alone, or patterns",
         )
         require(8 <= self.verify_rows <= 64, "verify_rows", f"{self.verify_rows} does not lie in 8..64")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the groups that pay are still to be chosen."""
+        return self.outsource == (AUTO,)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs. Raises `UsageError` where they are still to be chosen, as only a training job does."""
+        require(
+            not self.is_auto,
+            "outsource",
+            f"{AUTO} is for training jobs",
+            "`hetrain plan` with auto and `link` prints the patterns to give",
+        )
+        return self.outsource

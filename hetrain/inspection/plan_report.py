@@ -21,6 +21,7 @@ from hetrain.public.lattice.result_format import GROUP, ResultFormat
 from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import Norms
 from hetrain.public.protocol.plan import Group, Plan
+from hetrain.public.spelling import starred
 from hetrain.secret.engines.rlwe.hints import hint_bytes_of
 
 _FORMAT = ResultFormat(parameters_for(SLOTS))
@@ -72,6 +73,14 @@ class PlanReport:
     def bytes_per_token(self) -> int:
         """Bytes on the wire for a token of training, both passes and both ways."""
         return sum(group.forward_bytes + group.backward_bytes for group in self.groups)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns that take just these groups: one for alike linears of all layers, else their names."""
+        kept = {starred(name) for name in self.kept}
+        names = [member.module for group in self.plan.groups for member in group.members]
+        patterns = (name if starred(name) in kept else starred(name) for name in names)
+        return tuple(dict.fromkeys(patterns))
 
     @property
     def share(self) -> float:

@@ -1,8 +1,9 @@
-"""The name that a misspelt one was probably meant to be."""
+"""Names as users meet them: what a misspelt one was probably meant to be, and one for alike modules."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -16,3 +17,8 @@ def did_you_mean(given: str, known: Iterable[str], *, likeness: float = 0.6) -> 
     """
     close = difflib.get_close_matches(given, list(known), 1, likeness)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def starred(module: str) -> str:
+    """A module's full name with ``*`` in place of its layer's number, which is a pattern for all layers."""
+    return re.sub(r"[.][0-9]+[.]", ".*.", module)

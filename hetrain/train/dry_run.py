@@ -42,7 +42,7 @@ def check_job(spec: JobSpec, raw_rows: JobRows) -> CheckedJob:
     torch_device(spec.device)
     job = prepare_job(spec, raw_rows)
     _require_output(spec, job)
-    split = split_model(job.base.files, spec.outsourcing.outsource)
+    split = split_model(job.base.files, spec.outsourcing.patterns)
     if job.checkpoint is not None:
         job.checkpoint.require({**job.identity, "plan_sha256": split.plan.digest})
     if spec.workers is not None:

@@ -137,7 +137,7 @@ def open_session(
         kept: dict[ProductKey, CheckRows] = {}
         split = split_model(
             base.files,
-            outsourcing.outsource,
+            outsourcing.patterns,
             lambda group, matrix: kept.update(kept_rows(group, matrix)),
         )
         split.causal.to(target)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import hetrain as product
 from cli.plan import plan as plan_command
+from cli.submit import submit as submit_command
 from hetrain.inspection import comparison, local_probe
 from hetrain.inspection.crypto_probe import CryptoCosts
 from hetrain.inspection.link import measure_link
@@ -22,6 +23,7 @@ from hetrain.inspection.stopwatch import seconds_per_token
 from hetrain.nn.families import block_linears
 from hetrain.public.errors import BrokerFull, BrokerUnreachable, UsageError
 from hetrain.public.model.files import resolve
+from hetrain.public.spelling import starred
 from tests.harness.processes import HANDBOOK, broker_server, connect, hetrain
 from tests.harness.split_model import FAMILIES, save_model
 
@@ -40,6 +42,13 @@ def compared(*arguments: object) -> dict[str, Any]:
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found
+
+
+def submit(*arguments: object) -> None:
+    app = typer.Typer()
+    app.command()(submit_command)
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 def in_process(*arguments: object) -> dict[str, Any]:
@@ -113,11 +122,11 @@ def test_auto_leaves_nothing_where_nothing_pays(tiny_llama: Path) -> None:
     assert (slow["share"], slow["comparison"]["bytes_up"]) == (0, 0)
 
 
-def test_auto_names_patterns_that_take_just_its_groups(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which linears are slow and encryption is free."""
     crypto = CryptoCosts(seal_s=1e-12, open_s=1e-12, byte_s=0.0)
-    slow_here = local_probe.Probe(
+    found = local_probe.Probe(
         layers=2,
         block_weights=30_000,
         local_block_s=0.1,
@@ -129,9 +138,13 @@ def test_auto_names_patterns_that_take_just_its_groups(
         client_saved=0.0,
         crypto=crypto,
     )
-    monkeypatch.setattr(comparison, "probe", lambda *given: slow_here)
+    monkeypatch.setattr(comparison, "probe", lambda *given: found)
     monkeypatch.setattr(comparison, "available_cores", lambda: 1)
     monkeypatch.delenv("HETRAIN_BROKER_URL", raising=False)
+
+
+@pytest.mark.usefixtures("slow_here")
+def test_auto_names_patterns_that_take_just_its_groups(tiny_llama: Path) -> None:
     sizes = set()
     for link in ("1kbit", "30kbit", "100kbit", "300kbit", "1mbit", "1tbit"):
         chosen = in_process(tiny_llama, "--link", link, "--outsource", "auto", *SMALL)
@@ -152,6 +165,56 @@ def test_auto_names_patterns_that_take_just_its_groups(
                 assert chosen[name] == again[name]
     assert {0, 8} < sizes
     assert chosen["outsource"][0] == "model.layers.*.self_attn.q_proj"
+
+
+@pytest.mark.usefixtures("slow_here", "one_thread")
+def test_a_job_keeps_the_groups_that_auto_has_chosen(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned = in_process(tiny_llama, "--link", "300kbit", "--outsource", "auto", *SMALL)
+    assert 0 < len(planned["groups"]) < 8
+
+    def run(steps: int, *more: object) -> dict[str, Any]:
+        options = ("-m", tiny_llama, "-o", tmp_path, "--max-steps", steps, "--outsource", "auto", *SMALL)
+        submit(HANDBOOK, *options, *more)
+        job: dict[str, Any] = json.loads((tmp_path / "job.json").read_text())
+        return job
+
+    with caplog.at_level("INFO", "hetrain.inspection.automatic"):
+        job = run(1, "--link", "300kbit")
+    assert job["outsourcing"]["outsource"] == planned["outsource"]
+    assert job["plan_digest"] == planned["digest"]
+    (said,) = (each.getMessage() for each in caplog.records if each.name == "hetrain.inspection.automatic")
+    assert said.startswith("outsource auto, over 300 kbit/s: ")
+    assert all(starred(name) in said for name in planned["client_linears"])
+
+    monkeypatch.delattr(comparison, "probe")  # the next run measures nothing
+    job = run(2, "--resume-from-checkpoint", "latest")
+    assert (job["steps"], job["plan_digest"]) == (2, planned["digest"])
+
+
+@pytest.mark.usefixtures("slow_here")
+@pytest.mark.parametrize(
+    ("options", "field", "hint"),
+    [
+        (("--outsource", "auto", "--link", "1kbit"), "outsource", "train locally"),
+        (("--outsource", "auto"), "link", "`workers`"),
+        (("--link", "1gbit"), "link", "`outsource` auto"),
+    ],
+)
+def test_auto_is_refused_to_a_job(
+    tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], field: str, hint: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        submit(HANDBOOK, "-m", tiny_llama, "-o", tmp_path, *SMALL, *options)
+    assert caught.value.field == field
+    assert hint in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_is_for_jobs(tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match="auto is for training jobs"):
+        product.prepare(str(tiny_llama), outsource=["auto"])
 
 
 @pytest.mark.parametrize(

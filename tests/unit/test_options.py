@@ -56,8 +56,10 @@ def called_with(
 
 
 def settings_of(given: dict[str, Any]) -> dict[str, Any]:
-    """What a command gives to a function, without its callbacks."""
-    return {name: value for name, value in given.items() if not name.startswith("on_")}
+    """The settings of a job or an evaluation that a command gives to a function."""
+    return {
+        name: value for name, value in given.items() if name != "comparison" and not name.startswith("on_")
+    }
 
 
 def test_without_options_a_command_has_the_defaults_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +298,7 @@ def test_errors_name_the_field_in_python_and_the_option_on_the_command_line() ->
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
-        (OutsourcingConfig, "outsource", "auto"),
+        (OutsourcingConfig, "outsource", ("auto", "*")),
         (ComparisonConfig, "link", "1MB"),
         (ComparisonConfig, "worker_speed", 0),
         (ComparisonConfig, "egress_price", -1),

@@ -10,6 +10,7 @@ so the client multiplies by s and c before encryption and after decryption, and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from torch.nn.functional import hardshrink
 from hetrain.public.errors import ModelError
 
 _BALANCING_ROUNDS = 4
-_BLOCK_ROWS = 1024
+_BLOCK_VALUES = 1 << 22
 _TILE = 1024
 _SMALLEST = 2.0**-64
 
@@ -59,18 +60,32 @@ def quantize(weight: torch.Tensor) -> QuantizedMatrix:
     Raises:
         ModelError: the matrix has a NaN or an infinity.
     """
-    w = hardshrink(weight.detach().to(torch.float32), _SMALLEST)
-    inputs = input_scales(w)
-    balanced = w / inputs
-    outputs = balanced.abs().amax(dim=1) / 127.0
-    if not bool(torch.isfinite(outputs).all()):
-        raise ModelError("the weights are not finite", hint="the checkpoint is damaged: download it again")
-    outputs = torch.where(outputs > 0, outputs, torch.ones_like(outputs))
-    values = balanced.div_(outputs[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return QuantizedMatrix(values.contiguous(), Scales(outputs, inputs))
+    weight = weight.detach()
+    inputs = input_scales(weight)
+    values, outputs = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    for rows in _blocks(weight):
+        balanced = _as_float32(weight[rows]) / inputs
+        largest = balanced.abs().amax(dim=1) / 127.0
+        if not bool(torch.isfinite(largest).all()):
+            raise ModelError(
+                "the weights are not finite", hint="the checkpoint is damaged: download it again"
+            )
+        outputs[rows] = _positive(largest)
+        values[rows] = balanced.div_(outputs[rows, None]).round_().clamp_(-127, 127)
+    return QuantizedMatrix(values, Scales(outputs, inputs))
 
 
-def input_scales(w: torch.Tensor) -> torch.Tensor:
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """Row ranges whose float64 copies take 32 MB: a large matrix is not copied as a whole."""
+    step = max(1, _BLOCK_VALUES // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, len(weight), step))
+
+
+def _as_float32(block: torch.Tensor) -> torch.Tensor:
+    return hardshrink(block.to(torch.float32), _SMALLEST)
+
+
+def input_scales(weight: torch.Tensor) -> torch.Tensor:
     """c [in], float32: with row scales r, the mean over j of |W[j,k]| / (r_j·c_k) is about alike for all k.
 
     Large weights sit in few columns, and cost all others of their row their precision. Alternating
@@ -78,14 +93,14 @@ def input_scales(w: torch.Tensor) -> torch.Tensor:
     deviations. c is rounded to bfloat16: sums differ between machines in their last bits, c must not.
 
     Args:
-        w: float32 [out, in].
+        weight: as of `quantize`.
     """
-    rows, columns = w.shape
+    rows, columns = weight.shape
     c = torch.ones(columns, dtype=torch.float64)
     for _ in range(_BALANCING_ROUNDS):
         sums = torch.zeros(columns, dtype=torch.float64)
-        for start in range(0, rows, _BLOCK_ROWS):
-            magnitudes = w[start : start + _BLOCK_ROWS].abs().to(torch.float64)
+        for block in _blocks(weight):
+            magnitudes = _as_float32(weight[block]).abs_().to(torch.float64)
             r = _positive(magnitudes @ (1 / c))
             sums += (1 / r) @ magnitudes
         c = _positive(sums * (columns / rows))
