@@ -31,11 +31,16 @@ if "HETRAIN_TEST_CACHE" not in os.environ:
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer
 
 from hetrain.public.model.files import resolve
 from tests.harness.exclusive import machine_lock
 from tests.harness.tiny_model import save_tiny_llama
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 pytest.register_assert_rewrite(
     *(f"tests.harness.{module}" for module in ("agreement", "faults", "split_model", "trl_rows"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -83,26 +84,39 @@ def choose_compute(device: torch.device) -> Compute:
 
 def is_exact(kernel: Kernel, device: torch.device) -> bool:
     """Whether `kernel` agrees with plain integers on random, ragged and extreme matrices on `device`."""
-    generator = torch.Generator().manual_seed(_SEED)
+    return all(_agrees(kernel, probe, device) for probe in _probes())
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Digit planes, int8 weights, and what `reference` makes of them."""
+
+    planes: torch.Tensor
+    weights: torch.Tensor
+    expected: torch.Tensor
+
+
+@functools.cache
+def _probes() -> list[_Probe]:
+    generator, probes = torch.Generator().manual_seed(_SEED), []
     for (n, k, tokens), count in itertools.product(_PROBES, _PLANES):
         weights = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
         random = torch.randint(-128, 128, (count, tokens, k), dtype=torch.int8, generator=generator)
         # Saturating 16-bit accumulators fail on adjacent extremes of one sign.
         for w in (weights, torch.full_like(weights, -128), torch.full_like(weights, 127)):
             for planes in (random, torch.full_like(random, -128), torch.full_like(random, 127)):
-                if not _agrees(kernel, planes, w, device):
-                    return False
-    return True
+                probes.append(_Probe(planes, w, reference(planes, w)))
+    return probes
 
 
-def _agrees(kernel: Kernel, planes: torch.Tensor, weights: torch.Tensor, device: torch.device) -> bool:
-    expected, on_device = reference(planes, weights), planes.to(device)
-    for matrix in (weights.to(device), weights.t().contiguous().to(device).t()):
+def _agrees(kernel: Kernel, probe: _Probe, device: torch.device) -> bool:
+    planes = probe.planes.to(device)
+    for matrix in (probe.weights.to(device), probe.weights.t().contiguous().to(device).t()):
         try:
-            products = kernel(on_device, matrix).cpu()
+            products = kernel(planes, matrix).cpu()
         except (RuntimeError, NotImplementedError):
             return False
-        if not torch.equal(combined(products, torch.int64), expected):
+        if not torch.equal(combined(products, torch.int64), probe.expected):
             return False
     return True
 
