@@ -31,12 +31,15 @@ if "HETRAIN_TEST_CACHE" not in os.environ:
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer
 
 from hetrain.public.model.files import resolve
 from tests.harness.exclusive import machine_lock
 from tests.harness.tiny_model import save_tiny_llama
 
+settings.register_profile("hetrain", deadline=None)  # tests run beside others, so no example has a time
+settings.load_profile("hetrain")
 pytest.register_assert_rewrite(
     *(f"tests.harness.{module}" for module in ("agreement", "faults", "split_model", "trl_rows"))
 )
