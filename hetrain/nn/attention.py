@@ -11,7 +11,7 @@ The cost is Σ L² over rows instead of (Σ L)².
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -81,13 +81,22 @@ def end_to_end(lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
     return places
 
 
-_LAYOUT: ContextVar[RowLayout | None] = ContextVar("row layout", default=None)
+OnAttention = Callable[[], object]
+
+
+def _ignore() -> None: ...
+
+
+_LAYOUT: ContextVar[tuple[RowLayout, OnAttention] | None] = ContextVar("row layout", default=None)
 
 
 @contextmanager
-def packed_rows(layout: RowLayout) -> Iterator[None]:
-    """Within this context, and this thread, `row_attention` keeps the rows of `layout` apart."""
-    token = _LAYOUT.set(layout)
+def packed_rows(layout: RowLayout, on_attention: OnAttention = _ignore) -> Iterator[None]:
+    """Within this context, and this thread, `row_attention` keeps the rows of `layout` apart.
+
+    `on_attention` is called each time that it is.
+    """
+    token = _LAYOUT.set((layout, on_attention))
     try:
         yield
     finally:
@@ -123,9 +132,10 @@ def row_attention(
     Raises:
         UnsupportedArchitecture: the attention has sinks or looks ahead.
     """
-    layout = _LAYOUT.get()
-    if layout is None:
+    current = _LAYOUT.get()
+    if current is None:
         raise RuntimeError("row_attention runs within packed_rows only")
+    layout, on_attention = current
     if s_aux is not None:
         raise UnsupportedArchitecture("attention sinks are not supported", where=type(module).__name__)
     if not getattr(module, "is_causal", True):
@@ -133,6 +143,7 @@ def row_attention(
             "this attention is not causal", where=type(module).__name__, hint="only decoders can be split"
         )
     module.row_attention_seen = True  # type: ignore[assignment]  # torch declares modules and tensors alone
+    on_attention()
     pieces = []
     for bucket in layout.buckets:
         q, k, v = (_batch(tensor, bucket) for tensor in (query, key, value))

@@ -250,6 +250,7 @@ class RemoteLinear(nn.Linear):
     """A linear without its matrix. A subclass of `nn.Linear`, so that peft wraps it as one.
 
     `weight` has the right shape and the storage of one number. `bias`, if any, is real and stays here.
+    `is_past_attention` says whether no attention comes after it or those that share its input.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
@@ -259,6 +260,7 @@ class RemoteLinear(nn.Linear):
         self.register_parameter("bias", bias)
         self.group: LinearGroup | None = None
         self.index = 0
+        self.is_past_attention = False
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RemoteLinear:
         # Moving an expanded tensor would materialise the matrix that must not be here.

@@ -13,6 +13,7 @@ from hetrain.nn.dropout import SeededDropout
 from hetrain.nn.lora import adapter_parameters, take_branch
 from hetrain.nn.loss import LocalHead, OutputHead, summed_loss
 from hetrain.nn.memory.saved_tensors import HalfSaver
+from hetrain.nn.predicting import PredictingGroup, PredictingTokens
 from hetrain.nn.prefix import FrozenPrefix, PrefixStore
 from hetrain.nn.remote import ProductStats, RemoteGroup, RemoteHead, RemoteLinear, RemoteMatmul
 from hetrain.nn.split import SplitModel
@@ -43,6 +44,7 @@ class Replica:
         self._sealer = sealer
         self._matmul = RemoteMatmul(channel, sealer, self.stats)
         self._head = OutputHead.of(self._causal, self._projection(split))
+        self._predicting = PredictingTokens()
         self._bind(split, self._matmul)
 
     def load(self, snapshot: Mapping[str, torch.Tensor]) -> None:
@@ -76,14 +78,16 @@ class Replica:
         if self._prefix is not None:
             self._prefix.start(rows, places)
         self._matmul.sealer = self._sealer.for_micro_batch()
+        counts = targets >= 0
+        predicting = torch.cat(list(places))[counts].to(self._device)
+        self._predicting.start(predicting)
         layout = RowLayout.of(places, self._device)
         with self._saver.saving():
             states = hidden_states(
                 self._causal, tokens[None].to(self._device), positions[None].to(self._device), layout
             )
-        counts = targets >= 0
-        predicting = states[0].index_select(0, torch.cat(list(places))[counts].to(self._device))
-        return summed_loss(predicting, targets[counts].to(self._device), self._head)
+        states = states[0].index_select(0, predicting)
+        return summed_loss(states, targets[counts].to(self._device), self._head)
 
     def take_gradients(self) -> dict[str, torch.Tensor]:
         """The adapter's gradients by name, removed from the replica; zeros where there is none."""
@@ -109,10 +113,11 @@ class Replica:
                 branch = take_branch(linear, slice(end, end := end + member.out_features))
                 branches += [] if branch is None else [branch]
             bound = RemoteGroup(group, split.scales[group.name], matmul, branches)
+            narrow = PredictingGroup(bound, len(linears), self._predicting)
             for index, linear in enumerate(linears):
                 remote = getattr(linear, "base_layer", linear)
                 assert isinstance(remote, RemoteLinear)
-                remote.group, remote.index = bound, index
+                remote.group, remote.index = narrow if remote.is_past_attention else bound, index
 
 
 def _share_frozen_copy(model: PeftModel) -> PeftModel:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from hetrain.nn.attention import RowLayout, end_to_end, packed_rows
+from hetrain.nn.attention import OnAttention, RowLayout, end_to_end, packed_rows
 from hetrain.nn.families import OWN_ATTENTION
 from hetrain.nn.fused import as_in_transformers
 from hetrain.nn.loss import plain_logits
@@ -29,6 +29,7 @@ class InputTracer:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, torch.Tensor]] = []
+        self.before_attention: list[int] = []
         self._features: dict[int, torch.Tensor] = {}
 
     def attach(self, index: int, linear: RemoteLinear) -> None:
@@ -42,6 +43,10 @@ class InputTracer:
         self.calls.append((index, x))
         return x.index_select(-1, self._features[index])
 
+    def note_attention(self) -> None:
+        """Says that all calls so far come before an attention."""
+        self.before_attention = [index for index, _ in self.calls]
+
     def groups(self) -> list[list[int]]:
         """Indices that were called with the very same tensor, in order of first call."""
         found: dict[int, list[int]] = {}
@@ -51,10 +56,14 @@ class InputTracer:
 
 
 def hidden_states(
-    causal: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, layout: RowLayout
+    causal: PreTrainedModel,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    layout: RowLayout,
+    on_attention: OnAttention = lambda: None,
 ) -> torch.Tensor:
     """The decoder's last hidden states [1, T, hidden] for packed rows; tokens and positions int64 [1, T]."""
-    with packed_rows(layout):
+    with packed_rows(layout, on_attention):
         output = causal.base_model(
             input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True
         )
@@ -64,6 +73,8 @@ def hidden_states(
 
 def shared_inputs(causal: PreTrainedModel, remotes: Mapping[str, RemoteLinear]) -> list[list[str]]:
     """Names of the linears that share an input, group by group in order of evaluation, the head left out.
+
+    Those that are called after the last attention are marked so.
 
     Raises:
         UnsupportedArchitecture: the model cannot run on packed rows, or gives other logits there.
@@ -92,6 +103,10 @@ def shared_inputs(causal: PreTrainedModel, remotes: Mapping[str, RemoteLinear]) 
     finally:
         for remote in remotes.values():
             remote.group = None
+    before = {names[index] for index in tracer.before_attention}
+    for members in grouped:
+        for name in members:
+            remotes[name].is_past_attention = before.isdisjoint(members)
     return grouped
 
 
@@ -100,7 +115,8 @@ def _try_out(causal: PreTrainedModel, tracer: InputTracer, names: list[str]) -> 
     tokens = 3 + torch.arange(sum(_ROWS))  # no two alike, and none that is likely to mean padding
     tokens = tokens[None] % embeddings
     positions = torch.cat([torch.arange(length) for length in _ROWS])[None]
-    packed = hidden_states(causal, tokens, positions, RowLayout.of(end_to_end(_ROWS)))[0]
+    layout = RowLayout.of(end_to_end(_ROWS))
+    packed = hidden_states(causal, tokens, positions, layout, tracer.note_attention)[0]
     groups = [[names[index] for index in members] for members in tracer.groups()]
     _require_one_call_each(names, [name for members in groups for name in members])
     if not any(getattr(module, "row_attention_seen", False) for module in causal.modules()):

@@ -148,6 +148,7 @@ class SplitHarness:
             for parameter in adapter_parameters(self.model).values():
                 parameter.normal_(std=0.2, generator=generator)
         self.requests: list[tuple[str, str]] = []
+        self.sizes: dict[tuple[str, str], int] = {}  # bytes of the last operand
         compute = Compute(torch.device("cpu"), "int8", KERNELS["int8"])
         self._service = Service(compute, WeightStore(compute.device, {checkpoint.label: str(directory)}))
         self._plan = self.split.plan.to_bytes()
@@ -158,6 +159,7 @@ class SplitHarness:
 
     def _evaluate(self, task: EvaluateTask, payload: memoryview) -> list[memoryview]:
         self.requests.append((task.direction, task.group))
+        self.sizes[task.direction, task.group] = len(payload)
         return self._service.evaluate(task, lambda: self._plan, memoryview(bytearray(payload)))
 
     def replica(self) -> Replica:

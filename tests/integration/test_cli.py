@@ -107,7 +107,8 @@ def test_plan_says_what_would_leave(tiny_llama: Path) -> None:
     course = json.loads(hetrain("plan", tiny_llama, "--json", *job).stdout)["course"]
     assert course["rows"] == len(HANDBOOK.read_text().splitlines())
     assert course["tokens"] == 2 * course["epoch_tokens"]
-    assert course["updates"] == pytest.approx(course["tokens"] / 512, rel=0.1)
+    assert 0.9 * course["row_tokens"] < course["epoch_tokens"] < 0.95 * course["row_tokens"]  # "Question:"
+    assert course["updates"] == pytest.approx(course["tokens"] / 512, rel=0.15)
     text = hetrain("plan", tiny_llama, *job)
     assert text.returncode == 0
     said = " ".join(text.stdout.split())

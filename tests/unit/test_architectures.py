@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -133,6 +134,27 @@ def test_a_prompt_that_rows_share_is_computed_once(name: str, tmp_path: Path) ->
     batch = packed(some)
     assert batch.n_tokens == sum(len(row.tokens) for row in some) - 3 * 6
     assert_faithful(SplitHarness(tmp_path), some)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "phi", "opt"])
+def test_after_the_last_attention_only_tokens_that_predict_are_sent(name: str, tmp_path: Path) -> None:
+    save_model(FAMILIES[name], tmp_path)
+    harness = SplitHarness(tmp_path)
+    learned = [(False,) * (len(row.tokens) - 2) + (True,) * 2 for row in prompted_rows()]
+    some = [replace(row, supervised=each) for row, each in zip(prompted_rows(), learned, strict=True)]
+    assert_faithful(harness, some)
+    batch = packed(some)
+    predicting = torch.cat(batch.places)[batch.targets >= 0].unique()
+    tokens = {}  # of each product, whose operand has three bytes a value
+    for group in harness.split.block_groups:
+        for way, width in (("forward", group.in_features), ("backward", group.out_features)):
+            if size := harness.sizes.get((way, group.name)):
+                tokens[way, group.name] = size // (3 * width)
+    last_block = [group.name for group in harness.split.block_groups if ".1." in group.members[0].module]
+    past = {product for product in tokens if product[1] in last_block[1:]}
+    assert len(past) == 2 * len(last_block[1:])
+    assert {tokens[product] for product in past} == {len(predicting)}
+    assert {tokens[product] for product in tokens.keys() - past} == {batch.n_tokens}
 
 
 @pytest.mark.parametrize("name", GROUPS)
