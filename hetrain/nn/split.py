@@ -29,6 +29,9 @@ from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_gr
 HEAD_ROWS = 8192
 """Outputs of one group of the output head. Its gradient with respect to the hidden states is a sum over the
 vocabulary: groups keep the noise of their products, and the memory that these take, small."""
+HEAD_INPUTS = 1024
+"""Of fewer, an output head costs the client about as much in logits to decrypt and gradients to encrypt as in
+products that it computes itself: such a one leaves only where its name is given."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def split_model(
     Args:
         checkpoint: the whole model.
         outsource: globs (`fnmatch.fnmatchcase`) on full module names, as in ``model.layers.*.mlp.down_proj``.
-            Linears of the decoder's blocks, and the output head, that match any are outsourced; the others
-            are loaded as they are.
+            Linears of the decoder's blocks that match any are outsourced, and so is the output head if it
+            has `HEAD_INPUTS` or goes by the very name; the others are loaded as they are.
         on_matrix: called once with each group's matrix.
 
     Raises:
@@ -93,7 +96,7 @@ def split_model(
     linears = block_linears(causal)
     tensors = tensor_names(causal, checkpoint)
     head = _head(causal, tensors)
-    chosen = _matching([*linears, *head], outsource)
+    chosen = _matching(linears, head, outsource)
     members = {
         name: _member(name, linears[name], tensor_of(tensors, checkpoint, f"{name}.weight"))
         for name in chosen
@@ -144,11 +147,14 @@ def _slices(member: Member) -> list[Member]:
     ]
 
 
-def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+def _matching(linears: Iterable[str], head: Mapping[str, Linear], patterns: Iterable[str]) -> list[str]:
     """The names that match any of the patterns, in their order; refuses a pattern that matches none."""
-    known, chosen = list(names), set()
+    known, chosen = [*linears, *head], set()
+    by_name = {name for name, module in head.items() if shape_of(module)[0] < HEAD_INPUTS}
     for pattern in patterns:
-        matches = [name for name in known if fnmatchcase(name, pattern)]
+        matches = [
+            name for name in known if name == pattern or (name not in by_name and fnmatchcase(name, pattern))
+        ]
         if not matches:
             examples = {name.rpartition(".")[2]: name for name in reversed(known)}
             raise UsageError(

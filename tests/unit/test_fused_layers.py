@@ -126,6 +126,28 @@ def test_gates_far_from_zero(native: NativeLayers, activation: Activation) -> No
     assert torch.allclose(both, torch.cat([slopes, y], 1), atol=1e-30)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize(("rows", "width"), [shape for shape in SHAPES if shape[0]])
+def test_exponentials(native: NativeLayers, rows: int, width: int, size: float) -> None:
+    z = columns(rows, width, 1, size)
+    largest = z.double().amax(dim=1)
+    exponents = z.double() - largest[:, None]
+    expected = exponents.exp()
+    found, sums = native.exponentials(z)
+    assert torch.equal(found.double(), largest)
+    # As exact as the difference, of float32 numbers.
+    assert_close(z, expected, expected * (1 + exponents.abs()) + 1e-30)
+    assert_close(sums, expected.sum(dim=1), 2 * expected.sum(dim=1))
+
+
+@pytest.mark.parametrize("place", [0, 3, 12])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_exponentials_of_what_is_not_finite(native: NativeLayers, value: float, place: int) -> None:
+    z = draw(3, 13)
+    z[1, place] = value
+    assert native.exponentials(z)[1].isfinite().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("width", [5, 40])
 def test_what_is_not_finite_is_not_hidden(native: NativeLayers, activation: Activation, width: int) -> None:

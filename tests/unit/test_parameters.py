@@ -337,8 +337,8 @@ def test_a_tampered_plan_is_refused(plan: Plan) -> None:
         b"[]",
         good.replace(b'"in_features":8', b'"in_features":0'),
         good.replace(b'"in_features":8', b'"in_features":"8"'),
-        good.replace(b'"version":1', b'"version":2'),
-        good.replace(b'"version":1', b'"version":1,"more":1'),
+        good.replace(b'"version":2', b'"version":1'),
+        good.replace(b'"version":2', b'"version":2,"more":1'),
         good.replace(b'"h.q.weight"', b'"/etc/passwd"'),
     ]
     for data in malformed:

@@ -81,7 +81,7 @@ def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:
 class Plan(_Part):
     """All groups of one model, in the order in which a forward pass meets them."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: Name
     groups: tuple[Group, ...] = Field(strict=False)
 
