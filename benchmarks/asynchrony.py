@@ -4,8 +4,9 @@ For each number of updates and each seed, over the handbook with a cosine schedu
 as warm-up: stock peft in fp32 in this process, ``hetrain submit`` with its defaults, and with
 ``--max-staleness 2`` and three micro-batches in flight. All have the same initial adapter, micro-batches and
 schedule. The held-out loss is that of stock peft with the adapter, over ``handbook_eval.jsonl``. To tell what
-is chance, stock peft also starts from the adapter changed by a thousandth; to tell what int8 weights do, it
-also trains on those that workers have, and is measured on the weights as they are, as all are.
+is chance, stock peft also starts from the adapter changed by a thousandth; to tell what rounding of the
+linears' weights does, it also trains on the int8 ones that workers have, and on bfloat16 ones, and is
+measured on the weights as they are, as all are.
 
 A run that the file has is not repeated, so a stopped measurement goes on. `benchmarks.corrections` compares
 ways to correct staleness, `benchmarks.lockstep` throughput.
@@ -28,7 +29,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.corrections import RATES, Run, held_out_loss, set_up, train
+from benchmarks.corrections import (
+    RATES,
+    Rounding,
+    Run,
+    held_out_loss,
+    round_to_bfloat16,
+    round_to_int8,
+    set_up,
+    train,
+)
 from benchmarks.data import HANDBOOK
 from benchmarks.output import add_json_option, complete_runs, markdown
 from benchmarks.step import run_watched
@@ -36,7 +46,12 @@ from hetrain.train.session import BaseModelFiles, open_base
 
 PEFT = "stock PEFT, fp32"
 PEFT_AGAIN = "stock PEFT, fp32, initial adapter changed by 0.1 %"
-ON_INT8 = "stock PEFT, fp32, on int8 weights"
+ROUNDED: Mapping[str, Rounding] = MappingProxyType(
+    {
+        "stock PEFT, fp32, on bfloat16 weights": round_to_bfloat16,
+        "stock PEFT, fp32, on int8 weights": round_to_int8,
+    }
+)
 CHANGE = 1e-3
 """Relative size of that change: what it does to the held-out loss is chance."""
 JOBS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -45,14 +60,14 @@ JOBS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "--max-staleness 2": ("--max-staleness", "2", "--in-flight", "3"),
     }
 )
-MODES = (PEFT, PEFT_AGAIN, ON_INT8, *JOBS)
+MODES = (PEFT, PEFT_AGAIN, *ROUNDED, *JOBS)
 
 
 def figures_of(base: BaseModelFiles, run: Run, how: str) -> dict[str, Any]:
     """Losses of a training."""
     if how in JOBS:
         return job(base, run, JOBS[how])
-    return train(base, run, change=CHANGE if how == PEFT_AGAIN else 0.0, on_int8=how == ON_INT8)
+    return train(base, run, change=CHANGE if how == PEFT_AGAIN else 0.0, rounding=ROUNDED.get(how))
 
 
 def job(base: BaseModelFiles, run: Run, options: tuple[str, ...]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import json
 import statistics
 import tempfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import get_scheduler
 
@@ -185,18 +186,22 @@ def rows_of(base: BaseModelFiles, data: str) -> tuple[list[Row], list[Row]]:
     return rows[:-_HELD_OUT_ROWS], rows[-_HELD_OUT_ROWS:]
 
 
+Rounding = Callable[[PeftModel, BaseModelFiles], dict[nn.Parameter, torch.Tensor]]
+"""Rounds the weights of the blocks' linears. Returns what they were."""
+
+
 def train(
     base: BaseModelFiles,
     run: Run,
     micro_batch_tokens: int = 2048,
     change: float = 0.0,
     *,
-    on_int8: bool = False,
+    rounding: Rounding | None = None,
 ) -> dict[str, Any]:
     """Losses of all updates, and the held-out loss after the last.
 
     The initial adapter is multiplied by normal numbers of mean 1 and standard deviation `change`. With
-    `on_int8` the linears' weights are those that workers have, until the held-out loss is computed.
+    `rounding` the linears' weights are rounded until the held-out loss is computed.
     """
     setup = set_up(base, run, micro_batch_tokens)
     random = torch.Generator().manual_seed(run.seed)
@@ -205,7 +210,7 @@ def train(
         for name, value in setup.values.items()
     }
     model = plain_model(base.files.directory, LoraConfig(), values)
-    stored = round_to_int8(model, base) if on_int8 else {}
+    stored = rounding(model, base) if rounding else {}
     training = DelayedTraining(model, run)
     losses = [training.update(batches) for batches in setup.updates]
     with torch.no_grad():
@@ -216,7 +221,7 @@ def train(
 
 @torch.no_grad()
 def round_to_int8(model: PeftModel, base: BaseModelFiles) -> dict[nn.Parameter, torch.Tensor]:
-    """Gives the linears diag(s)·Q·diag(c) for weights, by groups as in a plan. Returns what they had."""
+    """A `Rounding` to diag(s)·Q·diag(c), by groups as in a plan."""
     stored = {}
     causal = model.get_base_model()
     for group in split_model(base.files).plan.groups:
@@ -227,6 +232,18 @@ def round_to_int8(model: PeftModel, base: BaseModelFiles) -> dict[nn.Parameter, 
             parameter = causal.get_submodule(member.module).base_layer.weight
             stored[parameter] = parameter.clone()
             parameter.copy_(weight)
+    return stored
+
+
+@torch.no_grad()
+def round_to_bfloat16(model: PeftModel, base: BaseModelFiles) -> dict[nn.Parameter, torch.Tensor]:
+    """A `Rounding` to the type in which most models are published and trained."""
+    stored = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            parameter = module.base_layer.weight
+            stored[parameter] = parameter.clone()
+            parameter.copy_(parameter.to(torch.bfloat16))
     return stored
 
 
