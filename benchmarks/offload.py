@@ -57,7 +57,7 @@ def report(readings: Sequence[Usage], tokens: int, **more: float) -> None:
     print(json.dumps({**means, "tokens": tokens, "peak_rss_bytes": peak, **more}))
 
 
-def client(model: str, updates: int, tokens: int | None) -> None:
+def client(model: str, updates: int, tokens: int | None, outsource: Sequence[str]) -> None:
     """Trains and reports on this process."""
     import hetrain
 
@@ -76,7 +76,12 @@ def client(model: str, updates: int, tokens: int | None) -> None:
         data = Path(scratch) / "rows.jsonl"
         write_text_rows(data, rows=config.tokens_per_update // ROW_TOKENS, tokens=ROW_TOKENS)
         result = hetrain.finetune(
-            data, model=model, output_dir=Path(scratch) / "out", training=config, on_step=on_step
+            data,
+            model=model,
+            output_dir=Path(scratch) / "out",
+            training=config,
+            outsourcing=hetrain.OutsourcingConfig(outsource=tuple(outsource)),
+            on_step=on_step,
         )
     report(readings, result.tokens // (updates + 1), wire_bytes=wire / (updates + 1))
 
@@ -113,13 +118,23 @@ def plain(model: str, updates: int, tokens: int | None, dtype: str) -> None:
     report(readings, sum(batch.n_tokens for batch in batches))
 
 
-def measure(shape: str, updates: int, tokens: int | None, kinds: Sequence[str]) -> dict[str, Any]:
+def measure(
+    shape: str, updates: int, tokens: int | None, outsource: Sequence[str], kinds: Sequence[str]
+) -> dict[str, Any]:
     """The client and the plain trainings of a shape, one after the other."""
     model = MODELS[shape]()
-    run_watched([sys.executable, "-m", "cli", "prepare", model, "--quiet"])
-    calls: dict[str, Callable[[], str]] = {"client": lambda: f"client({model!r}, {updates}, {tokens})"}
+    patterns = [word for pattern in outsource for word in ("--outsource", pattern)]
+    run_watched([sys.executable, "-m", "cli", "prepare", model, "--quiet", *patterns])
+    calls: dict[str, Callable[[], str]] = {
+        "client": lambda: f"client({model!r}, {updates}, {tokens}, {outsource!r})"
+    }
     calls |= {kind: lambda kind=kind: f"plain({model!r}, {updates}, {tokens}, {kind!r})" for kind in kinds}  # type: ignore[misc]
-    return {"shape": shape, "updates": updates, "runs": {name: _run(call()) for name, call in calls.items()}}
+    return {
+        "shape": shape,
+        "updates": updates,
+        "outsource": outsource,
+        "runs": {name: _run(call()) for name, call in calls.items()},
+    }
 
 
 def _run(call: str) -> dict[str, float]:
@@ -150,7 +165,8 @@ def table(measured: Sequence[Mapping[str, Any]]) -> str:
             cpu = run["user_s"] + run["system_s"]
             rows.append(
                 (
-                    one["shape"],
+                    one["shape"]
+                    + ("" if "lm_head" not in one.get("outsource", ()) else ", with output head"),
                     "client" if name == "client" else f"stock PEFT, {name}",
                     f"{1e3 * cpu / run['tokens']:.2f}",
                     f"{run['system_s'] / cpu:.0%}",
@@ -172,11 +188,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=MODELS, default=[SMOLLM2])
     parser.add_argument("--updates", type=int, default=3, help="measured ones; one more comes before")
     parser.add_argument("--batch-tokens", type=int, help="tokens of an update; default: as for submit")
+    parser.add_argument("--outsource", nargs="+", default=["*"], help="patterns, as for submit")
     parser.add_argument("--plain", nargs="*", choices=PLAIN, default=list(PLAIN))
     arguments = parser.parse_args()
     before = environment()
     measured = [
-        measure(shape, arguments.updates, arguments.batch_tokens, arguments.plain)
+        measure(shape, arguments.updates, arguments.batch_tokens, arguments.outsource, arguments.plain)
         for shape in arguments.shapes
     ]
     print(table(measured))

@@ -30,9 +30,9 @@ class OutsourcingConfig:
     outsource: tuple[str, ...] = setting(
         ("*",),
         "Glob on full module names, as in 'model.layers.*.mlp.*', repeatable: only matching linears of the "
-        "decoder blocks go to workers, and the output head if it matches and has 1024 inputs or more, or is "
-        "named, as in lm_head; the others run on the client, with adapters all the same. auto: what pays "
-        "over `link`, chosen once, when the job starts.",
+        "decoder blocks go to workers, and the output head if it is named, as in lm_head; the others run on "
+        "the client, with adapters all the same. auto: what pays over `link`, chosen once, when the job "
+        "starts.",
         metavar="PATTERN",
     )
 

@@ -124,7 +124,7 @@ def plan_report(
     if dataset is not None:
         rows = tokenize_rows(dataset.rows, load_tokenizer(files), training.longest_row, dataset.config)
         course = Course.of(rows, training)
-    split = split_model(files, ("*",) if is_auto else outsource)
+    split = split_model(files, None if is_auto else outsource)
     report = _report(split, split.plan, training, course)
     if comparison.link is None:
         return report

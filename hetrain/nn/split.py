@@ -29,9 +29,6 @@ from hetrain.public.protocol.plan import Group, Member, Plan, group_of, stack_gr
 HEAD_ROWS = 8192
 """Outputs of one group of the output head. Its gradient with respect to the hidden states is a sum over the
 vocabulary: groups keep the noise of their products, and the memory that these take, small."""
-HEAD_INPUTS = 1024
-"""Of fewer, an output head costs the client about as much in logits to decrypt and gradients to encrypt as in
-products that it computes itself: such a one leaves only where its name is given."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ OnMatrix = Callable[[Group, torch.Tensor], None]
 
 
 def split_model(
-    checkpoint: ModelFiles, outsource: Iterable[str] = ("*",), on_matrix: OnMatrix | None = None
+    checkpoint: ModelFiles, outsource: Iterable[str] | None = ("*",), on_matrix: OnMatrix | None = None
 ) -> SplitModel:
     """Loads the client's part of `checkpoint` and plans the rest.
 
@@ -83,8 +80,8 @@ def split_model(
     Args:
         checkpoint: the whole model.
         outsource: globs (`fnmatch.fnmatchcase`) on full module names, as in ``model.layers.*.mlp.down_proj``.
-            Linears of the decoder's blocks that match any are outsourced, and so is the output head if it
-            has `HEAD_INPUTS` or goes by the very name; the others are loaded as they are.
+            Linears of the decoder's blocks that match any are outsourced, and so is the output head if one
+            is its name; the others are loaded as they are. None takes all of them, the head included.
         on_matrix: called once with each group's matrix.
 
     Raises:
@@ -96,7 +93,7 @@ def split_model(
     linears = block_linears(causal)
     tensors = tensor_names(causal, checkpoint)
     head = _head(causal, tensors)
-    chosen = _matching(linears, head, outsource)
+    chosen = [*linears, *head] if outsource is None else _matching(linears, head, outsource)
     members = {
         name: _member(name, linears[name], tensor_of(tensors, checkpoint, f"{name}.weight"))
         for name in chosen
@@ -147,14 +144,16 @@ def _slices(member: Member) -> list[Member]:
     ]
 
 
-def _matching(linears: Iterable[str], head: Mapping[str, Linear], patterns: Iterable[str]) -> list[str]:
-    """The names that match any of the patterns, in their order; refuses a pattern that matches none."""
-    known, chosen = [*linears, *head], set()
-    by_name = {name for name, module in head.items() if shape_of(module)[0] < HEAD_INPUTS}
+def _matching(linears: Iterable[str], head: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The linears that match any of the patterns, and the head if one names it, in their order.
+
+    A pattern that takes nothing is refused.
+    """
+    inside = list(linears)
+    known, chosen = [*inside, *head], set()
     for pattern in patterns:
-        matches = [
-            name for name in known if name == pattern or (name not in by_name and fnmatchcase(name, pattern))
-        ]
+        matches = [name for name in inside if fnmatchcase(name, pattern)]
+        matches += [name for name in head if name == pattern]
         if not matches:
             examples = {name.rpartition(".")[2]: name for name in reversed(known)}
             raise UsageError(

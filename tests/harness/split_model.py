@@ -19,13 +19,11 @@ from hetrain.config import LoraConfig
 from hetrain.data.packing import MicroBatch, micro_batches
 from hetrain.data.shared_prompt import shared_prompts
 from hetrain.data.tokenization import Row
-from hetrain.nn.checkpoint_io.loading import skeleton
-from hetrain.nn.families import output_head
 from hetrain.nn.lora import adapter_parameters, add_adapter
 from hetrain.nn.remote import RemoteLinear
 from hetrain.nn.replica import Replica
 from hetrain.nn.split import SplitModel, split_model
-from hetrain.public.model.files import ModelFiles, resolve
+from hetrain.public.model.files import resolve
 from hetrain.public.model.quantization import QuantizedMatrix, quantize
 from hetrain.public.protocol.messages import EvaluateTask
 from hetrain.public.protocol.product import Product, ProductKey
@@ -131,12 +129,6 @@ def save_model(family: Family, directory: Path, seed: int = 0, **options: Any) -
     return model
 
 
-def _everything(checkpoint: ModelFiles) -> list[str]:
-    """Patterns of all that can be outsourced, small output heads included."""
-    head = output_head(skeleton(checkpoint))
-    return ["*"] if head is None else ["*", head[0]]
-
-
 class SplitHarness:
     """A split model with a random adapter, on the real worker service; records the products it computes."""
 
@@ -148,7 +140,7 @@ class SplitHarness:
         kept: dict[ProductKey, CheckRows] = {}
         self.split: SplitModel = split_model(
             checkpoint,
-            outsource or _everything(checkpoint),
+            outsource,
             lambda group, matrix: kept.update(kept_rows(group, matrix)),
         )
         self.sealer = ClearSealer(Verification(kept, self._weights))
