@@ -15,12 +15,12 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks import asynchrony, broker, corrections, lockstep, plots, projection, scaling
+from benchmarks import asynchrony, broker, corrections, lockstep, offload, plots, projection, scaling
 from benchmarks.hardware import ClientModel, WorkerModel
 from benchmarks.report import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENTS = (DOCS / "scaling.md", DOCS / "asynchronous.md")
+DOCUMENTS = (DOCS / "scaling.md", DOCS / "asynchronous.md", DOCS / "performance.md")
 _PART = re.compile(r"<!-- begin: (?P<name>.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -33,6 +33,7 @@ PARTS: Mapping[str, Callable[[], str]] = MappingProxyType(
         "python -m benchmarks.projection": lambda: projection.table(WorkerModel(), ClientModel()),
         "python -m benchmarks.scaling": lambda: scaling.table(_results("scaling")),
         "python -m benchmarks.broker": lambda: broker.table(_results("broker")["cells"]),
+        "python -m benchmarks.offload": lambda: offload.table(_results("offload")["shapes"]),
         "python -m benchmarks.asynchrony": lambda: asynchrony.table(_results("asynchrony")["runs"]),
         "python -m benchmarks.corrections": lambda: corrections.table(_results("corrections")["runs"]),
         "python -m benchmarks.lockstep": lambda: lockstep.table(_results("lockstep")),

@@ -70,8 +70,8 @@ def test_senseless_addresses_are_refused_without_their_password(url: str) -> Non
 
 def test_another_wire_version_is_named_as_such_whatever_else_differs() -> None:
     for kind in (PrepareTask, EvaluateTask, Completion, WorkerReport, WorkerRegistration, Plan):
-        with pytest.raises(WireError, match=r"wire version 2 is not spoken here, only 1 \(a ") as caught:
-            parse(kind, '{"version": 2, "new": true}', where="message")
+        with pytest.raises(WireError, match=r"wire version 1 is not spoken here, only 2 \(a ") as caught:
+            parse(kind, '{"version": 1, "old": true}', where="message")
         assert "install the same version" in caught.value.hint
 
 

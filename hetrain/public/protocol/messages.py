@@ -23,7 +23,7 @@ from pydantic import (
 
 from hetrain.public.errors import WireError
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 TASK_EVALUATE = "hetrain.evaluate"
 TASK_PREPARE = "hetrain.prepare"
 CONTROL_REPORT = "hetrain_report"
@@ -53,7 +53,7 @@ class _Message(BaseModel):
     # What is wrong with a message is shown to others, such as Flower's readers; its content is not.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
 
     def to_json(self) -> str:
         return self.model_dump_json()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hetrain.public.errors import WireError
 from hetrain.public.model.quantization import Norms, QuantizedMatrix, matrix_digest, norms_of, quantize
-from hetrain.public.protocol.messages import Name, Token, parse
+from hetrain.public.protocol.messages import VERSION, Name, Token, parse
 
 MAX_PLAN_BYTES = 4 << 20
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -81,7 +81,7 @@ def group_of(members: tuple[Member, ...], values: torch.Tensor) -> Group:
 class Plan(_Part):
     """All groups of one model, in the order in which a forward pass meets them."""
 
-    version: Literal[2] = 2
+    version: Literal[2] = VERSION
     model: Name
     groups: tuple[Group, ...] = Field(strict=False)
 

@@ -89,7 +89,7 @@ class WorkerRegistration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     worker: WorkerName
     device: Line
     queue: Name
