@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from cli import comparison
 from cli.options import AsJson, as_options, option
 from hetrain import api
 from hetrain.config import AUTO, ComparisonConfig, DataConfig, JobSpec, OutsourcingConfig, TrainingConfig
-from hetrain.public.spelling import starred
+from hetrain.public.spelling import say_alike, starred
 
 _ALL = list(OutsourcingConfig.outsource)
 _NO_ROWS: list[str] = []
@@ -172,10 +171,9 @@ def print_plan(console: Console, found: api.PlanReport) -> None:
     if found.course is not None:
         console.print(_course(found, found.course), highlight=False)
     if found.kept:
-        alike = Counter(starred(name) for name in found.kept)
         console.print(
             f"The client's {found.client_parameters:,} parameters include {len(found.kept)} linears of "
-            f"decoder blocks: {', '.join(f'{name} × {count}' for name, count in alike.items())}.",
+            f"decoder blocks: {say_alike(found.kept)}.",
             highlight=False,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hetrain.jobs.run import read_run
 from hetrain.jobs.settings import from_json
 from hetrain.public.errors import UsageError
 from hetrain.public.quantities import say_bits_per_second
-from hetrain.public.spelling import starred
+from hetrain.public.spelling import say_alike
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +44,7 @@ def choose_patterns(spec: JobSpec, comparison: ComparisonConfig) -> tuple[str, .
 
 
 def _said(found: PlanReport, rate: str) -> str:
-    alike = Counter(map(starred, found.kept))
-    kept = ", ".join(f"{name} × {count}" for name, count in alike.items())
+    kept = say_alike(found.kept)
     stays = f"{kept} stay here, where they take the job less time than over the link" if kept else "all leave"
     return f"outsource {AUTO}, over {rate}: {stays}"
 

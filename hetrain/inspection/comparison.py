@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hetrain.config import MEASURED, ComparisonConfig, TrainingConfig
@@ -12,6 +12,8 @@ from hetrain.inspection.choice import Judgement, choose
 from hetrain.inspection.estimate import Estimate, Link, MachineCosts, Memory, Rates, Work, estimate
 from hetrain.inspection.link import measure_link
 from hetrain.inspection.local_probe import Probe, free_memory, probe
+from hetrain.nn.loss import MOST_LOGITS, MOST_TOKENS
+from hetrain.nn.remote import MOST_REMOTE_LOGITS
 from hetrain.public.errors import ModelError, UsageError
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.public.lattice.result_format import ResultFormat
@@ -26,8 +28,6 @@ WITHOUT_DATA = 1_000_000
 """Tokens that are compared where there is no data set."""
 _ROW_TOKENS = 256
 _PROCESS_BYTES = 600e6
-_LOGITS_AT_ONCE, _LOGITS_TOKENS = 1 << 26, 512
-_REMOTE_LOGITS_AT_ONCE = 1 << 27
 _FORMAT = ResultFormat(parameters_for(SLOTS))
 
 
@@ -167,7 +167,7 @@ class Surroundings:
             tokens=self.tokens,
             bytes_up=fill * sum(_FORMAT.operand_bytes(k) for k, _ in both) / SLOTS,
             bytes_down=fill * sum(_FORMAT.result_bytes(n) for _, n in both) / SLOTS,
-            weights=_weights(groups),
+            weights=count_weights(groups),
             products=len(both),
             micro_batches=self.tokens / tokens,
             at_once=self.training.replicas,
@@ -179,7 +179,7 @@ class Surroundings:
         Of a shared prompt local training computes each row's tokens, and so do both heads.
         """
         crypto, values = measured.crypto, _values(groups) * _fill(self.training.tokens_per_micro_batch)
-        kept = self.facts.linear_weights - _weights(self._inside(groups))
+        kept = self.facts.linear_weights - count_weights(self._inside(groups))
         leaves = len(self._inside(groups)) < len(groups)
         client_s = (
             measured.layers * measured.client_block_s
@@ -205,14 +205,14 @@ class Surroundings:
         facts, tokens, at_once = self.facts, self.training.tokens_per_micro_batch, self.training.replicas
         inside = self._inside(groups)
         leaves = len(inside) < len(groups)
-        logits = 8 * min(_LOGITS_TOKENS * facts.vocabulary, _LOGITS_AT_ONCE)
+        logits = 8 * min(MOST_TOKENS * facts.vocabulary, MOST_LOGITS)
         if leaves:
-            logits = at_once * 4 * min(tokens * facts.vocabulary, _REMOTE_LOGITS_AT_ONCE)
+            logits = at_once * 4 * min(tokens * facts.vocabulary, MOST_REMOTE_LOGITS)
         wide = [(group.in_features, group.out_features) for group in groups]
         largest = max((11 * max(pair) + 8 * min(pair) for pair in wide), default=0)
         client = (
             facts.stored_bytes * (facts.parameters - facts.linear_weights - leaves * facts.head_weights)
-            + 4 * (facts.linear_weights - _weights(inside))
+            + 4 * (facts.linear_weights - count_weights(inside))
             + at_once * tokens * measured.layers * measured.client_saved
             + at_once * SLOTS * largest
             + 5 * KEPT_ROWS * _values(groups)
@@ -288,7 +288,8 @@ def _fill(tokens: int) -> float:
     return (whole * SLOTS + (parameters_for(rest).ring_degree if rest else 0)) / tokens
 
 
-def _weights(groups: Sequence[Group]) -> int:
+def count_weights(groups: Iterable[Group]) -> int:
+    """Numbers in the groups' matrices."""
     return sum(group.in_features * group.out_features for group in groups)
 
 

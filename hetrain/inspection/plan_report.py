@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from hetrain.config import AUTO, ComparisonConfig, DataConfig, TrainingConfig
 from hetrain.data.dataset import RawRow
 from hetrain.data.tokenization import Row, load_tokenizer, tokenize_rows
 from hetrain.data.updates import Course
-from hetrain.inspection.comparison import Comparison, ModelFacts, Surroundings, survey
+from hetrain.inspection.comparison import Comparison, ModelFacts, Surroundings, count_weights, survey
 from hetrain.nn.families import shape_of
 from hetrain.nn.split import SplitModel, split_model
 from hetrain.public.errors import UsageError
@@ -142,7 +142,7 @@ def _report(split: SplitModel, plan: Plan, training: TrainingConfig, course: Cou
     leaving = {member.module for group in plan.groups for member in group.members}
     shared = set(split.head) if split.has_tied_head else set()
     all_weights, weights = (
-        _weights([g for g in each.groups if g not in shared]) for each in (split.plan, plan)
+        count_weights([g for g in each.groups if g not in shared]) for each in (split.plan, plan)
     )
     return PlanReport(
         plan=plan,
@@ -166,14 +166,10 @@ def _compared(
     return replace(report, comparison=surroundings.compare(report.plan.groups))
 
 
-def _weights(groups: Iterable[Group]) -> int:
-    return sum(group.in_features * group.out_features for group in groups)
-
-
 def _facts(split: SplitModel, report: PlanReport) -> ModelFacts:
     embeddings = split.causal.get_input_embeddings().weight
     linears = [shape_of(split.causal.get_submodule(name)) for name in split.block_linears]
-    head = _weights(split.head)
+    head = count_weights(split.head)
     return ModelFacts(
         parameters=report.outsourced_parameters + report.client_parameters,
         linear_weights=sum(k * n for k, n in linears),

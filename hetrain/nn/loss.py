@@ -14,8 +14,8 @@ from hetrain.nn.families import logit_scale_and_cap
 from hetrain.nn.fused import exponentials
 from hetrain.public.allocator import release_freed_memory
 
-_MOST_TOKENS = 512
-_MOST_LOGITS = 1 << 26
+MOST_TOKENS = 512
+MOST_LOGITS = 1 << 26
 
 PullBack = Callable[[Iterable[torch.Tensor]], torch.Tensor]
 """The gradient with respect to hidden states [n, H] of those with respect to slices of logits, in order."""
@@ -53,7 +53,7 @@ class LocalHead:
     def most_tokens(self) -> int:
         """As many as have 2^26 logits, and no more than 512."""
         vocabulary = len(next(iter(self.module.parameters())))
-        return min(max(_MOST_LOGITS // vocabulary, 1), _MOST_TOKENS)
+        return min(max(MOST_LOGITS // vocabulary, 1), MOST_TOKENS)
 
     def __call__(self, hidden: torch.Tensor) -> tuple[Iterator[torch.Tensor], PullBack]:
         """See `Projection`."""

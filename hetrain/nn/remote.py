@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hetrain.nn.lora_branches import Branches, LoraBranch
+from hetrain.nn.loss import PullBack
 from hetrain.public.errors import ResultRejected, UnsupportedArchitecture
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.model.quantization import Scales
@@ -27,7 +28,7 @@ from hetrain.public.system import flush_denormals
 from hetrain.secret.engine import Sealed, Sealer
 from hetrain.transport.channel import Channel, Reply
 
-_MOST_LOGITS = 1 << 27
+MOST_REMOTE_LOGITS = 1 << 27
 
 
 @dataclass
@@ -306,11 +307,9 @@ class RemoteHead:
     def most_tokens(self) -> int:
         """As many as have 2^27 logits, and no more than a ciphertext has."""
         vocabulary = sum(group.out_features for group in self._groups)
-        return min(max(_MOST_LOGITS // vocabulary, 1), SLOTS)
+        return min(max(MOST_REMOTE_LOGITS // vocabulary, 1), SLOTS)
 
-    def __call__(
-        self, hidden: torch.Tensor
-    ) -> tuple[Iterator[torch.Tensor], Callable[[Iterable[torch.Tensor]], torch.Tensor]]:
+    def __call__(self, hidden: torch.Tensor) -> tuple[Iterator[torch.Tensor], PullBack]:
         """Slices of the logits of hidden states [n, H], n ≤ 2048, and the way back."""
         return self._logits(hidden), self._input_gradient
 

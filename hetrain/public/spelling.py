@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -22,3 +23,8 @@ def did_you_mean(given: str, known: Iterable[str], *, likeness: float = 0.6) -> 
 def starred(module: str) -> str:
     """A module's full name with ``*`` in place of its layer's number, which is a pattern for all layers."""
     return re.sub(r"[.][0-9]+[.]", ".*.", module)
+
+
+def say_alike(modules: Iterable[str]) -> str:
+    """Modules as users read them: each name that `starred` gives, and how many have it."""
+    return ", ".join(f"{name} × {count}" for name, count in Counter(map(starred, modules)).items())
