@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, wait
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from time import monotonic, sleep
 from typing import TypeVar
 
@@ -49,6 +50,8 @@ from hetrain.transport.scheduling.registry import WorkerRegistry
 from hetrain.transport.scheduling.router import Router
 
 MAX_REPLY_BYTES = 1 << 30
+# A connection can be cut in the middle of it.
+_CLEANING_ATTEMPTS = 2
 _RETRY_PAUSE_S = 0.5
 _POLL_S = 0.1
 
@@ -211,9 +214,11 @@ class CeleryChannel:
         self._collector.stop(reason)
         # A collector in the middle of a round would take a missing `alive` key for a broker that restarted.
         states = self._collector.join(5.0)
-        with suppress(BrokerError):
-            self._job_keys.declare_dead()
-            self._job_keys.remove_all(states)
+        for _ in range(_CLEANING_ATTEMPTS):
+            with suppress(BrokerError):  # what is left expires
+                self._job_keys.declare_dead()
+                self._job_keys.remove_all(states)
+                break
         self._connection.close()
 
     def _agree(self, task: PrepareTask) -> Completion:
@@ -254,7 +259,14 @@ class CeleryChannel:
         # First: neither an answer nor a broker that restarts may be missed.
         outcome = self._collector.submit(sent(request, queue, monotonic()))
         full_s = self._connection.timeouts.full_s
-        self._patiently(partial(self._connection.sender.send, request, queue, full_s=full_s))
+        attempts = count()
+
+        def send() -> None:
+            if next(attempts):  # the one before may have reached the broker all the same
+                self._collector.count_sending(request.id)
+            self._connection.sender.send(request, queue, full_s=full_s)
+
+        self._patiently(send)
         return outcome
 
     def _patiently(self, attempt: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ from hetrain.inspection.doctor import diagnose
 from hetrain.inspection.probe import probe_workers
 from hetrain.public.broker.connection import parse_broker_url
 from hetrain.public.errors import BrokerUnreachable, ModelError, NoWorker, WireError
-from hetrain.public.protocol.messages import CONTROL_REPORT, EngineReport, WorkerReport
+from hetrain.public.protocol.messages import CONTROL_REPORT, VERSION, EngineReport, WorkerReport
 from hetrain.secret.engine import ENGINES
 from hetrain.secret.engines.rlwe.ring_kernels import ring_kernels
 from tasks.supervisor.server import start_worker, stop
@@ -160,7 +160,7 @@ def test_hostile_answers_are_refused_and_others_count(
     url, _ = served
     answers = {
         "failing@elsewhere": {"error": "KeyError()"},
-        "odd@elsewhere": ["\x1b[2J", {"version": 1}],
+        "odd@elsewhere": ["\x1b[2J", {"version": VERSION}],
         "loud@elsewhere": OTHER.model_dump() | {"device": "\x1b[2Jcuda"},
         "typed@elsewhere": OTHER.model_dump() | {"models": [{"__type__": "decimal", "__value__": "1"}]},
     }

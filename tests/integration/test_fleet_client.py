@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hetrain.nn.remote import ProductStats, RemoteMatmul
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import NoWorker, ResultRejected
+from hetrain.public.protocol.messages import VERSION
 from hetrain.public.protocol.registration import REGISTRATION_TTL_S, REGISTRY_KEY, WorkerRegistration
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import HintStore
@@ -325,7 +326,7 @@ def test_hostile_cards_are_ignored_and_a_broker_without_cards_is_none(
     changed = [
         {"queue": "unacked"},
         {"queue": "gpu\r\nFLUSHALL"},
-        {"version": 2},
+        {"version": VERSION + 1},
         {"concurrency": 0},
         {"concurrency": True},
         {"worker": "\x1b[31m"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,7 @@ from hetrain.public.model.quantization import quantize
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
     QUEUE,
+    VERSION,
     Blob,
     Completion,
     Direction,
@@ -352,13 +354,13 @@ def test_malformed_tasks_are_answered_where_they_name_their_job(
     os.kill(worker, signal.SIGSTOP)
     other = fill_queue(send, channel, x, client)
     task = in_flight.sent[-1][0].task
-    newer = task.model_copy(update={"version": 2})
+    newer = task.model_copy(update={"version": VERSION + 1})
     client.delete(QUEUE)  # the proper task: others come in its place
     malformed = ("", "[]", "{", task.to_json()[:-1], '{"job": "../../etc", "request": "x"}')
     for message in (*malformed, newer.model_dump_json()):
         client.lpush(QUEUE, task_message(body([message])))
     os.kill(worker, signal.SIGCONT)
-    with pytest.raises(TaskFailed, match="wire version 2 is not spoken here"):
+    with pytest.raises(TaskFailed, match=f"wire version {VERSION + 1} is not spoken here"):
         other.result()
     assert (values(send(channel, x).result(), 3) == exact(matrix, x)).all()
 
@@ -424,7 +426,7 @@ def test_hostile_completions_do_no_harm(
     lies = [
         "",
         "{}",
-        '{"version": 2}',
+        json.dumps({"version": VERSION}),
         Completion(request=new_token(), state="done", worker="w", output=foreign).to_json(),
         Completion(request=new_token(), state="failed", worker="w").to_json(),
         Completion(request=in_flight.sent[-1][0].id, state="done", worker="w", output=foreign).to_json(),

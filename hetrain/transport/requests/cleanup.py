@@ -19,6 +19,7 @@ class JobKeys:
     def __init__(self, connection: JobConnection) -> None:
         self._connection = connection
         self._plans: list[Blob] = []
+        self._ended: list[str] = []
         self._repeated: list[str] = []
 
     def note_plan(self, blob: Blob) -> None:
@@ -33,11 +34,12 @@ class JobKeys:
         """Deletes what is known about requests for which no thread waits any more.
 
         One that was sent more than once may still be queued: that it has ended stays written down.
+        After an error the next call deletes what this one has left.
         """
-        once: list[str] = []
         for state in states:
-            (once if state.sends == 1 else self._repeated).append(state.request.id)
-        self._unlink(self._names(once))
+            (self._ended if state.sends == 1 else self._repeated).append(state.request.id)
+        self._unlink(self._names(self._ended))
+        self._ended = []
 
     def declare_dead(self) -> None:
         """Lets workers drop what is still queued, and keeps them from leaving more."""
@@ -49,7 +51,8 @@ class JobKeys:
         inputs = [task.input for task in tasks if isinstance(task, EvaluateTask)]
         ids = [task.request for task in tasks]
         self._connection.store.delete([*self._plans, *inputs, *self._outputs(ids)])
-        self._unlink([keys.done_list(self._connection.job), *self._names([*ids, *self._repeated])])
+        ids += [*self._ended, *self._repeated]
+        self._unlink([keys.done_list(self._connection.job), *self._names(ids)])
 
     def _names(self, requests: Sequence[str]) -> list[str]:
         job = self._connection.job

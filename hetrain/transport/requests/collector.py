@@ -86,6 +86,10 @@ class Collector:
         self._wake()
         return outcome
 
+    def count_sending(self, request: str) -> None:
+        """Counts one more sending of a request: of an earlier one it is not known whether it succeeded."""
+        self._commands.put(partial(self._table.count_sending, request))
+
     def forget(self, requests: Iterable[str]) -> None:
         """Forgets requests; what still comes for them is thrown away."""
         self._commands.put(partial(self._table.remove, list(requests)))

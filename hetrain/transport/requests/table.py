@@ -67,6 +67,11 @@ class RequestTable:
         )
         self._outcomes[state.request.id] = outcome
 
+    def count_sending(self, request: str) -> None:
+        """Counts one more sending; changes nothing else, as the request may run, or have ended, already."""
+        state = self._states[request]
+        self._states[request] = replace(state, sends=state.sends + 1)
+
     def remove(self, ids: Iterable[str]) -> None:
         """Forgets requests; what still comes for them is thrown away."""
         for each in ids:
