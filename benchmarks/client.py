@@ -4,7 +4,7 @@ One operand of K features and one result of n = K rows, N = 2048, one thread, fo
 this machine. Nanoseconds of CPU time per coefficient, of which each has K·N: other processes count only by
 way of the caches. Medians over rounds in which all run in turn. Operands have full size, and masks and noise
 keystream are made just before the blocks that need them, as in training, but timed apart from "encrypt". The
-average is the sum of all parts, divided by 2.
+average is the sum of all parts, divided by 2. Memory comes as in a client, in pages of 2 MB where it can.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, write
-from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.allocator import keep_freed_memory, restart_tuned
 from hetrain.public.compiled import INSTRUCTION_SETS
 from hetrain.public.lattice.masks import PublicSeed
 from hetrain.public.lattice.parameters import SLOTS
@@ -88,6 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.width < 1 or arguments.width % (LANES * arguments.blocks):
         parser.error("--width is a multiple of 16 times --blocks")
+    restart_tuned()
     before = environment()
     keep_freed_memory()
     torch.set_num_threads(1)

@@ -38,7 +38,7 @@ user() {
     password=$(random 24)
     digest=$(printf %s "$password" | sha256sum | cut -d' ' -f1)
     sed -e '/^#/d' -e '/^$/d' "$template" | sed -e ':a' -e 'N' -e '$!ba' -e 's/\n  */ /g' | grep "^user $2 " |
-        sed -e "s/^user $2 /user $1 /" -e "s/#SHA256/#$digest/" -e "s/TENANT/$3/" >>users.acl
+        sed -e "s/^user $2 /user $1 /" -e "s/#SHA256/#$digest/" -e "s/TENANT/$3/" -e "s/LANE/${3:0:1}/" >>users.acl
     {
         echo "HETRAIN_BROKER_URL=rediss://$1:$password@$main:6380/0?ssl_ca_certs=/etc/hetrain/ca.crt"
         [ -z "$3" ] || echo "HETRAIN_TENANT=$3"
@@ -49,8 +49,11 @@ user() {
 [ -e users.acl ] || grep '^user default ' "$template" >users.acl
 user worker worker ""
 user operator operator ""
+# A tenant's first digit is its lane; the clients have the lanes in turn.
 for client in "$@"; do
-    user "$client" CLIENT "$(random 8)"
+    lane=$(printf %x $(($(grep -c '~gpu\.\*\.[0-9a-f]' users.acl || true) % 16)))
+    tenant=$(random 8)
+    user "$client" CLIENT "$lane${tenant:1}"
 done
 
 if [ ! -e ca.crt ]; then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery, signals
@@ -13,6 +14,7 @@ from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, plaintext_warning, redacted
 from hetrain.public.errors import HetrainError, ModelError, ModelUnreachable, UsageError, WorkerError
 from hetrain.public.protocol.messages import QUEUE
+from hetrain.public.protocol.registration import lane_queues
 from hetrain.public.settings import WorkerSettings, broker_address
 from tasks.intake import transport
 
@@ -38,7 +40,8 @@ def _configuration(settings: WorkerSettings) -> dict[str, Any]:
         "broker_channel_error_retry": True,
         "worker_consumer": "tasks.consumer:Consumer",
         # Kombu keeps no copies of messages under way: clients alone send again what is lost.
-        "broker_transport_options": {"ack_emulation": False, **KEEPALIVE},
+        # Nothing has priority, so a queue is one list and not four.
+        "broker_transport_options": {"ack_emulation": False, "priority_steps": [0], **KEEPALIVE},
         "include": [
             "tasks.evaluate",
             "tasks.inspect_command",
@@ -93,18 +96,26 @@ def _start(sender: Any, **_: object) -> None:
     """Settles pool, queue and device before the first task is taken."""
     try:
         _require_threads(sender.pool_cls)
-        # A worker of some shards takes from their queue alone, with any -Q.
-        if (shards := WorkerSettings().shards) is not None:
-            app.amqp.queues.select([shards.queue])
         keep_freed_memory()
         from worker_gpu.service import service
+        from worker_gpu.weights.store import available_models
 
         description = service().description
+        _select_queues(available_models())
     except Exception as error:
         raise _refusal(error) from error
     sys.stderr.write(f"hetrain worker: {description}, broker {redacted(broker_url())}\n")
     if warning := plaintext_warning(broker_url()):
         sys.stderr.write(f"hetrain worker: {warning}\n")
+
+
+def _select_queues(models: Iterable[str]) -> None:
+    """Adds the lanes of the worker's models. One of some shards takes from theirs alone, with any -Q."""
+    shards, queues = WorkerSettings().shards, app.amqp.queues
+    if shards is not None:
+        queues.select([shards.queue, *lane_queues(shards.queue, models)])
+    elif QUEUE in queues.consume_from:
+        queues.select([*queues.consume_from, *lane_queues(QUEUE, models)])
 
 
 def _require_threads(pool: str | type) -> None:

@@ -20,10 +20,12 @@ from hetrain.public.protocol.registration import (
     REGISTRATION_TTL_S,
     REGISTRY_KEY,
     WorkerRegistration,
+    lane_queues,
 )
 from hetrain.public.settings import WorkerSettings
 from tasks.app import broker_url
 from tasks.inspect_command import plain_line
+from tasks.queue_expiry import QueueExpiry
 from tasks.stall import end_stalled_process, expect_end, expect_signs, running_tasks, stands_still
 
 _WITHDRAWAL_S = 2.0
@@ -46,6 +48,7 @@ class Heartbeat:
         self._registration = registration
         self._member = registration.model_dump_json()
         self._client = client(connection_pool(url, max_connections=1))
+        self._expiry = QueueExpiry(self._client, registration.queues)
         # Unlike an event's `set`, its `put` may be interrupted by a signal whose handler calls it again.
         self._withdrawals: SimpleQueue[None] = SimpleQueue()
         self._failing = False
@@ -67,6 +70,7 @@ class Heartbeat:
         while True:
             expect_signs()
             self._try(self._renew)
+            self._expiry.look_if_due()
             if self._stands_still():
                 self._try(self._remove)
                 end_stalled_process()
@@ -85,7 +89,10 @@ class Heartbeat:
 
         def count_waiting() -> None:
             nonlocal waiting
-            waiting = int(self._client.llen(self._registration.queue))
+            pipe = self._client.pipeline(transaction=False)
+            for queue in self._registration.queues:
+                pipe.llen(queue)
+            waiting = sum(map(int, pipe.execute()))
 
         self._try(count_waiting)
         return waiting > 0
@@ -152,12 +159,17 @@ def _registration(consumer: Any) -> WorkerRegistration:
     from worker_gpu.service import service
     from worker_gpu.weights.store import available_models
 
-    queues = [queue.name for queue in consumer.task_consumer.queues]
+    taken = {queue.name for queue in consumer.task_consumer.queues}
+    shards = WorkerSettings().shards
+    queue = shards.queue if shards is not None else QUEUE if QUEUE in taken else min(taken)
+    models = tuple(plain_line(label) for label in available_models())
+    lanes = lane_queues(queue, models)
     return WorkerRegistration(
         worker=plain_line(consumer.hostname),
         device=plain_line(service().description),
-        queue=QUEUE if QUEUE in queues else queues[0],
-        models=tuple(plain_line(label) for label in available_models()),
-        shards=None if (shards := WorkerSettings().shards) is None else str(shards),
+        queue=queue,
+        lanes=bool(lanes) and taken.issuperset(lanes),
+        models=models,
+        shards=None if shards is None else str(shards),
         concurrency=consumer.controller.concurrency,
     )

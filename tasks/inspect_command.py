@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import socket
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -39,9 +40,15 @@ def report(state: Any) -> dict[str, Any]:
         engines=_engine_reports(),
         models=[plain_line(label) for label in available_models()],
         shards=str(WorkerSettings().shards or ""),
-        queues=[plain_line(queue.name) for queue in consumer.task_consumer.queues],
+        queues=[plain_line(queue) for queue in _without_lanes(consumer.task_consumer.queues)],
         concurrency=consumer.controller.concurrency,
     ).model_dump(mode="json")
+
+
+def _without_lanes(queues: Iterable[Any]) -> list[str]:
+    """Names of queues but those that another one's name begins, which are its lanes."""
+    names = sorted(queue.name for queue in queues)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _engine_reports() -> list[EngineReport]:

@@ -97,7 +97,7 @@ class CeleryChannel:
             url, self.job, BlobStore(url, full_s=timeouts.full_s), Sender(url), timeouts
         )
         self._job_keys = JobKeys(self._connection)
-        self._router = Router(WorkerRegistry(self._connection), url)
+        self._router = Router(WorkerRegistry(self._connection), self.job, url)
         self._collector = Collector(self._connection, self._router, self._job_keys, health_check)
         self._prepared: PrepareTask | None = None
         self._closing = threading.Lock()

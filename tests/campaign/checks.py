@@ -74,12 +74,15 @@ def check_keys(admin: redis.Redis, jobs_killed: set[str]) -> Iterator[str]:
         names = (name.decode() for name in admin.keys("hetrain:*"))
         return sorted(n for n in names if n != REGISTRY_KEY and n.split(":")[1] not in jobs_killed)
 
-    if not _within(KEYS_GONE_S, lambda: not left() and not admin.llen(QUEUE)):
+    def waiting() -> int:
+        return sum(admin.llen(name) for name in (QUEUE, *admin.keys(f"{QUEUE}.*")))
+
+    if not _within(KEYS_GONE_S, lambda: not left() and not waiting()):
         for name in left():
             _, job, rest = name.split(":", 2)
             yield f"left in the broker by job {job}, {admin.ttl(name)} s to live: {rest}"
-        if waiting := admin.llen(QUEUE):
-            yield f"{waiting} messages are left on the queue"
+        if count := waiting():
+            yield f"{count} messages are left on the queues"
     for name in admin.keys("hetrain:*:*"):
         if admin.ttl(name) == -1:
             yield f"left by a killed client, for ever: {name.decode().split(':', 2)[2]}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import redis
 
 from hetrain.public.protocol.messages import QUEUE
-from hetrain.public.protocol.registration import REGISTRY_KEY
+from hetrain.public.protocol.registration import LANES, REGISTRY_KEY, lane_queue
 from tests.campaign.client import Client
 from tests.campaign.installation import Installation
 from tests.campaign.plan import Fault, Kind
@@ -135,7 +135,8 @@ def _delete_keys(scene: Scene, fault: Fault) -> Struck | None:
 def _steal(scene: Scene, fault: Fault) -> tuple[str, bytes] | None:
     """Takes the next message of a kind: of those that wait for one, the broker serves who waited longest."""
     if fault.detail == "task":
-        taken = scene.admin.brpop([QUEUE], timeout=_STEAL_S)
+        lanes = [lane_queue(QUEUE, scene.installation.model.name, lane) for lane in range(LANES)]
+        taken = scene.admin.brpop([QUEUE, *lanes], timeout=_STEAL_S)
     else:
         jobs = {name.split(":")[1] for name in scene.job_keys()} - scene.jobs_killed
         lists = [f"hetrain:{job}:done" for job in jobs]

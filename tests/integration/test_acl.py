@@ -20,7 +20,7 @@ from hetrain.public.broker.connection import broker_errors, client, connection_p
 from hetrain.public.errors import BrokerError
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import QUEUE, TASK_EVALUATE
-from hetrain.public.protocol.registration import REGISTRY_KEY
+from hetrain.public.protocol.registration import REGISTRY_KEY, lane_of, lane_queue
 from tasks.supervisor.server import MAX_VALUE_BYTES, private_directory, start_server
 from tasks.supervisor.worker_process import spawn_worker, stop
 from tests.harness.processes import HANDBOOK, HETRAIN, hetrain
@@ -138,13 +138,17 @@ def test_two_clients_share_a_fleet_and_cannot_reach_each_other(
     administrator.rpush(theirs[1], "bob's")
     administrator.lpush(QUEUE + ".0-0of1", "a task")  # where no worker listens
     alice, own = shared_broker.connect("alice"), keys.alive(shared_broker.tenants["alice"] + "0" * 32)
-    shared_keys = [QUEUE, f"{QUEUE}.0-0of1", "unacked", "_kombu.binding.gpu"]
+    lanes = {name: lane_of(shared_broker.tenants[name]) for name in CLIENTS}
+    assert len(set(lanes.values())) == len(CLIENTS)
+    his_lane = lane_queue(QUEUE, tiny_llama.name, lanes["bob"])
+    shared_keys = [QUEUE, his_lane, f"{QUEUE}.0-0of1", "unacked", "_kombu.binding.gpu"]
     forbidden: list[tuple[object, ...]] = [
         *[(command, key) for key in theirs for command in ("GET", "TTL", "EXISTS", "TYPE", "DUMP", "STRLEN")],
         *[(command, key) for key in theirs for command in ("DEL", "UNLINK", "LPOP", "PERSIST")],
         *[("LRANGE", key, 0, -1) for key in [*theirs, *shared_keys]],
         *[("SET", key, "x") for key in [*theirs, *shared_keys]],
         *[("RPUSH", key, "x") for key in theirs],
+        *[("LPUSH", key, "x") for key in [his_lane, f"{QUEUE}.0-0of1"]],
         *[("EXPIRE", key, 1) for key in theirs],
         *[("RENAME", key, own) for key in theirs],
         *[("COPY", key, own) for key in theirs],

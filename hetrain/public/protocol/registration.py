@@ -6,7 +6,9 @@ expires on the broker's clock, so that of a worker that has died just expires.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,6 +21,9 @@ REGISTRY_KEY = "hetrain:workers"
 REGISTRATION_TTL_S = 6.0
 HEARTBEAT_S = 1.5
 MAX_WORKERS = 4096
+LANES = 16
+MAX_LANE_MODELS = 32
+"""A worker of more models has no lanes: it would wait on too many queues."""
 _MAX_SHARDS = 4096
 _MAX_BYTES = 1 << 18
 _SHARDS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?/(\d{1,4})", re.ASCII)
@@ -68,6 +73,30 @@ class ShardRange:
         return f"{QUEUE}.{self.first}-{self.last}of{self.count}"
 
 
+def lane_of(job: str) -> int:
+    """The lane of a job's tasks: its token's first digit, and so its tenant's, which an access list names."""
+    return int(job[0], LANES)
+
+
+def lane_queue(queue: str, model: str, lane: int) -> str:
+    """A queue of its own for a model's tasks of one lane, beside `queue`.
+
+    A worker takes from its queues in turn, and so gives jobs of different lanes equal shares, however many
+    tasks wait in each (stochastic fairness queueing: McKenney, INFOCOM 1990). Models and wire versions are told
+    apart by eight digits of a BLAKE2b; a task that is in the wrong one all the same is refused and sent again.
+    """
+    tag = hashlib.blake2b(f"{VERSION} {model}".encode(), digest_size=4, person=b"hetrain.lane").hexdigest()
+    return f"{queue}.{tag}.{lane:x}"
+
+
+def lane_queues(queue: str, models: Iterable[str]) -> tuple[str, ...]:
+    """All queues beside `queue` from which a worker of `models` takes; none if these are too many."""
+    models = sorted(set(models))
+    if len(models) > MAX_LANE_MODELS:
+        return ()
+    return tuple(lane_queue(queue, model, lane) for model in models for lane in range(LANES))
+
+
 def _valid_shards(text: str) -> str:
     try:
         return str(ShardRange.parse(text))
@@ -81,7 +110,8 @@ class WorkerRegistration(BaseModel):
     Attributes:
         worker: its Celery name, unique among all workers.
         device: device and kernel, as in results.
-        queue: where it takes tasks.
+        queue: where it takes tasks of any job.
+        lanes: whether it takes from `lane_queues`, too.
         models: labels of what it serves.
         shards: the slices that it serves, as text; None for all.
         concurrency: tasks that it runs at once.
@@ -93,6 +123,7 @@ class WorkerRegistration(BaseModel):
     worker: WorkerName
     device: Line
     queue: Name
+    lanes: bool = False
     models: Annotated[tuple[Line, ...], Field(max_length=1000, strict=False)]
     shards: Annotated[str, AfterValidator(_valid_shards)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=1 << 16)]
@@ -101,6 +132,15 @@ class WorkerRegistration(BaseModel):
         """Whether it can evaluate group `index` of `n_groups` of `model`."""
         whole = self.shards is None or ShardRange.parse(self.shards).has(index, n_groups)
         return whole and model in self.models
+
+    def queue_of(self, model: str, job: str) -> str:
+        """Where it takes the tasks of `job`, which trains `model`."""
+        return lane_queue(self.queue, model, lane_of(job)) if self.lanes else self.queue
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """All queues from which it takes."""
+        return (self.queue, *(lane_queues(self.queue, self.models) if self.lanes else ()))
 
 
 def read_registration(data: bytes) -> WorkerRegistration:

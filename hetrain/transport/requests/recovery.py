@@ -148,7 +148,7 @@ class RecoveryLoop:
             self._notify(self._table.pending(), Observation.BROKER_RESTARTED)
 
     def _look_at_workers(self) -> None:
-        left = self._router.registry.refresh()
+        left = {self._router.queue_of(each) for each in self._router.registry.refresh()}
         pending = self._table.pending()
         self._notify([state for state in pending if state.queue in left], Observation.QUEUE_LOST_WORKER)
         for state in pending:

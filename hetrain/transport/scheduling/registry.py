@@ -63,11 +63,11 @@ class WorkerRegistry:
         self._has_warned = False
         self.workers = Workers()
 
-    def refresh(self) -> frozenset[str]:
+    def refresh(self) -> frozenset[WorkerRegistration]:
         """Reads all cards; logs who has come and gone. Cards are hostile: what is none is ignored.
 
         Returns:
-            The queues that have lost a worker since the last time.
+            The workers that have left since the last time.
 
         Raises:
             BrokerError: the broker fails. A broker that does not let this client read cards is one without.
@@ -88,7 +88,7 @@ class WorkerRegistry:
         _log_change("joined", set(after.registrations) - set(before.registrations), len(after.registrations))
         _log_change("left", left, len(after.registrations))
         # Of two workers of one name now one, now the other is seen: neither has left.
-        return frozenset(registration.queue for registration in left if registration.worker not in latest)
+        return frozenset(registration for registration in left if registration.worker not in latest)
 
     def _read(self) -> list[bytes]:
         client = self._connection.client

@@ -41,12 +41,14 @@ class Router:
 
     Args:
         registry: knows the workers.
+        job: the job's token, which names its lane.
         url: the broker's address, for messages.
     """
 
-    def __init__(self, registry: WorkerRegistry, url: str) -> None:
+    def __init__(self, registry: WorkerRegistry, job: str, url: str) -> None:
         self.registry = registry
         self.throughput = Throughput()
+        self._job = job
         self._url = url
         self._model = ""
         self._groups = _NO_GROUPS
@@ -60,6 +62,10 @@ class Router:
         self._model = plan.model
         self._groups = {group.name: index for index, group in enumerate(plan.groups)}
 
+    def queue_of(self, registration: WorkerRegistration) -> str:
+        """Where a worker takes this job's tasks."""
+        return registration.queue_of(self._model, self._job)
+
     def coverage(self) -> Coverage:
         """Which queues serve the plan. `QUEUE` alone where no registration names the model."""
         if not self.registry.workers.knows(self._model):
@@ -68,7 +74,7 @@ class Router:
         missing = []
         for group, index in self._groups.items():
             serving = self._serving(group)
-            queues.update(registration.queue for registration in serving)
+            queues.update(self.queue_of(registration) for registration in serving)
             if not serving:
                 missing.append(index)
         return Coverage(tuple(sorted(queues)), tuple(missing))
@@ -113,7 +119,7 @@ class Router:
         slots: Counter[str] = Counter()
         for registration in self._serving_task(request.task):
             if registration.worker not in self._excluded:
-                slots[registration.queue] += registration.concurrency
+                slots[self.queue_of(registration)] += registration.concurrency
         return min(
             slots,
             key=lambda name: (name in refused_on, (load[name] + 1) / slots[name], name),
@@ -128,8 +134,10 @@ class Router:
         found = self._serving_task(request.task)
         if isinstance(request.task, PrepareTask):
             registered = self.registry.workers.registrations
-            found = tuple(each for each in registered if each.queue == queue and self._model in each.models)
-        return {registration.worker: registration.queue for registration in found}
+            found = tuple(
+                each for each in registered if self.queue_of(each) == queue and self._model in each.models
+            )
+        return {registration.worker: self.queue_of(registration) for registration in found}
 
     def serves_group(self, request: Request) -> bool:
         """Whether a registered worker serves the group of `request`, or none any group of its model."""
@@ -167,11 +175,11 @@ class Router:
         )
         only = f"; the workers that are there serve only: {_listed(models)}" if models else ""
         only = "" if self._model in models else only
-        shards = "" if queue == QUEUE else f" HETRAIN_SHARDS={queue.partition('.')[2].replace('of', '/')}"
+        shards = "".join(f" HETRAIN_SHARDS={part.replace('of', '/')}" for part in _shards_in(queue))
         return NoWorker(
             f"no worker answered on queue {queue!r} within {waited_s:.0f} s{only}",
             where=redacted(self._url),
-            hint=f"start one with HETRAIN_BROKER_URL=...{shards} celery -A tasks worker -Q {queue}",
+            hint=f"start one with HETRAIN_BROKER_URL=...{shards} celery -A tasks worker -Q {QUEUE}",
         )
 
     def not_served(self, missing: Sequence[int], waited_s: float) -> NoWorker:
@@ -213,6 +221,11 @@ class Router:
         if index is None:
             return ()
         return self.registry.workers.serving(self._model, index, len(self._groups))
+
+
+def _shards_in(queue: str) -> list[str]:
+    """The part of a queue's name that tells shards; neither a model's tag nor a lane has this form."""
+    return [part for part in queue.split(".")[1:2] if "of" in part]
 
 
 def _listed(names: Sequence[str]) -> str:
