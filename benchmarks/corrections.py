@@ -54,6 +54,7 @@ RATES: Mapping[str, float] = MappingProxyType({"handbook": 2e-3, "text": 5e-4})
 """Peak learning rate by data set."""
 WARM_UP = 10
 """One update in so many warms up."""
+_LORA = LoraConfig()
 _COMPENSATION = 2.0
 _LAST = 5
 _TEXT_TOKENS, _HELD_OUT_ROWS = 128, 10
@@ -69,6 +70,12 @@ class Run:
     seed: int
     staleness: int = 0
     correction: str = "plain"
+    learning_rate: float | None = None
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak of the learning rate: `learning_rate`, or else that of its data."""
+        return RATES[self.data] if self.learning_rate is None else self.learning_rate
 
     @property
     def name(self) -> str:
@@ -92,7 +99,7 @@ class DelayedTraining:
     def __init__(self, model: PeftModel, run: Run) -> None:
         self._model, self._run = model, run
         self._parameters = adapter_parameters(model)
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=RATES[run.data], weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=run.peak_rate, weight_decay=0.0)
         self._schedule = get_scheduler("cosine", self._optimizer, run.warm_up, run.updates)
         self._versions: deque[list[Tensors]] = deque(maxlen=run.staleness + 1)
         self._keep()
@@ -134,7 +141,7 @@ class DelayedTraining:
         """The values now, and those expected after 1, 2, ... more updates."""
         (group,), (factor,) = self._optimizer.param_groups, self._schedule.lr_lambdas
         begin = self._schedule.last_epoch
-        rates = [RATES[self._run.data] * factor(begin + ahead) for ahead in range(self._run.staleness)]
+        rates = [self._run.peak_rate * factor(begin + ahead) for ahead in range(self._run.staleness)]
         fresh = {"step": torch.zeros(())}  # AdamW has no state before its first update
         self._versions.append(
             [
@@ -158,9 +165,9 @@ class Setup:
     held_out: list[MicroBatch]
 
 
-def set_up(base: BaseModelFiles, run: Run, micro_batch_tokens: int) -> Setup:
+def set_up(base: BaseModelFiles, run: Run, micro_batch_tokens: int, lora: LoraConfig = _LORA) -> Setup:
     """The initial adapter and the micro-batches that ``hetrain submit`` makes from the run's seed."""
-    adapted = add_adapter(split_model(base.files), LoraConfig(), run.seed)
+    adapted = add_adapter(split_model(base.files), lora, run.seed)
     values = {name: value.detach().clone() for name, value in adapter_parameters(adapted).items()}
     rows, held_out = rows_of(base, run.data)
     width = -(-run.tokens // micro_batch_tokens)

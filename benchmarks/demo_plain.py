@@ -14,7 +14,8 @@ from benchmarks.plain import plain_model
 from hetrain.config import LoraConfig
 from hetrain.train.session import open_base
 
-RECIPE = Run("handbook", updates=60, tokens=512, seed=42)
+RECIPE = Run("handbook", updates=60, tokens=512, seed=42, learning_rate=4e-3)
+LORA = LoraConfig(layers="15-29")
 _SHOWN = 5
 
 
@@ -24,8 +25,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     output = parser.parse_args().output
     base = open_base("smollm2-135m")
-    setup = set_up(base, RECIPE, RECIPE.tokens)
-    model = plain_model(base.files.directory, LoraConfig(), setup.values)
+    setup = set_up(base, RECIPE, RECIPE.tokens, LORA)
+    model = plain_model(base.files.directory, LORA, setup.values)
     training = DelayedTraining(model, RECIPE)
     for number, batches in enumerate(setup.updates, 1):
         loss = training.update(batches)

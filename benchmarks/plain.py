@@ -28,11 +28,13 @@ def plain_model(
 ) -> PeftModel:
     """Stock peft on the stock model; `values` sets the adapter's parameters by name."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    numbers = lora.layer_numbers
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        target_modules="all-linear" if numbers is None else _block_linears(model),
+        layers_to_transform=None if numbers is None else list(numbers),
         task_type="CAUSAL_LM",
     )
     adapted = peft.get_peft_model(model, config)
@@ -41,6 +43,12 @@ def plain_model(
             for name, parameter in adapter_parameters(adapted).items():
                 parameter.copy_(values[name])
     return cast(PeftModel, adapted)
+
+
+def _block_linears(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks' linears: peft takes no ``all-linear`` for some of the layers."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linears if ".layers." in name})
 
 
 def plain_step(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
