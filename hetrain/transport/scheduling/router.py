@@ -175,9 +175,11 @@ class Router:
         )
         only = f"; the workers that are there serve only: {_listed(models)}" if models else ""
         only = "" if self._model in models else only
-        shards = "".join(f" HETRAIN_SHARDS={part.replace('of', '/')}" for part in _shards_in(queue))
+        parts = _shards_in(queue)
+        shards = "".join(f" HETRAIN_SHARDS={part.replace('of', '/')}" for part in parts)
+        without_lane = ".".join((QUEUE, *parts))
         return NoWorker(
-            f"no worker answered on queue {queue!r} within {waited_s:.0f} s{only}",
+            f"no worker answered on queue {without_lane!r} within {waited_s:.0f} s{only}",
             where=redacted(self._url),
             hint=f"start one with HETRAIN_BROKER_URL=...{shards} celery -A tasks worker -Q {QUEUE}",
         )
