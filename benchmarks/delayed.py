@@ -248,12 +248,16 @@ def _work(index: int, pace: Pace, ready: int) -> None:
 
     import tasks.run
     import worker_gpu.service
+    import worker_gpu.weights.store
     from tasks.app import app
 
     PacedStore.pace = pace
     service = DelayedService(pace)
-    # Both are looked up when the first task comes.
+    # All are looked up later.
     cast(Any, worker_gpu.service).service = lambda: service
+    cast(
+        Any, worker_gpu.weights.store
+    ).available_models = dict  # none: clients see no registration for theirs
     cast(Any, tasks.run).BlobStore = PacedStore
     signals.worker_ready.connect(lambda **_: os.write(ready, b"r"), weak=False)
     app.start(["worker", *_OPTIONS, "-n", f"delayed-{index}@%h"])

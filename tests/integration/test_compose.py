@@ -182,5 +182,5 @@ def test_the_documented_rules_are_those_of_the_template() -> None:
     template = (DOCKER / "users.acl.template").read_text()
     joined = re.sub(r"\n {4}", " ", template)
     (rule,) = re.findall(r"^user CLIENT (.*)$", joined, flags=re.MULTILINE)
-    rule = rule.replace("#SHA256", ">PASSWORD").replace("TENANT", "0123456789abcdef")
+    rule = rule.replace("#SHA256", ">PASSWORD").replace("TENANT", "0123456789abcdef").replace("LANE", "0")
     assert f"ACL SETUSER carol {rule}\n" in (ROOT / "docs" / "deployment.md").read_text()
