@@ -14,7 +14,7 @@ from benchmarks.plain import plain_model
 from hetrain.config import LoraConfig
 from hetrain.train.session import open_base
 
-RECIPE = Run("handbook", updates=60, tokens=512, seed=42, learning_rate=4e-3)
+RECIPE = Run("handbook", updates=48, tokens=512, seed=42, learning_rate=4e-3)
 LORA = LoraConfig(layers="15-29")
 _SHOWN = 5
 

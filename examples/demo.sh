@@ -11,8 +11,8 @@ hetrain eval handbook_eval.jsonl
 
 echo "== Training on handbook.jsonl, encrypted in both directions"
 hetrain submit handbook.jsonl --output-dir "$OUT" --overwrite-output-dir \
-    --lora-layers 15-29 --batch-tokens 512 --max-steps 60 --learning-rate 4e-3 --lr-scheduler-type cosine \
-    --warmup-steps 6
+    --lora-layers 15-29 --batch-tokens 512 --max-steps 48 --learning-rate 4e-3 --lr-scheduler-type cosine \
+    --warmup-steps 4
 
 echo "== After training: evaluation loss, encrypted"
 hetrain eval handbook_eval.jsonl --adapter "$OUT"
