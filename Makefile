@@ -48,7 +48,7 @@ $(INSTALLED): requirements.txt pyproject.toml $(SOURCES_IN_C) | compiler
 	touch $(INSTALLED)
 
 $(READY): $(INSTALLED) requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --constraint requirements.txt --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	touch $(READY)
 
 demo: $(INSTALLED)
