@@ -253,11 +253,9 @@ def _work(index: int, pace: Pace, ready: int) -> None:
 
     PacedStore.pace = pace
     service = DelayedService(pace)
-    # All are looked up later.
+    # All are looked up later. Without a model these workers take from the common queue alone.
     cast(Any, worker_gpu.service).service = lambda: service
-    cast(
-        Any, worker_gpu.weights.store
-    ).available_models = dict  # none: clients see no registration for theirs
+    cast(Any, worker_gpu.weights.store).available_models = dict
     cast(Any, tasks.run).BlobStore = PacedStore
     signals.worker_ready.connect(lambda **_: os.write(ready, b"r"), weak=False)
     app.start(["worker", *_OPTIONS, "-n", f"delayed-{index}@%h"])

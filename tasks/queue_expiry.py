@@ -15,7 +15,6 @@ from hetrain.public.errors import WireError
 from hetrain.public.protocol.messages import QUEUE
 from hetrain.public.protocol.registration import (
     MAX_WORKERS,
-    REGISTRATION_TTL_S,
     REGISTRY_KEY,
     read_registration,
 )
@@ -23,8 +22,6 @@ from hetrain.public.protocol.registration import (
 LOOK_S = 60.0
 UNKNOWN_TTL_S = 900
 _KEYS_AT_ONCE = 1000
-_FORGOTTEN_S = 10 * REGISTRATION_TTL_S
-"""A worker's queues are known for so long after its registration was seen last: it may be starting again."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +37,6 @@ class QueueExpiry:
     def __init__(self, client: redis.Redis, queues: tuple[str, ...]) -> None:
         self._client = client
         self._own = queues
-        self._seen: dict[str, float] = {}
         self._due = 0.0
 
     def look_if_due(self) -> None:
@@ -53,20 +49,19 @@ class QueueExpiry:
             return
         self._due = now + LOOK_S
         try:
-            self._look(now)
+            self._look()
         except NoPermissionError as error:
             logger.warning("queues without workers stay in the broker: %s", error)
             self._due = float("inf")
         except redis.RedisError as error:
             logger.info("could not look for queues without workers: %s", error)
 
-    def _look(self, now: float) -> None:
-        self._seen.update(dict.fromkeys(self._known(), now))
-        self._seen = {queue: at for queue, at in self._seen.items() if at > now - _FORGOTTEN_S}
+    def _look(self) -> None:
+        known = self._known()
         queues = list(self._client.scan_iter(f"{QUEUE}.*", count=_KEYS_AT_ONCE, _type="list"))
         pipe = self._client.pipeline(transaction=False)
         for queue in queues:
-            if queue.decode(errors="replace") in self._seen:
+            if queue.decode(errors="replace") in known:
                 pipe.persist(queue)
             else:
                 pipe.expire(queue, UNKNOWN_TTL_S, nx=True)

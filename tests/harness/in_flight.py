@@ -13,6 +13,7 @@ import redis
 
 from hetrain.public.broker.connection import client, connection_pool
 from hetrain.public.protocol.product import Operand, Product
+from hetrain.public.protocol.registration import lane_of, lane_queue
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Accept, Reply, accept_any
 from hetrain.transport.requests.request import Request
@@ -33,6 +34,11 @@ def broker_client(url: str) -> Iterator[redis.Redis]:
         yield client(pool)
     finally:
         pool.disconnect()
+
+
+def lane(queue: str, channel: CeleryChannel) -> str:
+    """Where workers of `queue` that are registered for the model ``tiny`` take the channel's tasks."""
+    return lane_queue(queue, "tiny", lane_of(channel.job))
 
 
 def within_guard(call: Callable[[], T]) -> T:

@@ -26,13 +26,7 @@ from hetrain.nn.remote import ProductStats, RemoteMatmul
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import NoWorker, ResultRejected
 from hetrain.public.protocol.messages import VERSION
-from hetrain.public.protocol.registration import (
-    REGISTRATION_TTL_S,
-    REGISTRY_KEY,
-    WorkerRegistration,
-    lane_of,
-    lane_queue,
-)
+from hetrain.public.protocol.registration import REGISTRATION_TTL_S, REGISTRY_KEY, WorkerRegistration
 from hetrain.secret.engines.concrete import ConcreteSealer
 from hetrain.secret.engines.rlwe.hints import HintStore
 from hetrain.train.hints import ignore_progress, make_hints
@@ -47,7 +41,7 @@ from hetrain.transport.scheduling.registry import WorkerRegistry
 from tasks.supervisor.server import stop
 from tasks.supervisor.worker_process import spawn_worker
 from tests.harness.engine import EngineHarness, open_checked
-from tests.harness.in_flight import GUARD_S, InFlight, broker_client, within_guard
+from tests.harness.in_flight import GUARD_S, InFlight, broker_client, lane, within_guard
 from tests.harness.processes import BrokerServer, broker_server
 from tests.harness.waiting import eventually
 
@@ -133,10 +127,6 @@ def in_flight(monkeypatch: pytest.MonkeyPatch) -> InFlight:
 def seen(channel: CeleryChannel) -> dict[str, str]:
     """Name before the @ and queue of each worker that the channel sees."""
     return {each.worker.partition("@")[0]: each.queue for each in channel.workers}
-
-
-def lane(queue: str, channel: CeleryChannel) -> str:
-    return lane_queue(queue, "tiny", lane_of(channel.job))
 
 
 class Asked:

@@ -51,7 +51,7 @@ from hetrain.public.protocol.messages import (
 )
 from hetrain.public.protocol.plan import Member, Plan, group_of
 from hetrain.public.protocol.product import Operand, Product
-from hetrain.public.protocol.registration import REGISTRY_KEY, lane_of, lane_queue
+from hetrain.public.protocol.registration import REGISTRY_KEY
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Reply
 from hetrain.transport.in_process import InProcessChannel
@@ -60,7 +60,7 @@ from tasks.leases import Leases
 from tasks.request_log import RequestLog
 from tasks.supervisor.embedded import SupervisedWorker
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
-from tests.harness.in_flight import GUARD_S, InFlight, broker_client, within_guard
+from tests.harness.in_flight import GUARD_S, InFlight, broker_client, lane, within_guard
 from tests.harness.processes import broker_server
 from tests.harness.queue_messages import body, task_message
 from tests.harness.waiting import eventually
@@ -153,16 +153,11 @@ def send(in_flight: InFlight, plan: Plan) -> Send:
     return start
 
 
-def lane(channel: CeleryChannel) -> str:
-    """The queue of the channel's tasks, once a worker is registered."""
-    return lane_queue(QUEUE, "tiny", lane_of(channel.job))
-
-
 def fill_queue(send: Send, channel: CeleryChannel, x: np.ndarray, client: redis.Redis) -> Future[Reply]:
     """Sends to a stopped worker, which may have one task handed to it already: so two, of which one stays."""
     send(channel, x)
     pending = send(channel, x)
-    assert client.llen(lane(channel))
+    assert client.llen(lane(QUEUE, channel))
     return pending
 
 
@@ -360,10 +355,10 @@ def test_malformed_tasks_are_answered_where_they_name_their_job(
     other = fill_queue(send, channel, x, client)
     task = in_flight.sent[-1][0].task
     newer = task.model_copy(update={"version": VERSION + 1})
-    client.delete(lane(channel))  # the proper task: others come in its place
+    client.delete(lane(QUEUE, channel))  # the proper task: others come in its place
     malformed = ("", "[]", "{", task.to_json()[:-1], '{"job": "../../etc", "request": "x"}')
     for message in (*malformed, newer.model_dump_json()):
-        client.lpush(lane(channel), task_message(body([message]), queue=lane(channel)))
+        client.lpush(lane(QUEUE, channel), task_message(body([message]), queue=lane(QUEUE, channel)))
     os.kill(worker, signal.SIGCONT)
     with pytest.raises(TaskFailed, match=f"wire version {VERSION + 1} is not spoken here"):
         other.result()
@@ -378,7 +373,7 @@ def test_a_lost_message_is_sent_again(
     worker = worker_pids(supervisor())[0]
     os.kill(worker, signal.SIGSTOP)
     pending = fill_queue(send, channel, x := operand(IN, 3), client)
-    assert client.delete(lane(channel))
+    assert client.delete(lane(QUEUE, channel))
     os.kill(worker, signal.SIGCONT)
     assert (values(pending.result(), 3) == exact(matrix, x)).all()
     channel.close()
