@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import pytest
 from safetensors.torch import load_file
@@ -31,7 +32,8 @@ class Terminal:
     """A terminal with a shell, on a tmux server of its own."""
 
     def __init__(self, directory: Path) -> None:
-        self._socket = directory / "tmux"
+        # A server that is ending still answers at its socket, so each has one of its own.
+        self._socket = directory / f"tmux-{uuid4().hex[:8]}"
         self._tmux(
             "-f", os.devnull, "new-session", "-d", "-x", "200", "-y", "40", "bash", "--norc", "--noprofile"
         )
@@ -80,7 +82,8 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("HETRAIN_BROKER_URL", broker.url)
         yield tmp_path
         # What a failed test leaves.
-        subprocess.run(["tmux", "-S", tmp_path / "tmux", "kill-server"], capture_output=True)
+        for socket in tmp_path.glob("tmux-*"):
+            subprocess.run(["tmux", "-S", socket, "kill-server"], capture_output=True)
         for job in jobs.list_jobs():
             if not job.status.is_over:
                 os.kill(job.pid, signal.SIGKILL)
