@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+from hetrain.public.errors import BrokerError, StorageError
 from tests.campaign.installation import Installation
 from tests.campaign.plan import UPDATES, Job
 from tests.harness.cli_process import ForkedCommand
@@ -14,6 +15,7 @@ from tests.harness.processes import HANDBOOK
 
 MICRO_BATCHES = 2
 """Micro-batches of an update."""
+_CANNOT_BEGIN = (BrokerError.exit_code, StorageError.exit_code)
 
 _OPTIONS = {
     Job.CLEAR: ("--engine", "clear"),
@@ -33,17 +35,21 @@ class Client:
     Attributes:
         output: the job's output directory.
         statuses: exit statuses of its processes so far; None for one that was killed.
+        repeats: how often it could not begin, and was started again.
     """
 
     def __init__(self, installation: Installation, job: Job, output: Path) -> None:
         self.output = output
         self.statuses: list[int | None] = []
+        self.repeats = 0
         self._installation, self._job = installation, job
         self._directory = output.with_name(f"{output.name}.said")
         self._command: ForkedCommand | None = None
+        self._updates_at_start = 0
 
     def start(self) -> None:
         """Starts it: from the last checkpoint if there is one, else anew."""
+        self._updates_at_start = self.updates()
         said = self._directory / str(len(self.statuses))
         said.mkdir(parents=True)
         names = [path.name for path in self.output.glob("checkpoint-*")]
@@ -66,6 +72,14 @@ class Client:
         if status is not None:
             self.statuses.append(status)
         return status is not None
+
+    def begins_again(self) -> bool:
+        """Starts it again, as a user does, if it had no broker, or no room on the disk, for a first update."""
+        if self.statuses[-1] not in _CANNOT_BEGIN or self.updates() > self._updates_at_start:
+            return False
+        self.repeats += 1
+        self.start()
+        return True
 
     def updates(self) -> int:
         """Updates that have been recorded."""

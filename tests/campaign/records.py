@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.environment import environment
 from hetrain.public.disk import replace_text
 
-FORMAT = 1
+FORMAT = 2
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,6 +38,7 @@ class RoundRecord:
 
     Attributes:
         seconds: from the client's start to the end of the checks.
+        repeats: how often the client could not begin, and was started again.
         violations: what is not as it must be; empty as a rule.
         said: the end of what the client wrote to standard error, where there is a violation.
     """
@@ -46,6 +47,7 @@ class RoundRecord:
     job: str
     seconds: float
     faults: tuple[Injected, ...]
+    repeats: int = 0
     violations: tuple[str, ...] = ()
     said: str = ""
 
@@ -100,6 +102,7 @@ def read_campaign(path: Path, seed: int) -> Campaign:
             job=each["job"],
             seconds=each["seconds"],
             faults=tuple(Injected(**fault) for fault in each["faults"]),
+            repeats=each["repeats"],
             violations=tuple(each.get("violations", ())),
             said=each.get("said", ""),
         )

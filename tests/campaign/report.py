@@ -79,6 +79,7 @@ def page(campaign: Campaign) -> str:
         slowest=slowest,
         describe=describe,
         struck=sum(f.outcome == "struck" for each in campaign.rounds for f in each.faults),
+        repeats=sum(each.repeats > 0 for each in campaign.rounds),
         hours=sum(each.seconds for each in campaign.rounds) / 3600,
         updates=UPDATES,
         deadline_s=DEADLINE_S,

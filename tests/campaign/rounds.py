@@ -116,6 +116,7 @@ class Rounds:
             number=planned.number,
             job=planned.job.value,
             seconds=round(monotonic() - begin, 2),
+            repeats=scene.client.repeats,
             faults=tuple(each.record() for each in faults),
             violations=tuple(violations),
             said=said,
@@ -138,7 +139,7 @@ class Rounds:
         scene.client.start()
         patience = Patience(DEADLINE_S)
         has_begun = hangs = False
-        while not scene.client.has_ended(_POLL_S):
+        while not scene.client.has_ended(_POLL_S) or scene.client.begins_again():
             if hangs := patience.is_over():
                 break
             has_begun = has_begun or bool(scene.job_keys())
