@@ -74,7 +74,7 @@ class Client:
         return status is not None
 
     def begins_again(self) -> bool:
-        """Starts it again, as a user does, if it had no broker, or no room on the disk, for a first update."""
+        """Starts it again, as a user does, if it had no broker or no room on the disk for a first update."""
         if self.statuses[-1] not in _CANNOT_BEGIN or self.updates() > self._updates_at_start:
             return False
         self.repeats += 1
