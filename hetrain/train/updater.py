@@ -105,7 +105,7 @@ class Updater:
         expected = {name: parameter.shape for name, parameter in self._parameters.items()}
         if {name: value.shape for name, value in values.items()} != expected:
             raise ValueError("the adapter has other tensors")
-        _require_schedule(schedule, self._scheduler.state_dict())
+        _require_schedule(schedule, self._scheduler.state_dict(), version)
         state = {name: _moments_of(name, parameter, moments) for name, parameter in self._parameters.items()}
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -186,10 +186,14 @@ def _moments_of(name: str, parameter: nn.Parameter, moments: Tensors) -> dict[st
     return state
 
 
-def _require_schedule(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless it has the form of `own`, its base rates, and a rate of at most these."""
+def _require_schedule(found: Mapping[str, Any], own: Mapping[str, Any], version: int) -> None:
+    """Raises `ValueError` unless it is after `version` updates, with the form and base rates of `own`."""
     is_own = _form(found) == _form(own) and found["base_lrs"] == own["base_lrs"]
-    if not is_own or not all(0 <= rate <= max(own["base_lrs"]) for rate in found["_last_lr"]):
+    if (
+        not is_own
+        or found["last_epoch"] != version
+        or not all(0 <= rate <= max(own["base_lrs"]) for rate in found["_last_lr"])
+    ):
         raise ValueError("the state of the learning rate's schedule is not one of these settings")
 
 

@@ -26,8 +26,9 @@ from tests.harness.processes import BrokerServer, broker_server
 from tests.harness.raw_client import RawClient, registrations, workers
 from tests.harness.waiting import eventually
 
-MANY, FEW = 60, 5
-TOKENS = 1 << 12
+MANY, FEW = 40, 32
+TOKENS = 1 << 6
+LARGE = 1 << 16
 CARD = WorkerRegistration(
     worker="a@host", device="cpu", queue=QUEUE, lanes=True, models=("tiny", "other/model"), concurrency=1
 )
@@ -46,7 +47,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_job_with_many_tasks_does_not_starve_one_with_few(broker: BrokerServer, model: Path) -> None:
+def test_a_job_with_many_large_tasks_does_not_starve_one_with_small_ones(
+    broker: BrokerServer, model: Path
+) -> None:
     plan, redis_client = plan_of(load_matrices(model)), broker.connect()
     with ExitStack() as stack:
         stack.callback(redis_client.close)
@@ -58,10 +61,12 @@ def test_a_job_with_many_tasks_does_not_starve_one_with_few(broker: BrokerServer
         for each in (greedy, modest):
             stack.callback(each.close)
             assert each.answer(each.prepare(registration.queue_of("tiny", each.job))).state == "done"
+        large, small = operand(tokens=LARGE), operand(tokens=TOKENS)
+        # Whatever preparation took, both lanes stand where this one began.
+        assert modest.answer(modest.evaluate(registration.queue_of("tiny", modest.job), 0, small))
         os.kill(worker.pid, signal.SIGSTOP)
-        x = operand(tokens=TOKENS)
-        many = [greedy.evaluate(registration.queue_of("tiny", greedy.job), 0, x) for _ in range(MANY)]
-        few = [modest.evaluate(registration.queue_of("tiny", modest.job), 0, x) for _ in range(FEW)]
+        many = [greedy.evaluate(registration.queue_of("tiny", greedy.job), 0, large) for _ in range(MANY)]
+        few = [modest.evaluate(registration.queue_of("tiny", modest.job), 0, small) for _ in range(FEW)]
         os.kill(worker.pid, signal.SIGCONT)
         assert all(modest.answer(request).state == "done" for request in few)
         reports = redis_client.lrange(keys.done_list(greedy.job), 0, -1)

@@ -8,6 +8,7 @@ lines are bounded.
 
 from __future__ import annotations
 
+import re
 import socket
 
 from redis import exceptions as foreign
@@ -16,6 +17,7 @@ from hetrain.public.errors import WireError
 
 _LINE_LIMIT = 4096
 _READ_BYTES = 4096
+_INTEGER = re.compile(rb":(-?\d{1,19})")
 
 
 class Replies:
@@ -39,9 +41,9 @@ class Replies:
     def count(self) -> int:
         """Reads one integer."""
         line = self._line()
-        if line[:1] != b":" or not line[1:].lstrip(b"-").isdigit():
+        if not (match := _INTEGER.fullmatch(line)):
             raise _refusal(line)
-        return int(line[1:])
+        return int(match[1])
 
     def value_into(self, target: memoryview) -> bool:
         """Reads a bulk string of exactly ``len(target)`` bytes into `target`; False if the key is absent."""
