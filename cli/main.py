@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 import hetrain
-from cli.console import stderr_console
+from cli.console import debug_wanted, set_debug, stderr_console
 from cli.options import as_options, with_dashes
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.disk import is_full, reason_of
@@ -32,13 +32,6 @@ app = typer.Typer(
 )
 
 
-_debug = {"wanted": False}
-
-
-def _set_debug(wanted: bool) -> None:
-    _debug["wanted"] = wanted
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(hetrain.__version__)
@@ -51,7 +44,7 @@ def _root(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
     debug: bool = typer.Option(
-        False, "--debug", callback=_set_debug, is_eager=True, help="Print the traceback of an error, too."
+        False, "--debug", callback=set_debug, is_eager=True, help="Print the traceback of an error, too."
     ),
 ) -> None:
     """Options of the command itself."""
@@ -133,7 +126,7 @@ def main() -> None:
         stderr.print("[bold red]error:[/] stopped")
         sys.exit(130)
     except Exception as error:
-        if _debug["wanted"]:
+        if debug_wanted():
             raise
         sys.exit(_report(stderr, _unforeseen(error)))
 
@@ -148,7 +141,7 @@ def _warn_of_passwords(arguments: list[str]) -> None:
 
 def _report(stderr: Console, error: HetrainError) -> int:
     """Prints an error. Returns its exit code."""
-    if _debug["wanted"]:
+    if debug_wanted():
         traceback.print_exception(error)
     stderr.print(error_text(error), soft_wrap=True)
     return error.exit_code

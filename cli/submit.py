@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli.console import log_errors_only
+from cli.console import debug_wanted, log_errors_only
 from cli.options import AsJson, Quiet, from_configuration, option
 from cli.plan import print_plan
 from cli.progress import TrainingDisplay
@@ -112,7 +112,8 @@ def _train(
 
 
 def _detach(spec: JobSpec, *, as_json: bool, quiet: bool) -> None:
-    command = [sys.executable, "-m", "cli", _DETACHED, str(spec.output_dir)]
+    debug = ["--debug"] if debug_wanted() else []
+    command = [sys.executable, "-m", "cli", *debug, _DETACHED, str(spec.output_dir)]
     found = jobs.launch(spec, command)
     if not found.job_id:
         raise typer.Exit(found.exit_code)  # its error stands on this terminal already

@@ -153,5 +153,7 @@ def test_a_detached_job_that_cannot_start_says_why(tiny_llama: Path, place: Path
     done = hetrain(*job, environment=os.environ)
     assert (done.returncode, done.stdout) == (7, "")
     assert "127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in hetrain("--debug", *job, "--overwrite-output-dir", environment=os.environ).stderr
     assert jobs.status(out).status is Status.FAILED
     assert "127.0.0.1:1" in jobs.status(out).error
