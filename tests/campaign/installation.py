@@ -150,6 +150,7 @@ class Installation:
         return kept | {
             "HETRAIN_BROKER_URL": self.broker.url_at(self.directory / "client.sock"),
             "HETRAIN_CACHE": str(self.cache),
+            "HETRAIN_STATE": str(self.directory / "state"),
             "HETRAIN_DISK_WAIT_S": "30",
         }
 

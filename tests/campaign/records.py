@@ -38,18 +38,18 @@ class RoundRecord:
 
     Attributes:
         seconds: from the client's start to the end of the checks.
-        repeats: how often the client could not begin, and was started again.
         violations: what is not as it must be; empty as a rule.
         said: the end of what the client wrote to standard error, where there is a violation.
+        repeats: how often the client could not begin, and was started again.
     """
 
     number: int
     job: str
     seconds: float
     faults: tuple[Injected, ...]
-    repeats: int = 0
     violations: tuple[str, ...] = ()
     said: str = ""
+    repeats: int = 0
 
 
 @dataclass
@@ -102,9 +102,9 @@ def read_campaign(path: Path, seed: int) -> Campaign:
             job=each["job"],
             seconds=each["seconds"],
             faults=tuple(Injected(**fault) for fault in each["faults"]),
-            repeats=each["repeats"],
             violations=tuple(each.get("violations", ())),
             said=each.get("said", ""),
+            repeats=each["repeats"],
         )
         for each in content["rounds"]
     ]

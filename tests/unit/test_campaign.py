@@ -45,7 +45,9 @@ def some_rounds() -> Campaign:
     moved = Injected("clock moved", "back", 0, "left out")
     campaign.add(RoundRecord(0, "clear", 2.0, (killed,)), "abc")
     campaign.add(RoundRecord(1, "rlwe", 4.0, (killed, moved), ("<lost>",), "it said & ended"), "abc")
-    campaign.add(RoundRecord(2, "clear", 3.0, (Injected("worker killed", "one", 4, "missed"),)), "def")
+    campaign.add(
+        RoundRecord(2, "clear", 3.0, (Injected("worker killed", "one", 4, "missed"),), repeats=2), "def"
+    )
     return campaign
 
 
@@ -74,6 +76,7 @@ def test_a_report_counts_what_struck_and_names_what_was_violated() -> None:
     assert "&lt;lost&gt;" in text
     assert "--seed 3 --only 1" in text
     assert "No round has a violation" not in text
+    assert "In 1 rounds the client could not begin" in text
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
