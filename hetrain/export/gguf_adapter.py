@@ -24,6 +24,7 @@ from hetrain.export.gguf_names import TensorLayout
 from hetrain.export.loading import AdapterSource, adapter_tensors, load_adapted, load_base, open_adapter
 from hetrain.export.merge import Export
 from hetrain.public.errors import ModelError, UsageError
+from hetrain.public.protocol.messages import printable
 
 _PREFIX = "base_model.model."
 _TOLERANCE = 1e-5
@@ -138,7 +139,7 @@ def read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dict
         return _read_pairs(path, modules, layout)
     except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # gguf checks little
         raise ModelError(
-            f"the file is no whole GGUF ({type(error).__name__}: {error})", where=str(path)
+            f"the file is no whole GGUF ({type(error).__name__}: {printable(error)})", where=str(path)
         ) from error
 
 
@@ -158,7 +159,7 @@ def _read_pairs(path: Path, modules: Sequence[str], layout: TensorLayout) -> dic
         reader.fields[key].contents() for key in (gguf.Keys.General.TYPE, gguf.Keys.General.ARCHITECTURE)
     )
     if kind != gguf.GGUFType.ADAPTER or architecture != layout.architecture.name:
-        raise ModelError(f"the file is a {kind} of {architecture}", where=str(path))
+        raise ModelError(f"the file is a {printable(kind)} of {printable(architecture)}", where=str(path))
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     pairs = {}

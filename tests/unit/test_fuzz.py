@@ -67,6 +67,7 @@ FOUND: Mapping[str, tuple[str, Callable[[Sequence[bytes]], bytes]]] = {
     "a Parquet column that is not UTF-8": ("rows-binary", replaced(b"prompt", b"\xb1rompt")),
     "a GGUF that ends early": ("gguf", lambda seeds: seeds[0][:40]),
     "a GGUF of endless lists": ("gguf", lambda seeds: seeds[0][:16] + b"\xff" * 6 + seeds[0][22:]),
+    "a GGUF of a kind with a line end": ("gguf", replaced(b"adapter", b"a\n\npter")),
     "a hint's head that is nested deeply": ("hint-file", lambda _: b"[" * 4096),
     "a record that is nested deeply": ("run-records", lambda _: b"[" * 5000),
     "a model that was found by no name": ("run-records", lambda _: b'{"model_path": null}'),
