@@ -82,8 +82,9 @@ def lane_queue(queue: str, model: str, lane: int) -> str:
     """A queue of its own for a model's tasks of one lane, beside `queue`.
 
     A worker gives lanes equal time (`tasks/intake/fair_order.py`), however many tasks wait in each; that jobs
-    meet in a lane by chance is stochastic fairness queueing (McKenney, INFOCOM 1990). Eight digits of a BLAKE2b tell
-    models and wire versions apart; a task in the wrong queue all the same is refused and sent again.
+    meet in a lane by chance is stochastic fairness queueing (McKenney, INFOCOM 1990). Eight digits of a
+    BLAKE2b tell models and wire versions apart; a task in the wrong queue all the same is refused and sent
+    again.
     """
     tag = hashlib.blake2b(f"{VERSION} {model}".encode(), digest_size=4, person=b"hetrain.lane").hexdigest()
     return f"{queue}.{tag}.{lane:x}"
