@@ -33,6 +33,7 @@ from hetrain.config import LATEST
 from hetrain.data.tokenization import Row
 from hetrain.public.disk import os_errors
 from hetrain.public.errors import UsageError
+from hetrain.public.protocol.messages import printable
 from hetrain.train.early_stopping import EvaluationState
 from hetrain.train.updater import Tensors, Updater
 
@@ -98,7 +99,7 @@ class Checkpoint:
         differing = sorted(name for name in now if name not in was or was[name] != now[name])
         if differing:
             differences = "; ".join(
-                f"{_IN_WORDS.get(name, f'`{name}`')} was {was.get(name)}, is {now[name]}"
+                f"{_IN_WORDS.get(name, f'`{name}`')} was {printable(was.get(name))}, is {now[name]}"
                 for name in differing
             )
             raise UsageError(

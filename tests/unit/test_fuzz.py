@@ -78,6 +78,7 @@ FOUND: Mapping[str, tuple[str, Callable[[Sequence[bytes]], bytes]]] = {
     "a rate that overflows": ("checkpoint-state", schedule_with(base_lrs=[1e308], _last_lr=[1e308])),
     "a schedule at an update that has no float": ("checkpoint-state", schedule_with(last_epoch=1 << 2000)),
     "a schedule at another update": ("checkpoint-state", schedule_with(last_epoch=-(10**300))),
+    "a run of another model with a line end": ("checkpoint-state", replaced(b"tiny", b"ti\\ny")),
     "a count with two signs": ("resp", replaced(b":2", b":--2")),
     "a schedule's state that is a number": ("checkpoint-state", schedule_with(lr_lambdas=[0.5])),
 }
