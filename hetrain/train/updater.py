@@ -106,7 +106,10 @@ class Updater:
         if {name: value.shape for name, value in values.items()} != expected:
             raise ValueError("the adapter has other tensors")
         _require_schedule(schedule, self._scheduler.state_dict(), version)
-        state = {name: _moments_of(name, parameter, moments) for name, parameter in self._parameters.items()}
+        state = {
+            name: _moments_of(name, parameter, moments, version)
+            for name, parameter in self._parameters.items()
+        }
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(values[name])
@@ -177,11 +180,14 @@ class Updater:
         return float(nn.utils.clip_grad_norm_(self._parameters.values(), limit))
 
 
-def _moments_of(name: str, parameter: nn.Parameter, moments: Tensors) -> dict[str, torch.Tensor]:
-    """AdamW's state of one parameter. Raises `ValueError` unless it is there and fits."""
-    shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size(())}
-    state = {key: moments[f"{name}/{key}"] for key in shapes if f"{name}/{key}" in moments}
-    if {key: value.shape for key, value in state.items()} != shapes:
+def _moments_of(
+    name: str, parameter: nn.Parameter, moments: Tensors, version: int
+) -> dict[str, torch.Tensor]:
+    """AdamW's state of one parameter. Raises `ValueError` unless it can be one after `version` updates."""
+    like = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+    state = {key: moments[f"{name}/{key}"] for key in like if f"{name}/{key}" in moments}
+    found, fitting = ({key: (v.shape, v.dtype) for key, v in each.items()} for each in (state, like))
+    if found != fitting or not 0 <= state["step"] <= version:
         raise ValueError(f"the optimizer has no fitting state for {name}")
     return state
 

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
 from tests.fuzz.run import TRACED_EVERY, Opened, Target, attempt, input_of, open_target, run_cases
 from tests.fuzz.targets import TARGETS
@@ -56,6 +58,15 @@ def replaced(old: bytes, new: bytes) -> Callable[[Sequence[bytes]], bytes]:
     return change
 
 
+def steps_of(count: float) -> Callable[[Sequence[bytes]], bytes]:
+    return lambda seeds: save(
+        {
+            name: torch.tensor(count) if name.endswith("/step") else value
+            for name, value in load(seeds[0]).items()
+        }
+    )
+
+
 FOUND: Mapping[str, tuple[str, Callable[[Sequence[bytes]], bytes]]] = {
     "a name that ends on a terminal": ("completion", object_with(**{"\x1b[31m": 1})),
     "a name that turns a line around": ("plan", object_with(**{"\u202e": 1})),
@@ -78,6 +89,8 @@ FOUND: Mapping[str, tuple[str, Callable[[Sequence[bytes]], bytes]]] = {
     "a rate that overflows": ("checkpoint-state", schedule_with(base_lrs=[1e308], _last_lr=[1e308])),
     "a schedule at an update that has no float": ("checkpoint-state", schedule_with(last_epoch=1 << 2000)),
     "a schedule at another update": ("checkpoint-state", schedule_with(last_epoch=-(10**300))),
+    "more steps than updates": ("checkpoint-optimizer", steps_of(1e30)),
+    "fewer steps than none": ("checkpoint-optimizer", steps_of(-1e30)),
     "a run of another model with a line end": ("checkpoint-state", replaced(b"tiny", b"ti\\ny")),
     "a count with two signs": ("resp", replaced(b":2", b":--2")),
     "a schedule's state that is a number": ("checkpoint-state", schedule_with(lr_lambdas=[0.5])),
