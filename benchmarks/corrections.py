@@ -81,7 +81,8 @@ class Run:
     def name(self) -> str:
         """The name of its figures."""
         how = f"staleness {self.staleness}, {self.correction}" if self.staleness else "lock step"
-        return f"{self.data}, {self.updates} updates of {self.tokens} tokens, seed {self.seed}, {how}"
+        rate = "" if self.learning_rate is None else f", rate {self.learning_rate:g}"
+        return f"{self.data}, {self.updates} updates of {self.tokens} tokens, seed {self.seed}, {how}{rate}"
 
     @property
     def warm_up(self) -> int:
