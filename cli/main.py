@@ -21,7 +21,7 @@ from cli.options import as_options, with_dashes
 from hetrain.public.allocator import keep_freed_memory
 from hetrain.public.disk import is_full, reason_of
 from hetrain.public.errors import HetrainError, StorageError
-from hetrain.public.system import leave_dead_terminal
+from hetrain.public.system import discard_stream, leave_dead_terminal
 
 app = typer.Typer(
     name="hetrain",
@@ -140,10 +140,13 @@ def _warn_of_passwords(arguments: list[str]) -> None:
 
 
 def _report(stderr: Console, error: HetrainError) -> int:
-    """Prints an error. Returns its exit code."""
-    if debug_wanted():
-        traceback.print_exception(error)
-    stderr.print(error_text(error), soft_wrap=True)
+    """Prints an error. Returns its exit code, which says what happened even where nothing can be printed."""
+    try:
+        if debug_wanted():
+            traceback.print_exception(error)
+        stderr.print(error_text(error), soft_wrap=True)
+    except OSError:  # it is a file on a full disk, or nobody reads it
+        discard_stream(sys.stderr.fileno())
     return error.exit_code
 
 

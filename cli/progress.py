@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from cli.console import stderr_console
+from cli.console import stderr_console, where_there_is_room
 from cli.progress_line import LineState, is_line_due, largest_share, progress_line
 
 if TYPE_CHECKING:
@@ -122,15 +123,15 @@ class TrainingDisplay:
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Says what an evaluation has come to."""
         if self._json:
-            typer.echo(json.dumps({"event": "evaluation", "step": step} | asdict(evaluation)))
+            _tell("evaluation", {"step": step} | asdict(evaluation))
             return
-        self._console.print(f"after update {step}: held-out {evaluation}", highlight=False, soft_wrap=True)
+        self._say(f"after update {step}: held-out {evaluation}")
         self._line.show(self._training)
 
     def on_step(self, metrics: MicroBatchMetrics) -> None:
         """Shows the metrics of one micro-batch."""
         if self._json:
-            typer.echo(json.dumps({"event": "micro_batch"} | metrics.record()))
+            _tell("micro_batch", metrics.record())
             return
         self._take(metrics)
         self._training = self._state(metrics)
@@ -141,23 +142,22 @@ class TrainingDisplay:
     def on_stop(self) -> None:
         """Says that the run will stop."""
         if self._json:
-            typer.echo(json.dumps({"event": "stopping"}))
+            _tell("stopping", {})
             return
         self._doing = "stopping"
         self._line.show(replace(self._line.state, doing=self._doing))
-        self._console.print("finishing the updates that have begun; Ctrl-C again leaves now", highlight=False)
+        self._say("finishing the updates that have begun; Ctrl-C again leaves now")
 
     def summary(self, result: JobResult) -> None:
         """Says how the run ended."""
         if self._json:
-            figures = asdict(result) | {"last": result.last.record()}
-            typer.echo(json.dumps({"event": "done"} | figures, default=str))
+            _tell("done", asdict(result) | {"last": result.last.record()})
             return
-        self._console.print(str(result), highlight=False)
+        self._say(str(result))
 
     def _show_part(self, event: str, doing: str, done: int, total: int) -> None:
         if self._json:
-            typer.echo(json.dumps({"event": event, "done": done, "total": total}))
+            _tell(event, {"done": done, "total": total})
             return
         self._line.show(replace(self._training, doing=doing, done=done, total=total, seconds_left=None))
 
@@ -194,7 +194,16 @@ class TrainingDisplay:
         since = None if math.isnan(self._printed_at) else now - self._printed_at
         if metrics.step != self._printed_step and is_line_due(metrics.step, metrics.total_steps, since):
             self._printed_step, self._printed_at = metrics.step, now
-            self._console.print(progress_line(self._training, None), highlight=False, soft_wrap=True)
+            self._say(progress_line(self._training, None))
+
+    def _say(self, text: str) -> None:
+        with where_there_is_room():
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _tell(event: str, figures: Mapping[str, object]) -> None:
+    with where_there_is_room():
+        typer.echo(json.dumps({"event": event} | dict(figures), default=str))
 
 
 def _console(*, quiet: bool) -> Console:

@@ -37,9 +37,14 @@ def leave_dead_terminal() -> None:
             termios.tcgetattr(stream)
         except termios.error as error:
             if error.args[0] == errno.EIO:
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, stream)
-                os.close(null)
+                discard_stream(stream)
+
+
+def discard_stream(stream: int) -> None:
+    """Points a standard stream to /dev/null, by its number."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, stream)
+    os.close(null)
 
 
 def child_environment() -> dict[str, str]:

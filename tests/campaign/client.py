@@ -73,13 +73,14 @@ class Client:
             self.statuses.append(status)
         return status is not None
 
-    def begins_again(self) -> bool:
-        """Starts it again, as a user does, if it had no broker or no room on the disk for a first update."""
-        if self.statuses[-1] not in _CANNOT_BEGIN or self.updates() > self._updates_at_start:
-            return False
+    def could_not_begin(self) -> bool:
+        """Whether its last process ended before a first update, without a broker or room on the disk."""
+        return self.statuses[-1] in _CANNOT_BEGIN and self.updates() == self._updates_at_start
+
+    def begin_again(self) -> None:
+        """Starts it again, as a user does who has mended what kept it from beginning."""
         self.repeats += 1
         self.start()
-        return True
 
     def updates(self) -> int:
         """Updates that have been recorded."""

@@ -139,9 +139,13 @@ class Rounds:
         scene.client.start()
         patience = Patience(DEADLINE_S)
         has_begun = hangs = False
-        while not scene.client.has_ended(_POLL_S) or scene.client.begins_again():
+        while not (ended := scene.client.has_ended(_POLL_S)) or scene.client.could_not_begin():
             if hangs := patience.is_over():
                 break
+            if ended:
+                for each in faults:
+                    each.undo()
+                scene.client.begin_again()
             has_begun = has_begun or bool(scene.job_keys())
             updates = scene.client.updates()
             for each in faults:

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from hetrain.config import JobSpec, LoraConfig, OutsourcingConfig, TrainingConfig
 from hetrain.data.dataset import read_job_rows
-from hetrain.public.errors import StorageError
+from hetrain.public.errors import StorageError, UsageError
 from hetrain.train.callbacks import Callbacks
 from hetrain.train.checkpoint import checkpoint_steps
 from hetrain.train.finetune import JobResult, finetune
 from hetrain.train.metrics import MicroBatchMetrics
 from hetrain.train.output_dir import OutputDirectory
-from tests.harness.processes import HANDBOOK, broker_with_worker, hetrain
+from tests.harness.processes import HANDBOOK, HETRAIN, broker_with_worker, hetrain
 from tests.harness.small_disk import SmallDisk, small_disk
 
 TRAINING = TrainingConfig(
@@ -232,3 +232,10 @@ def test_a_directory_is_taken_over_from_a_run_that_was_killed(
     taken.reserve(1000)
     taken.close()
     assert_tidy(output)
+
+
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [*HETRAIN, "status", "nosuch"]
+        done = subprocess.run(command, stderr=full, env=os.environ | {"HETRAIN_STATE": str(tmp_path)})
+    assert done.returncode == UsageError.exit_code

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import suppress
 from itertools import product
 
 import pytest
 from rich.console import Console
 
-from cli.progress import StatusLine
+from cli.progress import StatusLine, TrainingDisplay
 from cli.progress_line import LineState, is_line_due, largest_share, progress_line, time_left
 
 WIDTHS = range(40, 201)
@@ -85,3 +86,13 @@ def test_time_left(seconds: float | None, text: str) -> None:
 def test_the_largest_share_is_named() -> None:
     assert largest_share({"workers": 3.0, "network": 1.0}) == "workers 75%"
     assert largest_share({}) == ""
+
+
+def test_a_full_disk_takes_lines_from_the_display_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr("sys.stdout", full)
+    with TrainingDisplay(as_json=True, quiet=False) as display:
+        display.on_prepare(1, 2)
+        display.on_stop()
+    with suppress(OSError):
+        full.close()
