@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 from rich.console import Console
-
-from hetrain.public.disk import is_full
 
 _debug = {"wanted": False}
 
@@ -33,13 +29,3 @@ def stderr_console() -> Console:
 def log_errors_only() -> None:
     """Keeps from the log what is no error."""
     logging.getLogger().setLevel(logging.ERROR)
-
-
-@contextmanager
-def where_there_is_room() -> Iterator[None]:
-    """What is printed within may be lost where it goes to a file on a full disk: a job goes on without."""
-    try:
-        yield
-    except OSError as error:
-        if not is_full(error):
-            raise

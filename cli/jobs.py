@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from hetrain import jobs
 from hetrain.config import RunSpec
 from hetrain.public.errors import HetrainError, Interrupted, JobDied
 from hetrain.public.quantities import say_seconds
+from hetrain.public.system import discard_stream
 
 
 def _ids(incomplete: str) -> list[tuple[str, str]]:
@@ -128,7 +128,7 @@ def _write(chunks: Iterable[bytes]) -> None:
             output.write(chunk)
             output.flush()
     except BrokenPipeError:  # as of `hetrain logs JOB | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stream(sys.stdout.fileno())
 
 
 def _say(job: jobs.JobStatus, *, as_json: bool, quiet: bool) -> None:

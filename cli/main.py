@@ -8,7 +8,9 @@ import re
 import signal
 import sys
 import traceback
+from functools import cache
 from types import FrameType
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -50,10 +52,11 @@ def _root(
     """Options of the command itself."""
 
 
-def add_commands() -> None:
-    """Adds the sub-commands to `app`, which imports what they need."""
+@cache
+def add_commands() -> dict[str, Any]:
+    """Adds the sub-commands to `app`, once, which imports what they need. Returns them by name."""
     from cli.adapter import ask, export, merge, report
-    from cli.cache import cache
+    from cli.cache import cache as show_cache
     from cli.doctor import doctor
     from cli.evaluate import evaluate
     from cli.jobs import cancel, list_jobs, logs, resume, status, wait
@@ -79,7 +82,8 @@ def add_commands() -> None:
     app.command("prepare")(prepare)
     app.command("doctor")(doctor)
     app.command("worker")(worker)
-    app.command("cache")(cache)
+    app.command("cache")(show_cache)
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
 
 
 class _OptionNames(logging.Formatter):

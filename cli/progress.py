@@ -15,8 +15,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from cli.console import stderr_console, where_there_is_room
+from cli.console import stderr_console
 from cli.progress_line import LineState, is_line_due, largest_share, progress_line
+from hetrain.public.disk import where_there_is_room
 
 if TYPE_CHECKING:
     from hetrain.api import Evaluation, JobResult, MicroBatchMetrics

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from cli.main import add_commands, app
+from cli.main import add_commands
 
 _HEAD = """\
 # Options
@@ -24,11 +22,8 @@ called `model` and `workers` there. Headings name the class that has the field.
 
 def reference() -> str:
     """The options of all commands as a Markdown page."""
-    add_commands()
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return "\n".join(
-        [_HEAD, *(_section(name, command) for name, command in commands.items() if not command.hidden)]
-    )
+    sections = (_section(name, command) for name, command in add_commands().items() if not command.hidden)
+    return "\n".join([_HEAD, *sections])
 
 
 def _section(name: str, command: Any) -> str:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from hetrain.config import JobSpec
 from hetrain.jobs.files import LOG_FILE
 from hetrain.jobs.settings import from_json, to_json
-from hetrain.public.disk import is_full, reason_of
+from hetrain.public.disk import reason_of, where_there_is_room
 from hetrain.public.errors import JobDied, StorageError
-from hetrain.public.system import child_environment
+from hetrain.public.system import child_environment, discard_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -113,10 +113,9 @@ def _write_to(log: Path) -> None:
         raise StorageError(
             f"the log cannot be written: {reason_of(error)}", where=str(log), hint="make room on this disk"
         ) from error
-    null = os.open(os.devnull, os.O_RDONLY)
-    for stream, target in (0, null), (1, descriptor), (2, descriptor):
-        os.dup2(target, stream)
-    os.close(null)
+    discard_stream(0)
+    for stream in 1, 2:
+        os.dup2(descriptor, stream)
     sys.stdout = sys.stderr = io.TextIOWrapper(_Log(descriptor, "wb"), "utf-8", "replace", write_through=True)
 
 
@@ -124,9 +123,6 @@ class _Log(io.FileIO):
     """A file that loses what there is no room for: a full disk pauses a run, and its log must not end it."""
 
     def write(self, data: Buffer, /) -> int:
-        try:
+        with where_there_is_room():
             return super().write(data)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            return memoryview(data).nbytes
+        return memoryview(data).nbytes

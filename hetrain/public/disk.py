@@ -20,6 +20,16 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
+@contextmanager
+def where_there_is_room() -> Iterator[None]:
+    """Loses what is written within and has no room: a full disk pauses a job, its words must not end it."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+
+
 def reason_of(error: OSError) -> str:
     """Why it has failed, in a few words."""
     return error.strerror or str(error) or type(error).__name__

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from threading import Lock
 from time import monotonic
-
-
-@dataclass
-class _Lane:
-    """A lane's clock without its running tasks, and when each of them began."""
-
-    served_until_s: float = 0.0
-    running: dict[str, float] = field(default_factory=dict)
-
-    def reached(self, now: float) -> float:
-        """Where its clock stands."""
-        return self.served_until_s + sum(now - since for since in self.running.values())
 
 
 class FairOrder:
@@ -37,8 +24,8 @@ class FairOrder:
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._queues: list[str] = []
-        self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
-        self._lane_of: dict[str, str] = {}
+        self._clocks: defaultdict[str, float] = defaultdict(float)  # of lanes, without their running tasks
+        self._running: dict[str, tuple[str, float]] = {}  # the lane of each task, and when it was taken
         self._virtual_s = 0.0
         self._lock = Lock()
 
@@ -66,21 +53,23 @@ class FairOrder:
     def begin(self, queue: str, task: str) -> None:
         """A task was taken from a queue."""
         with self._lock:
-            name, now = _lane(queue), self._clock()
-            lane, reached = self._lanes[name], self._reached(name, now)
-            lane.served_until_s += reached - lane.reached(now)
-            lane.running[task], self._lane_of[task] = now, name
-            self._virtual_s = reached
+            lane, now = _lane(queue), self._clock()
+            self._virtual_s = self._reached(lane, now)
+            self._clocks[lane] += self._virtual_s - self._own_clock(lane, now)
+            self._running[task] = lane, now
 
     def end(self, task: str) -> None:
         """A task that was taken has ended; others are ignored."""
         with self._lock:
-            if (name := self._lane_of.pop(task, None)) is not None:
-                lane = self._lanes[name]
-                lane.served_until_s += self._clock() - lane.running.pop(task)
+            if (found := self._running.pop(task, None)) is not None:
+                lane, since = found
+                self._clocks[lane] += self._clock() - since
 
-    def _reached(self, name: str, now: float) -> float:
-        return max(self._lanes[name].reached(now), self._virtual_s)
+    def _reached(self, lane: str, now: float) -> float:
+        return max(self._own_clock(lane, now), self._virtual_s)
+
+    def _own_clock(self, lane: str, now: float) -> float:
+        return self._clocks[lane] + sum(now - since for own, since in self._running.values() if own == lane)
 
 
 def _lane(queue: str) -> str:

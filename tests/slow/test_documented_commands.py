@@ -7,14 +7,11 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from cli.main import add_commands, app
+from cli.main import add_commands
 from tests.harness.processes import HANDBOOK, hetrain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,18 +51,11 @@ def _commands_of(line: str) -> Iterator[list[str]]:
 DOCUMENTS = [path for path in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]) if commands(path)]
 
 
-@cache
-def known() -> dict[str, Any]:
-    """The commands that there are."""
-    add_commands()
-    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_is_understood(document: Path) -> None:
     for words in commands(document):
         name, *rest = [word for word in words if word != "--debug"]
-        known()[name].make_context(name, rest)
+        add_commands()[name].make_context(name, rest)
 
 
 def test_commands_are_found_as_a_shell_reads_them() -> None:
@@ -79,6 +69,7 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = HANDBOOK.read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:24]))
     (tmp_path / "held_out.jsonl").write_text("".join(rows[24:30]))
+    monkeypatch.setenv("HETRAIN_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -86,16 +77,14 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/after-training.md"])
 def test_they_run_in_order(name: str, place: Path, tiny_llama: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "HETRAIN_BROKER_URL"}
-    environment |= {"HETRAIN_STATE": str(place / "state")}
     if name == "docs/after-training.md":
         begin = "submit", "rows.jsonl", "-o", "out", "-m", tiny_llama, "--max-steps", 1
-        assert hetrain(*begin, environment=environment).returncode == 0
+        assert hetrain(*begin).returncode == 0
     # A worker serves until it is stopped; "-" is standard input.
     found = [words for words in commands(ROOT / name) if words[0] != "worker" and "-" not in words]
     assert len(found) >= 3
     for words in found:
-        done = hetrain(*_of_tiny_model(words, str(tiny_llama)), environment=environment)
+        done = hetrain(*_of_tiny_model(words, str(tiny_llama)))
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
