@@ -78,7 +78,8 @@ class Branches:
         parts = zip(self._branches, g.split(self._ranks, dim=1), h.split(self._ranks, dim=1), strict=True)
         for index, (branch, g_i, h_i) in enumerate(parts):
             da = g_i.t() @ self._dropped(x, index) if stacked is None else stacked[index]
-            found += [da, branch.scale * (dy[:, branch.columns].t() @ h_i)]
+            db = h_i.t() @ dy[:, branch.columns]  # a third faster than the product that has dB's own layout
+            found += [da, (branch.scale * db).t().contiguous()]
         return g, found
 
     def add_input_gradient(self, dx: torch.Tensor, g: torch.Tensor) -> None:

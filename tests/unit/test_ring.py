@@ -194,12 +194,13 @@ def test_masks_of_other_seeds_differ() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.integers(0, 700),
+    room=st.integers(0, 700),
     rejected=st.sampled_from([0.0, 0.002, 0.1, 0.9, 1.0]),
     seed=st.integers(0, 2**32),
     plainly=st.booleans(),
 )
 def test_rejection_keeps_exactly_the_words_below_q_in_order(
-    size: int, rejected: float, seed: int, plainly: bool
+    size: int, room: int, rejected: float, seed: int, plainly: bool
 ) -> None:
     random = np.random.default_rng(seed)
     stream = random.integers(0, MODULUS, size, dtype=np.uint32)
@@ -212,8 +213,10 @@ def test_rejection_keeps_exactly_the_words_below_q_in_order(
     with pytest.MonkeyPatch.context() as patch:
         if plainly:
             patch.setattr(uniform_masks, "_library", lambda: None)
-        kept = accept(stream)
-    assert stream[:kept].tolist() == expected
+        out = np.full(room + 1, 7, np.uint32)
+        kept = accept(stream, out[:room])
+    assert out[:kept].tolist() == expected[:room]
+    assert out[room] == 7
 
 
 # ---- Encryption and decryption ----

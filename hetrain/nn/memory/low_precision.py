@@ -30,8 +30,7 @@ class StoredHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x·Wᵀ + bias."""
-        y: torch.Tensor = _ProductByRows.apply(input.reshape(-1, input.shape[-1]), self.weight)  # type: ignore[no-untyped-call]
-        y = y.view(*input.shape[:-1], -1)
+        y: torch.Tensor = _ProductByRows.apply(input, self.weight)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -39,15 +38,17 @@ class _ProductByRows(torch.autograd.Function):
     """x·Wᵀ, with few rows of W in float32 at any time; dx = dy·W.
 
     Where the processor has tiles for bfloat16, weights of that type stay as they are, and x and dy become two
-    values each of that type (17 bits).
+    values each of that type (17 bits). The result is no view: autograd would copy the gradient of a view that
+    has been written to.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.weight = weight.detach()
+    def forward(ctx, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        x = input.reshape(-1, input.shape[-1])
+        ctx.weight, ctx.shape = weight.detach(), input.shape
         ctx.has_tiles = _suit_tiles(x, weight)
-        y = x.new_empty(len(x), len(weight))
-        blocks = zip(y.split(_ROWS, dim=1), ctx.weight.split(_ROWS), strict=True)
+        y = x.new_empty(*input.shape[:-1], len(weight))
+        blocks = zip(y.view(-1, len(weight)).split(_ROWS, dim=1), ctx.weight.split(_ROWS), strict=True)
         if ctx.has_tiles:
             high, low = halves(x.contiguous())
             for columns, rows in blocks:
@@ -60,6 +61,7 @@ class _ProductByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
+        dy = dy.reshape(-1, dy.shape[-1])
         dx = dy.new_zeros(len(dy), ctx.weight.shape[1])
         for columns, rows in zip(dy.split(_ROWS, dim=1), ctx.weight.split(_ROWS), strict=True):
             if ctx.has_tiles:
@@ -67,7 +69,7 @@ class _ProductByRows(torch.autograd.Function):
                     add_product(dx, half, rows)
             else:
                 dx.addmm_(columns, rows.to(dy.dtype))
-        return dx, None
+        return dx.view(ctx.shape), None
 
 
 def _suit_tiles(x: torch.Tensor, weight: torch.Tensor) -> bool:

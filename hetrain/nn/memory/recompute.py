@@ -215,15 +215,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The values in their order in memory, [count]; of a contiguous copy unless they lie side by side."""
-    if not is_dense(tensor):
-        return tensor.reshape(-1)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
 def strides_of(tensor: torch.Tensor) -> Sizes:
-    """The strides with which `values_of` has the tensor's shape."""
+    """Strides that give values that lie side by side the tensor's shape: its own, or else those of a copy."""
     return tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
 
 

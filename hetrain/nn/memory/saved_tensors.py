@@ -11,12 +11,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hetrain.nn.memory.recompute import Place, Recorder, Source, View, strides_of, values_of
+from hetrain.nn.memory.recompute import Place, Recorder, Source, View, strides_of
 from hetrain.public.allocator import release_freed_memory
 
 SMALLEST = 1 << 14
 _CHUNK = 1 << 25
-_TIDY_AFTER = 1 << 24
+_TIDY_AFTER = 1 << 26
 _LARGEST_HALF = 32768.0
 
 
@@ -125,7 +125,7 @@ class HalfSaver:
         if source is None:
             self._count(tensor)
             self._references.append(reference)
-            source = self._sources[place] = self._halve(values_of(tensor.detach()))
+            source = self._sources[place] = self._halve(tensor.detach())
         return View(source, tuple(tensor.shape), strides_of(tensor))
 
     def _find(self, place: Place) -> Source | None:
@@ -148,14 +148,22 @@ class HalfSaver:
             self._moved = 0
             release_freed_memory()
 
-    def _halve(self, values: torch.Tensor) -> _Half:
-        if values.device not in self._arenas:
-            self._arenas[values.device] = _Arena(values.device)
-        room = self._arenas[values.device].take(values.numel())
-        smallest, largest = (float(extreme) for extreme in torch.aminmax(values))
-        largest = max(-smallest, largest)
-        scale = 1.0
+    def _halve(self, tensor: torch.Tensor) -> _Half:
+        if tensor.device not in self._arenas:
+            self._arenas[tensor.device] = _Arena(tensor.device)
+        room = self._arenas[tensor.device].take(tensor.numel())
+        view = room.as_strided(tensor.shape, strides_of(tensor), room.storage_offset())
+        view.copy_(tensor)
+        if _largest(room) <= _LARGEST_HALF:
+            return _Half(room, 1.0)
+        largest, scale = _largest(tensor), 1.0
         if _LARGEST_HALF < largest < math.inf:
             scale = 2.0 ** math.ceil(math.log2(largest / _LARGEST_HALF))
-        room.copy_(values if scale == 1.0 else values / scale)
+            view.copy_(tensor / scale)
         return _Half(room, scale)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest magnitude; NaN if there is one."""
+    smallest, largest = (float(extreme) for extreme in torch.aminmax(values))
+    return max(-smallest, largest)

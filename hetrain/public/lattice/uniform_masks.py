@@ -31,9 +31,11 @@ from hetrain.public.lattice.masks import PublicSeed
 from hetrain.public.lattice.parameters import SLOTS
 from hetrain.public.lattice.ring import LANES, MODULUS
 
-_INTERFACE = 1
-_BLOCK_WORDS = SLOTS * LANES
-_ZEROS = memoryview(bytes(4 * _BLOCK_WORDS))
+_INTERFACE = 2
+_SPARE = 64
+"""Words drawn beyond those wanted: of a block's 2^15 one or two are rejected."""
+_MOST_WORDS = SLOTS * LANES + _SPARE
+_ZEROS = memoryview(bytes(4 * _MOST_WORDS))
 
 
 class MaskBlocks:
@@ -42,16 +44,17 @@ class MaskBlocks:
     def __init__(self, seed: PublicSeed) -> None:
         key = hashlib.blake2b(seed.value, digest_size=32, person=b"hetrain.mask.v2").digest()
         self._encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
+        self._stream = np.empty(_MOST_WORDS, np.uint32)
 
     def fill(self, out: torch.Tensor, first: int) -> None:
         """Overwrites `out`, contiguous int32 [blocks, 2048, 16], with blocks `first`, `first` + 1, ..."""
         require(out.dtype == torch.int32, out.shape[1:] == (SLOTS, LANES), out.is_contiguous())
-        for index, block in enumerate(out, first):
+        for index, words in enumerate(out.numpy().view(np.uint32).reshape(len(out), -1), first):
             self._encryptor.reset_nonce(index.to_bytes(8, "big") + bytes(8))
-            words = block.numpy().reshape(-1).view(np.uint32)
             while words.size:
-                self._encryptor.update_into(_ZEROS[: words.nbytes], words.data.cast("B"))
-                words = words[accept(words) :]
+                stream = self._stream[: words.size + _SPARE]
+                self._encryptor.update_into(_ZEROS[: stream.nbytes], stream.data.cast("B"))
+                words = words[accept(stream, words) :]
 
 
 def expand_masks(seed: PublicSeed, features: int) -> torch.Tensor:
@@ -61,24 +64,21 @@ def expand_masks(seed: PublicSeed, features: int) -> torch.Tensor:
     return out
 
 
-def accept(words: npt.NDArray[np.uint32]) -> int:
-    """Moves the accepted words of `words`, reduced to 30 bits, to its front; returns how many they are."""
+def accept(stream: npt.NDArray[np.uint32], out: npt.NDArray[np.uint32]) -> int:
+    """Copies accepted words of `stream`, reduced to 30 bits, to `out` until it is full; returns how many."""
     found = _library()
     if found is not None:
-        return int(found.hetrain_accept(words.__array_interface__["data"][0], words.size))
-    words &= (1 << 30) - 1
-    accepted = words < MODULUS
-    if accepted.all():
-        return words.size
-    kept = words[accepted]
-    words[: kept.size] = kept
-    return kept.size
+        return int(found.hetrain_accept(stream.ctypes.data, stream.size, out.ctypes.data, out.size))
+    words = stream & ((1 << 30) - 1)
+    accepted = words[words < MODULUS][: out.size]
+    out[: accepted.size] = accepted
+    return accepted.size
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     found = compiled.load(Path(__file__).parent / "native", "_masks", _INTERFACE)
     if found is not None:
-        found.hetrain_accept.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        found.hetrain_accept.argtypes = [ctypes.c_void_p, ctypes.c_size_t] * 2
         found.hetrain_accept.restype = ctypes.c_size_t
     return found

@@ -186,10 +186,12 @@ def encrypt(message: Message, hint: Hint, secret: Any, parameters: ParameterSet)
     k, degree = message.x.shape[1], parameters.ring_degree
     mask_blocks, noise_stream = MaskBlocks(hint.seed), SecretStream("hetrain.noise")
     planes = unaligned_empty((3, degree, k), torch.int8)
-    for first in range(0, k, GROUP):  # masks and keystream of a group stay within a core's cache
+    # Those of a group stay within a core's cache.
+    all_masks = workspace("masks", (GROUP // LANES, *_BLOCK), torch.int32)
+    all_keystream = workspace("keystream", (2 * GROUP * degree,), torch.uint8)
+    for first in range(0, k, GROUP):
         count = -(-min(GROUP, k - first) // LANES)
-        masks = workspace("masks", (count, *_BLOCK), torch.int32)
-        keystream = workspace("keystream", (2 * LANES * count * degree,), torch.uint8)
+        masks, keystream = all_masks[:count], all_keystream[: 2 * LANES * count * degree]
         mask_blocks.fill(masks, first // LANES)
         noise_stream.fill(keystream)
         ring_kernels().encrypt(planes, first, masks, keystream, message, secret)
