@@ -5,7 +5,8 @@ worker are other processes, whose time is not counted, though they share its cor
 with stock peft, in fp32 and in bfloat16, on all cores. Both are measured between the ends of the first and of
 the last update: processor time, user and system, and page faults are those of the process (getrusage); memory
 is its largest resident set from its start on. The offload ratio is the processor time of stock peft in fp32
-over that of the client, for the same tokens.
+over that of the client, for the same tokens. What the whole of Llama-3.1-8B takes follows from slices of 2 and
+4 of its 32 layers, as all layers take the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.data import write_text_rows
 from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, write
-from benchmarks.shapes import MODELS, SMOLLM2
+from benchmarks.shapes import LLAMA_8B_LAYERS, LLAMA_8B_SLICES, MODELS, SMOLLM2
 from benchmarks.step import ROW_TOKENS, run_watched
 from hetrain.public.allocator import keep_freed_memory, tuned_environment
 
@@ -156,10 +157,36 @@ def offload_ratio(runs: Mapping[str, Mapping[str, float]]) -> float | None:
     return cost["float32"] / cost["client"]
 
 
+def whole_model(slices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all layers of Llama-3.1-8B take, from two slices: f(32) = f(2) + 30·(f(4) − f(2)) / 2.
+
+    Memory is left out: it is no linear function of layers.
+    """
+    (few, fewer_runs), (more, more_runs) = (
+        (LLAMA_8B_SLICES[one["shape"]], one["runs"])
+        for one in sorted(slices, key=lambda one: LLAMA_8B_SLICES[one["shape"]])
+    )
+    steps = (LLAMA_8B_LAYERS - few) / (more - few)
+    runs: dict[str, dict[str, float]] = {}
+    for name in fewer_runs.keys() & more_runs.keys():
+        first, second = fewer_runs[name], more_runs[name]
+        runs[name] = {
+            key: first[key] + steps * (second[key] - first[key])
+            for key in first
+            if key not in ("tokens", "peak_rss_bytes")
+        } | {"tokens": first["tokens"]}
+    return {
+        "shape": f"llama-3.1-8b, {LLAMA_8B_LAYERS} layers, extrapolated",
+        "outsource": slices[0]["outsource"],
+        "runs": {name: runs[name] for name in fewer_runs if name in runs},
+    }
+
+
 def table(measured: Sequence[Mapping[str, Any]]) -> str:
-    """A row for every training."""
+    """A row for every training, and what follows from slices."""
+    slices = [one for one in measured if one["shape"] in LLAMA_8B_SLICES]
     rows = []
-    for one in measured:
+    for one in [*measured, *([whole_model(slices)] if len(slices) == len(LLAMA_8B_SLICES) else [])]:
         ratio = offload_ratio(one["runs"])
         for name, run in one["runs"].items():
             cpu = run["user_s"] + run["system_s"]
@@ -172,7 +199,7 @@ def table(measured: Sequence[Mapping[str, Any]]) -> str:
                     f"{run['system_s'] / cpu:.0%}",
                     f"{run['faults'] / run['tokens']:.0f}",
                     f"{run['wall_s']:.1f}",
-                    f"{run['peak_rss_bytes'] / 1e9:.2f}",
+                    f"{run['peak_rss_bytes'] / 1e9:.2f}" if "peak_rss_bytes" in run else "",
                     f"{run['wire_bytes'] / run['tokens'] / 1e6:.2f}" if "wire_bytes" in run else "",
                     f"{ratio:.2f}" if ratio and name == "client" else "",
                 )

@@ -22,6 +22,9 @@ from hetrain.public.errors import ModelError
 from hetrain.public.model.files import cache_directory, resolve
 
 SMOLLM2, LLAMA, LLAMA_70B_SLICE = "smollm2-135m", "llama-3.2-1b", "llama-3.1-70b-2-layers"
+LLAMA_8B_LAYERS = 32
+LLAMA_8B_SLICES: Mapping[str, int] = MappingProxyType({f"llama-3.1-8b-{n}-layers": n for n in (2, 4)})
+"""Slices of Llama-3.1-8B, and how many of its 32 layers they have."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SEED, _STD = 7, 0.02
 
@@ -69,6 +72,19 @@ def llama_3_2_1b() -> LlamaConfig:
         num_attention_heads=32,
         head_dim=64,
         tie_word_embeddings=True,
+    )
+
+
+def llama_3_1_8b_slice(layers: int) -> LlamaConfig:
+    """The public configuration of Llama-3.1-8B with `layers` of its 32 layers, and ids as in `llama_3_2_1b`."""
+    return _llama_3(
+        rope_factor=8.0,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        head_dim=128,
+        tie_word_embeddings=False,
     )
 
 
@@ -133,6 +149,10 @@ MODELS: Mapping[str, Callable[[], str]] = MappingProxyType(
     {
         SMOLLM2: lambda: SMOLLM2,
         LLAMA: lambda: random_checkpoint(LLAMA, llama_3_2_1b()),
+        **{
+            name: lambda name=name, n=n: random_checkpoint(name, llama_3_1_8b_slice(n))  # type: ignore[misc]
+            for name, n in LLAMA_8B_SLICES.items()
+        },
         LLAMA_70B_SLICE: lambda: random_checkpoint(LLAMA_70B_SLICE, llama_3_1_70b_slice()),
     }
 )
