@@ -125,6 +125,8 @@ bench: venv
 	$(BIN)/python -m benchmarks.broker --json $(RESULTS)/broker.json
 	$(BIN)/python -m benchmarks.lockstep --json $(RESULTS)/lockstep.json
 	$(BIN)/python -m benchmarks.offload --json $(RESULTS)/offload.json
+	$(BIN)/python -m benchmarks.offload --shapes llama-3.2-1b llama-3.1-8b-2-layers llama-3.1-8b-4-layers \
+		--outsource '*' lm_head --updates 1 --batch-tokens 2048 --plain float32 --json $(RESULTS)/offload_head.json
 	$(BIN)/python -m benchmarks.micro_batch --json $(RESULTS)/micro_batch.json
 	$(BIN)/python -m benchmarks.update_docs
 	$(BIN)/python -m benchmarks.report

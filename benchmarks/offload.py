@@ -5,8 +5,8 @@ worker are other processes, whose time is not counted, though they share its cor
 with stock peft, in fp32 and in bfloat16, on all cores. Both are measured between the ends of the first and of
 the last update: processor time, user and system, and page faults are those of the process (getrusage); memory
 is its largest resident set from its start on. The offload ratio is the processor time of stock peft in fp32
-over that of the client, for the same tokens. What the whole of Llama-3.1-8B takes follows from slices of 2 and
-4 of its 32 layers, as all layers take the same.
+over that of the client, for the same tokens. What the whole of Llama-3.1-8B takes follows from slices of 2
+and 4 of its 32 layers, as all layers take the same.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def llama_3_2_1b() -> LlamaConfig:
 
 
 def llama_3_1_8b_slice(layers: int) -> LlamaConfig:
-    """The public configuration of Llama-3.1-8B with `layers` of its 32 layers, and ids as in `llama_3_2_1b`."""
+    """The public configuration of Llama-3.1-8B with `layers` of its layers, and ids as in `llama_3_2_1b`."""
     return _llama_3(
         rope_factor=8.0,
         hidden_size=4096,

@@ -33,7 +33,9 @@ PARTS: Mapping[str, Callable[[], str]] = MappingProxyType(
         "python -m benchmarks.projection": lambda: projection.table(WorkerModel(), ClientModel()),
         "python -m benchmarks.scaling": lambda: scaling.table(_results("scaling")),
         "python -m benchmarks.broker": lambda: broker.table(_results("broker")["cells"]),
-        "python -m benchmarks.offload": lambda: offload.table(_results("offload")["shapes"]),
+        "python -m benchmarks.offload": lambda: offload.table(
+            _results("offload")["shapes"] + _results("offload_head")["shapes"]
+        ),
         "python -m benchmarks.asynchrony": lambda: asynchrony.table(_results("asynchrony")["runs"]),
         "python -m benchmarks.corrections": lambda: corrections.table(_results("corrections")["runs"]),
         "python -m benchmarks.lockstep": lambda: lockstep.table(_results("lockstep")),

@@ -18,7 +18,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 _MMAP_THRESHOLD_MAX = 32 << 20
 _KEEP_BYTES = (2 << 30) - 1
 _GROW_BYTES = 64 << 20
-_MUCH_BYTES = 512 << 20
+_MUCH_BYTES = 1 << 30
 _TUNABLES = "GLIBC_TUNABLES"
 _TUNING = {
     # Pages of 2 MB where the kernel grants them, and no cache of small blocks: those that glibc before 2.38
