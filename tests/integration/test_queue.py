@@ -333,6 +333,25 @@ def test_a_task_that_kills_its_workers_is_given_up(
         pending.result()
 
 
+def test_that_an_excluded_worker_began_a_task_is_not_counted(
+    channel: CeleryChannel, matrix: np.ndarray, send: Send, in_flight: InFlight, client: redis.Redis
+) -> None:
+    worker = worker_pids(supervisor())[0]
+    os.kill(worker, signal.SIGSTOP)
+    pending = send(channel, x := operand(IN, 3))
+    request, _ = in_flight.sent[-1]
+    begun = Completion(request=request.id, state="started", worker="liar")
+    foreign = Blob(job=channel.job, kind="in", token=new_token(), nbytes=1 << 32)
+    lie = begun.model_copy(update={"state": "done", "output": foreign})
+    client.rpush(keys.done_list(channel.job), begun.to_json(), lie.to_json())
+    eventually(lambda: in_flight.sends(request) == 2)
+    client.set(keys.tries(channel.job, request.id), keys.MAX_TRIES, ex=60)
+    client.rpush(keys.done_list(channel.job), begun.to_json())
+    eventually(lambda: not client.exists(keys.tries(channel.job, request.id)))
+    os.kill(worker, signal.SIGCONT)
+    assert (values(pending.result(), 3) == exact(matrix, x)).all()
+
+
 def test_a_killed_worker_is_replaced_and_its_tasks_run_again(
     channel: CeleryChannel, matrix: np.ndarray, send: Send, client: redis.Redis
 ) -> None:

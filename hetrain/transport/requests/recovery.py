@@ -116,18 +116,19 @@ class RecoveryLoop:
 
     def _remove_stale(self, request: str, reason: Reason) -> None:
         """Removes what would keep workers from running the request once more."""
-        job = self._connection.job
+        finished, tries = (kind(self._connection.job, request) for kind in (keys.finished, keys.tries))
+        # Workers count how often a request was begun, to give up one that kills them: a worker that refuses
+        # it, or whose answers do not count, was not killed by it.
         stale = {
-            Reason.RESULT_LOST: keys.finished(job, request),
-            Reason.RESULT_REJECTED: keys.finished(job, request),
-            Reason.WORKER_EXCLUDED: keys.finished(job, request),
-            Reason.FAILED: keys.finished(job, request),  # by a result that is not the request's
-            # Workers count how often a request was begun, to give up one that kills them.
-            Reason.REFUSED: keys.tries(job, request),
+            Reason.RESULT_LOST: (finished,),
+            Reason.RESULT_REJECTED: (finished,),
+            Reason.WORKER_EXCLUDED: (finished, tries),
+            Reason.FAILED: (finished,),  # by a result that is not the request's
+            Reason.REFUSED: (tries,),
         }
         if reason in stale:
             with self._connection.errors():
-                self._connection.client.unlink(stale[reason])
+                self._connection.client.unlink(*stale[reason])
 
     def _excuse_workers(self) -> None:
         """Starts the waits for a sign of a worker anew: the broker is what is late."""
