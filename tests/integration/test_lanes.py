@@ -71,9 +71,8 @@ def test_a_job_with_many_large_tasks_does_not_starve_one_with_small_ones(
         assert all(modest.answer(request).state == "done" for request in few)
         reports = redis_client.lrange(keys.done_list(greedy.job), 0, -1)
         ended = [each for each in reports if parse(Completion, each, where="done-list").state == "done"]
-        # With a turn for each lane one would end for each of the few. By time it is a third of that, or more
-        # on a busy host.
-        assert len(ended) < FEW - 4
+        # One of them for each of the few, and those that ended before this was counted.
+        assert len(ended) < MANY // 2
         assert all(greedy.answer(request).state == "done" for request in many)
 
 
