@@ -121,8 +121,7 @@ INLINE words high_product(words a, uint32_t c)
     const words constant = (words){0} + c;
     const wide even = even_products(a, constant), odd = even_products((words)((wide)a >> 32), constant);
 #if LEVEL == 2
-    const __m512i high = _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    return (words)_mm512_permutex2var_epi32((__m512i)even, high, (__m512i)odd);
+    return (words)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
 #elif LEVEL == 1
     return (words)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xaa);
 #else

@@ -96,32 +96,33 @@ static void AT_LEVEL(pack)(up_panel *panel, const int32_t *image, int64_t rows, 
     }
 }
 
-INLINE void AT_LEVEL(quad)(__m512i sums[TILE][5], const int8_t digits[3][BLOCK][4], const int8_t *planes,
-                           int64_t stride, int64_t plane_stride, size_t bytes)
-{
-    for (int64_t token = 0; token < TILE; token++)
-        for (int64_t l = 0; l < 3; l++) {
-            uint32_t four = 0;
-            memcpy(&four, planes + l * plane_stride + token * stride, bytes);
-            const __m512i c = _mm512_xor_si512(_mm512_set1_epi32((int)four), _mm512_set1_epi8((char)0x80));
-            for (int64_t m = 0; m < 3; m++)
-                sums[token][l + m] =
-                    _mm512_dpbusd_epi32(sums[token][l + m], c, _mm512_loadu_si512(digits[m]));
-        }
-}
-
 INLINE void up_tile(uint32_t *out, const up_panel *panel, const int8_t *planes, int64_t features, int64_t stride,
                     int64_t plane_stride)
 {
+    const int64_t whole = features / 4 * 4;
+    int8_t last[3][TILE][4] = {{{0}}};
+    if (whole < features)
+        for (int64_t l = 0; l < 3; l++)
+            for (int64_t token = 0; token < TILE; token++)
+                memcpy(last[l][token], planes + l * plane_stride + token * stride + whole, (size_t)(features - whole));
     __m512i sums[TILE][5];
     for (int64_t token = 0; token < TILE; token++)
         for (int p = 0; p < 5; p++)
             sums[token][p] = _mm512_set1_epi32(BIAS);
-    int64_t k = 0;
-    for (; k + 4 <= features; k += 4)
-        AT_LEVEL(quad)(sums, panel->digits[k / 4], planes + k, stride, plane_stride, 4);
-    if (k < features)
-        AT_LEVEL(quad)(sums, panel->digits[k / 4], planes + k, stride, plane_stride, (size_t)(features - k));
+    for (int64_t k = 0; k < features; k += 4, planes += 4) {
+        if (k == whole)
+            planes = last[0][0], stride = sizeof last[0][0], plane_stride = sizeof last[0];
+        const int8_t(*const digits)[BLOCK][4] = panel->digits[k / 4];
+        for (int64_t token = 0; token < TILE; token++)
+            for (int64_t l = 0; l < 3; l++) {
+                int32_t four;
+                memcpy(&four, planes + l * plane_stride + token * stride, sizeof four);
+                const __m512i c = _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi8((char)0x80));
+                for (int64_t m = 0; m < 3; m++)
+                    sums[token][l + m] =
+                        _mm512_dpbusd_epi32(sums[token][l + m], c, _mm512_loadu_si512(digits[m]));
+            }
+    }
     for (int64_t token = 0; token < TILE; token++) {
         words total = load(out + BLOCK * token) + load(panel->constant);
         for (int p = 0; p < 5; p++) {
