@@ -27,7 +27,7 @@ from benchmarks.environment import environment
 from benchmarks.output import add_json_option, markdown, rounds, timed, write
 from benchmarks.raw_int8 import fastest_layout, int_mm, waiting
 from benchmarks.shapes import GROUPS
-from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.allocator import keep_freed_memory, restart_tuned
 from hetrain.public.lattice.header import RlweHeader
 from hetrain.public.lattice.parameters import SLOTS, parameters_for
 from hetrain.public.lattice.result_format import DIGITS
@@ -152,8 +152,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= SLOTS or arguments.repeats < 1:
         parser.error(f"--tokens is 1 to {SLOTS}, --repeats at least 1")
+    restart_tuned()
     before = environment()
-    keep_freed_memory()  # as a worker does
+    keep_freed_memory()  # as a worker does, which also loads torch in `tuned_environment`
     compute = choose_compute(choose_device())
     measured = []
     for product in products(arguments.shapes):

@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery, signals
 from celery.concurrency import get_implementation
 
-from hetrain.public.allocator import keep_freed_memory
+from hetrain.public.allocator import keep_freed_memory, tuned_environment
 from hetrain.public.broker.connection import KEEPALIVE, parse_broker_url, plaintext_warning, redacted
 from hetrain.public.errors import HetrainError, ModelError, ModelUnreachable, UsageError, WorkerError
 from hetrain.public.protocol.messages import QUEUE
@@ -97,6 +97,7 @@ def _start(sender: Any, **_: object) -> None:
     try:
         _require_threads(sender.pool_cls)
         keep_freed_memory()
+        os.environ.update(tuned_environment(os.environ))  # before torch and OpenMP read theirs
         from worker_gpu.service import service
         from worker_gpu.weights.store import available_models
 

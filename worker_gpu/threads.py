@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
 
 def in_pieces(work: Callable[[slice], None], length: int, most: int) -> None:
-    """Calls `work` with slices of range(`length`), one a thread and at most `most`, and waits for all."""
+    """Calls `work` with slices of range(`length`), one a thread and at most `most`, and waits for all.
+
+    The first is this thread's own: to wake another one takes as long as a small product.
+    """
     step = -(-length // max(min(torch.get_num_threads(), most), 1))
-    list(_pool().map(work, (slice(first, min(first + step, length)) for first in range(0, length, step))))
+    first, *others = (slice(start, min(start + step, length)) for start in range(0, length, step))
+    pending = [_pool().submit(work, piece) for piece in others]
+    try:
+        work(first)
+    finally:
+        wait(pending)
+    for piece in pending:
+        piece.result()
 
 
 @functools.cache

@@ -25,6 +25,8 @@ _TUNING = {
     # cuts off an aligned block would stay there, and the hole that it leaves would be too small for the next.
     _TUNABLES: "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=0",
     "THP_MEM_ALLOC_ENABLE": "1",  # torch: the same for what it asks for
+    # Threads of OpenMP that wait would spin on the cores that threads of our own kernels need.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 _FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
@@ -36,7 +38,7 @@ class _MallInfo(ctypes.Structure):
 
 
 def tuned_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` with glibc's and torch's settings for large blocks, which count from a process's start.
+    """`environment` with settings of glibc, torch and OpenMP, which these read when they are loaded.
 
     What it says of them already stays.
     """

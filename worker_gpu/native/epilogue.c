@@ -9,6 +9,8 @@ typedef struct {
     uint8_t *out;
 } switch_arguments;
 
+#define ROUNDING 0x1.8p52 /* Added to a double below 2^51, rounds it, and leaves it in the low bits. */
+
 #define BODY "epilogue_body.h"
 #include "levels.h"
 

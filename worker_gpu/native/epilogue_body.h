@@ -2,41 +2,67 @@
 
 #include "lanes.h"
 
+#define reals AT_LEVEL(reals)
+#define real_bits AT_LEVEL(real_bits)
+#define half_ints AT_LEVEL(half_ints)
+#define half_words AT_LEVEL(half_words)
+#define half_bytes AT_LEVEL(half_bytes)
+#define loaded AT_LEVEL(loaded)
 #define switched AT_LEVEL(switched)
 #define store_bytes AT_LEVEL(store_bytes)
 #define pack_group AT_LEVEL(pack_group)
 
-/* Products are made positive by 2^31 each; CONSTANT takes that back. */
-#define WEIGHT(l) (1u << (6 + 8 * (l)))
-#define COMPANION(w) ((uint32_t)(((uint64_t)(w) << 32) / Q))
-#define CONSTANT (Q - (uint32_t)(((uint64_t)1 << 31) * (WEIGHT(0) + WEIGHT(1) + WEIGHT(2)) % Q))
+#undef HALF
+#define HALF (LANES / 2) /* features of which a vector holds doubles */
 
-/* u of LANES features, in [0, 2^15]: residues modulo 2^14 */
-INLINE words switched(const int32_t *const products[3], int64_t first)
+typedef double reals __attribute__((vector_size(8 * HALF)));
+typedef uint64_t real_bits __attribute__((vector_size(8 * HALF)));
+typedef int32_t half_ints __attribute__((vector_size(4 * HALF)));
+typedef uint32_t half_words __attribute__((vector_size(4 * HALF)));
+typedef uint8_t half_bytes __attribute__((vector_size(HALF)));
+
+INLINE reals loaded(const int32_t *from)
 {
-    words v = (words){0} + CONSTANT;
-    for (int l = 0; l < 3; l++)
-        v = reduced(v + product(load(products[l] + first) ^ 0x80000000u, WEIGHT(l), COMPANION(WEIGHT(l))), 2 * Q);
-    /* v·2^14 = quotient·q + rest with rest in [0, 2q). No tie can be met: q is odd. */
-    const uint32_t companion = (uint32_t)(((uint64_t)1 << (32 + RESULT_BITS)) / Q);
-    const words quotient = high_product(v, companion), rest = (v << RESULT_BITS) - quotient * Q;
-    return quotient - (words)(rest > HALF_Q) - (words)(rest > Q + HALF_Q);
+#if LEVEL == 2
+    return (reals)_mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i *)from));
+#elif LEVEL == 1
+    return (reals)_mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)from));
+#else
+    half_ints v;
+    memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, reals);
+#endif
+}
+
+/* u of HALF features, modulo 2^32: the low 14 bits count.
+ *
+ * Of up to 130,000 columns (kernels.py) the sum and the multiple of q are integers below 2^53, so the rest is exact, in
+ * -q/2..q/2 or one beyond. As q is odd, rest·2^14 / q is at least 1 / 2q from every tie, and its rounding at most 2^-38.
+ */
+INLINE half_words switched(const int32_t *const products[3], int64_t first)
+{
+    reals sum = {0};
+    for (int l = 2; l >= 0; l--)
+        sum += loaded(products[l] + first) * (double)(1 << (6 + 8 * l));
+    const reals multiple = (sum * (1.0 / Q) + ROUNDING - ROUNDING) * Q;
+    const reals u = (sum - multiple) * ((double)(1 << RESULT_BITS) / Q) + ROUNDING;
+    return __builtin_convertvector((real_bits)u, half_words);
 }
 
 /* The low byte of each lane */
-INLINE void store_bytes(uint8_t *to, words v)
+INLINE void store_bytes(uint8_t *to, half_words v)
 {
-    const bytes low = __builtin_convertvector(v, bytes);
+    const half_bytes low = __builtin_convertvector(v, half_bytes);
     memcpy(to, &low, sizeof low);
 }
 
 INLINE void pack_group(uint8_t *out, const int32_t *const products[3], int64_t first)
 {
     _Static_assert(RESULT_LOW_BITS == 6, "four times six bits make three bytes");
-    for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
-        words low[GROUP_BLOCKS];
+    for (int64_t lane = 0; lane < BLOCK; lane += HALF) {
+        half_words low[GROUP_BLOCKS];
         for (int64_t block = 0; block < GROUP_BLOCKS; block++) {
-            const words u = switched(products, first + BLOCK * block + lane);
+            const half_words u = switched(products, first + BLOCK * block + lane);
             store_bytes(out + BLOCK * block + lane, u >> RESULT_LOW_BITS);
             low[block] = u & RESULT_LOW_MASK;
         }
