@@ -7,9 +7,9 @@ updates of one micro-batch of `--tokens` tokens. Its opening ends with the first
 the workers' agreement, and all hints that the cache lacks. Seconds and processor seconds of training, user
 and system, count from there. Memory is the largest resident set of each process from its start on, in which
 pages of the checkpoint that are mapped from the disk count. Plain: the same step with stock peft in fp32, the
-mean of `--plain` steps after one that does not count; it takes 16 GB.
+mean of `--plain` steps after one that does not count; it takes 20 GB.
 
-Checkpoint and hints lie in ``HETRAIN_CACHE``: 10 GB.
+Checkpoint and hints lie in ``HETRAIN_CACHE``: 10 GB, 12 with the output head on the workers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def _peak_rss(pid: int) -> int:
     return int(line.split()[1]) * 1024  # Linux counts in KiB
 
 
-def client(model: str, tokens: int, updates: int) -> None:
+def client(model: str, tokens: int, updates: int, outsource: Sequence[str]) -> None:
     """Trains and reports on this process."""
     import hetrain
 
@@ -115,6 +115,7 @@ def client(model: str, tokens: int, updates: int) -> None:
             workers=os.environ["HETRAIN_BROKER_URL"],
             output_dir=Path(scratch) / "out",
             training=config,
+            outsourcing=hetrain.OutsourcingConfig(outsource=tuple(outsource)),
             on_start=read,
             on_prepare=read,
             on_step=on_step,
@@ -144,13 +145,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     before = environment()
     model = MODELS[LLAMA_70B_SLICE]()
     with installation(model) as running:
-        call = f"client({model!r}, {arguments.tokens}, {arguments.updates})"
+        call = f"client({model!r}, {arguments.tokens}, {arguments.updates}, {arguments.outsource})"
         command = [sys.executable, "-c", f"from benchmarks.large_model import client; {call}"]
         trained = json.loads(_output(command, running.url))
         peaks = running.worker_peaks()
     figures = {
         "shape": LLAMA_70B_SLICE,
         "tokens_per_update": arguments.tokens,
+        "outsource": arguments.outsource,
         **trained,
         "worker_peak_rss_bytes": peaks,
         "environment": before,
@@ -204,6 +206,7 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--tokens", type=int, default=ROW_TOKENS, help="of a micro-batch, which is an update")
     parser.add_argument("--updates", type=int, default=2)
+    parser.add_argument("--outsource", nargs="+", default=["*"], help="patterns, as for submit")
     parser.add_argument(
         "--plain", type=int, default=1, metavar="STEPS", help="of stock peft; 0 leaves it out"
     )

@@ -95,3 +95,14 @@ class InFlight:
     def sends(self, request: Request) -> int:
         """How often a request was sent."""
         return sum(each is request for each, _ in self.sent)
+
+
+def has_lease(client: redis.Redis, channel: CeleryChannel) -> bool:
+    """Whether a worker runs a task of the channel's job."""
+    return bool(client.keys(f"hetrain:{channel.job}:lease:*"))
+
+
+def keys_of(channel: CeleryChannel, url: str) -> list[bytes]:
+    """All keys of the channel's job in the broker."""
+    with broker_client(url) as client:
+        return client.keys(f"hetrain:{channel.job}:*")

@@ -6,13 +6,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -21,78 +18,67 @@ import numpy as np
 import psutil
 import pytest
 import redis
-import torch
-from safetensors.torch import save_file
 
 from hetrain.local.launcher import Embedded, start_embedded
 from hetrain.public.broker.blobs import BlobStore
 from hetrain.public.errors import (
     BrokerError,
-    BrokerFull,
     Interrupted,
     NoWorker,
     TaskFailed,
     UsageError,
     WireError,
-    WorkerError,
     WorkerRefused,
 )
-from hetrain.public.model.quantization import quantize
 from hetrain.public.protocol import keys
 from hetrain.public.protocol.messages import (
     QUEUE,
     VERSION,
     Blob,
     Completion,
-    Direction,
     EvaluateTask,
     Failure,
     new_token,
 )
-from hetrain.public.protocol.plan import Member, Plan, group_of
+from hetrain.public.protocol.plan import Member, Plan
 from hetrain.public.protocol.product import Operand, Product
 from hetrain.public.protocol.registration import REGISTRY_KEY
 from hetrain.transport.celery_channel import CeleryChannel
 from hetrain.transport.channel import Reply
 from hetrain.transport.in_process import InProcessChannel
 from hetrain.transport.requests.request import Timeouts
-from tasks.leases import Leases
-from tasks.request_log import RequestLog
-from tasks.supervisor.embedded import SupervisedWorker
-from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
-from tests.harness.in_flight import GUARD_S, InFlight, broker_client, lane, within_guard
+from tasks.supervisor.server import private_directory, start_server, start_worker, stop
+from tests.harness.in_flight import GUARD_S, InFlight, broker_client, has_lease, keys_of, lane
+from tests.harness.one_matrix import (
+    IN,
+    OUT,
+    Send,
+    exact,
+    matrix_of,
+    operand,
+    plan_of,
+    save_model,
+    sender,
+    values,
+)
 from tests.harness.processes import broker_server
 from tests.harness.queue_messages import body, task_message
 from tests.harness.waiting import eventually
 
-OUT, IN = 1536, 1024
-Send = Callable[..., Future[Reply]]
-Lone = tuple[str, subprocess.Popen[bytes]]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with one matrix."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
-    save_file({"w.weight": weight}, directory / "model.safetensors")
-    return directory
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def matrix(model: Path) -> np.ndarray:
-    """Its int8 form."""
-    from safetensors.torch import load_file
-
-    return quantize(load_file(model / "model.safetensors")["w.weight"]).values.numpy()
+    return matrix_of(model)
 
 
 @pytest.fixture(scope="module")
 def plan(matrix: np.ndarray) -> Plan:
-    members = (Member(module="w", tensor="w.weight", out_features=OUT),)
-    return Plan(model="tiny", groups=(group_of(members, torch.from_numpy(matrix)),))
+    return plan_of(matrix)
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +103,6 @@ def channel(embedded: Embedded, plan: Plan) -> Iterator[CeleryChannel]:
     opened.close()
 
 
-def operand(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
-    """Digits of tokens of `rows` features, as the engine clear sends them."""
-    return np.random.default_rng(seed).integers(-128, 128, (3, tokens, rows), dtype=np.int8)
-
-
-def exact(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """x·Wᵀ modulo 2^32; float64 products are exact here."""
-    low, middle, high = x.astype(np.float64)
-    total = ((low + 2.0**8 * middle + 2.0**16 * high) @ matrix.T.astype(np.float64)).astype(np.int64)
-    return total.astype(np.uint32).view(np.int32)
-
-
 @pytest.fixture
 def in_flight(monkeypatch: pytest.MonkeyPatch) -> InFlight:
     return InFlight(monkeypatch)
@@ -142,15 +116,7 @@ def client(embedded: Embedded) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def send(in_flight: InFlight, plan: Plan) -> Send:
-    """Starts x·Wᵀ, or x·W, in so many pieces."""
-
-    def start(
-        channel: CeleryChannel, x: np.ndarray, direction: Direction = "forward", pieces: int = 1
-    ) -> Future[Reply]:
-        parts = [memoryview(x[:1]).cast("B"), memoryview(x[1:]).cast("B")]
-        return in_flight.start(channel, Product(plan.groups[0], direction), Operand({}, parts), pieces=pieces)
-
-    return start
+    return sender(in_flight, plan)
 
 
 def fill_queue(send: Send, channel: CeleryChannel, x: np.ndarray, client: redis.Redis) -> Future[Reply]:
@@ -161,19 +127,10 @@ def fill_queue(send: Send, channel: CeleryChannel, x: np.ndarray, client: redis.
     return pending
 
 
-def values(reply: Reply, tokens: int) -> np.ndarray:
-    parts = [np.frombuffer(part.data, np.int32).reshape(tokens, -1) for part in reply.parts]
-    return np.concatenate(parts, axis=1)
-
-
 def supervisor() -> int:
     """The process id of the oldest supervisor that this process runs."""
     children = psutil.Process().children()
     return next(child.pid for child in children if "tasks.supervisor.embedded" in child.cmdline())
-
-
-def has_lease(client: redis.Redis, channel: CeleryChannel) -> bool:
-    return bool(client.keys(f"hetrain:{channel.job}:lease:*"))
 
 
 def worker_pids(supervisor: int) -> list[int]:
@@ -513,214 +470,6 @@ def test_a_broker_that_stays_away_and_a_queue_without_worker_are_reported(
             channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
         assert url.split("@")[0].rsplit(":", 1)[1] not in str(gone.value)
         channel.close()
-
-
-@pytest.fixture(scope="module")
-def lone(model: Path) -> Iterator[Lone]:
-    """A broker's URL, and its only worker, which nobody restarts."""
-    directory = private_directory()
-    with open(directory / "log", "wb") as log:
-        server, url = start_server(directory, log)
-        worker = start_worker(1, url, str(model), log)
-        try:
-            yield url, worker
-        finally:
-            stop([worker])
-            stop([server])
-            shutil.rmtree(directory)
-
-
-@contextmanager
-def full(url: str) -> Iterator[None]:
-    """For the length of a block, the broker holds more than it may: it refuses even a byte.
-
-    Filling it up would not do: there is room again as soon as the server shrinks a client's buffers.
-    """
-    store = BlobStore(url)
-    with closing(store):
-        store.client.config_set("maxmemory", 1)
-        try:
-            yield
-        finally:
-            store.client.config_set("maxmemory", DEFAULT_MAXMEMORY)
-
-
-def keys_of(channel: CeleryChannel, url: str) -> list[bytes]:
-    with broker_client(url) as client:
-        return client.keys(f"hetrain:{channel.job}:*")
-
-
-IMPATIENT = Timeouts(full_s=1)
-
-
-def test_a_job_does_not_start_on_a_full_broker(lone: Lone, plan: Plan) -> None:
-    url, _ = lone
-    with full(url), pytest.raises(BrokerFull):
-        within_guard(lambda: CeleryChannel(url, timeouts=IMPATIENT))
-    channel = CeleryChannel(url, timeouts=IMPATIENT)
-    with full(url):
-        with pytest.raises(BrokerFull, match="maxmemory") as caught:
-            within_guard(lambda: channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
-        assert caught.value.exit_code == 7
-        assert keys_of(channel, url)
-        within_guard(channel.close)
-        assert not keys_of(channel, url)
-
-
-@pytest.mark.parametrize("busy", [True, False])
-def test_a_broker_that_fills_up_ends_the_job_and_nothing_else(
-    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool, send: Send
-) -> None:
-    url, worker = lone
-    channel = CeleryChannel(url, timeouts=IMPATIENT)
-    channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
-    if not busy:
-        os.kill(worker.pid, signal.SIGSTOP)
-    pending = [send(channel, operand(IN, 4096)) for _ in range(4)]
-    with broker_client(url) as client:
-        eventually(lambda: has_lease(client, channel) or not busy)
-    with full(url):
-        os.kill(worker.pid, signal.SIGCONT)
-        with pytest.raises(BrokerFull, match="maxmemory"):
-            within_guard(lambda: [each.result() for each in pending])
-        within_guard(channel.close)
-        assert not keys_of(channel, url)
-    with closing(CeleryChannel(url)) as another:
-        within_guard(lambda: another.prepare("tiny", "clear", plan.to_bytes(), plan.digest))
-        reply = within_guard(send(another, x := operand(IN, 3)).result)
-    assert (values(reply, 3) == exact(matrix, x)).all()
-    assert worker.poll() is None
-
-
-@pytest.mark.parametrize("busy", [True, False])
-def test_a_broker_that_is_full_for_a_while_is_waited_for(
-    lone: Lone, plan: Plan, matrix: np.ndarray, busy: bool, send: Send
-) -> None:
-    url, worker = lone
-    # Only the end of the shortage, and no other wait, may bring back what the worker loses meanwhile.
-    timeouts = Timeouts(full_s=GUARD_S, no_worker_s=10 * GUARD_S, deadline_s=10 * GUARD_S)
-    with closing(CeleryChannel(url, timeouts=timeouts)) as channel:
-        channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
-        if not busy:
-            os.kill(worker.pid, signal.SIGSTOP)
-        x = operand(IN, 4096)
-        pending = [send(channel, x) for _ in range(4)]
-        with broker_client(url) as client:
-            eventually(lambda: has_lease(client, channel) or not busy)
-        with full(url):
-            os.kill(worker.pid, signal.SIGCONT)
-            sleep(2)
-        replies = within_guard(lambda: [each.result() for each in pending])
-    expected = exact(matrix, x)
-    assert all((values(reply, 4096) == expected).all() for reply in replies)
-    assert worker.poll() is None
-
-
-def test_a_worker_that_waits_to_report_is_not_taken_for_dead(lone: Lone) -> None:
-    url, _ = lone
-    job, done = new_token(), Completion(request=new_token(), state="done", worker="w")
-    lease = keys.lease(job, done.request)
-    with closing(BlobStore(url)) as store, ThreadPoolExecutor(1) as pool:
-        log = RequestLog(url, store, "w")
-        store.client.set(keys.alive(job), "", ex=GUARD_S)
-        assert log.begin(job, done.model_copy(update={"state": "started"})) == 1
-        store.client.delete(keys.done_list(job))
-        with Leases(store.client, "w").renewed(lease) as end_lease, full(url):
-            end_lease()
-            report = pool.submit(log.end, job, done)
-            sleep(keys.LEASE_TTL_MS / 1000 + 1)
-            assert store.client.exists(lease)
-        report.result()
-        assert not store.client.exists(lease)
-        assert store.client.lpop(keys.done_list(job)) == done.to_json().encode()
-
-
-def test_a_worker_that_cannot_start_is_reported(
-    model: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HETRAIN_DEVICE", "no-such-device")
-    with start_embedded(str(model), tmp_path / "log") as running:
-        channel = CeleryChannel(running.url, health_check=running.failure)
-        with pytest.raises(WorkerError, match="cannot start") as caught:
-            channel.prepare("tiny", "clear", plan.to_bytes(), plan.digest)
-        assert "no-such-device" in caught.value.hint
-        channel.close()
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@pytest.mark.parametrize(("script", "starts"), [("", 3), ("import os; os._exit(78)", 1)])
-def test_a_worker_that_dies_at_once_is_not_started_for_ever(script: str, starts: int) -> None:
-    ready: list[int] = []
-
-    def start(descriptor: int) -> subprocess.Popen[bytes]:
-        ready.append(descriptor)
-        return subprocess.Popen([sys.executable, "-c", script])
-
-    def ensure_running() -> bool:
-        worker.ensure_running()
-        return False
-
-    worker = SupervisedWorker(start)
-    with pytest.raises(WorkerError, match="start"):
-        eventually(ensure_running)
-    assert len(ready) == starts
-
-
-PARENT = """
-    import sys, time
-    from pathlib import Path
-    from hetrain.local.launcher import start_embedded
-    with start_embedded(sys.argv[1], Path(sys.argv[2])) as running:
-        print(running.url.partition("@")[2], flush=True)
-        time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("victim", ["parent", "supervisor"])
-def test_no_process_survives(model: Path, tmp_path: Path, victim: str) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), str(model), str(tmp_path / "log")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdout is not None
-    directory = Path(parent.stdout.readline().strip()).parent
-    (only,) = psutil.Process(parent.pid).children()
-    eventually(lambda: len(only.children()) == 2)
-    family = psutil.Process(parent.pid).children(recursive=True)
-    assert len(family) >= 3
-    os.kill(parent.pid if victim == "parent" else only.pid, signal.SIGKILL)
-    try:
-        eventually(lambda: not any(map(is_alive, family)), 10)
-    finally:
-        parent.kill()
-        parent.wait()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def test_leaving_the_block_ends_everything(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tasks.py").write_text("raise SystemExit('not this one')")
-    before = psutil.Process().children()
-    with start_embedded(str(model), tmp_path / "log") as running:
-        (own,) = [child for child in psutil.Process().children() if child not in before]
-        eventually(lambda: len(own.children()) == 2)
-        family = own.children(recursive=True)
-        directory = Path(running.url.partition("@")[2]).parent
-        assert directory.stat().st_mode & 0o777 == 0o700
-        password = running.url.rsplit("@", 1)[0].rsplit(":", 1)[1]
-        assert all(password not in " ".join(each.cmdline()) for each in family)
-    assert not any(each.is_running() for each in family)
-    assert not directory.exists()
-    assert password not in (tmp_path / "log").read_text()
 
 
 def test_the_local_channel_speaks_the_same_messages(plan: Plan) -> None:
