@@ -78,10 +78,11 @@ def load_kept(causal: PreTrainedModel, checkpoint: ModelFiles, tensors: Mapping[
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
             module = causal.get_submodule(owner)
-            value = _read(checkpoint, tensor_of(tensors, checkpoint, name), parameter)
+            tensor = tensor_of(tensors, checkpoint, name)
+            value = _read(checkpoint, tensor, parameter)
             if leaf != "weight" or not is_stored(module) or not value.is_floating_point():
                 value = value.to(parameter.dtype)
-            if not all(bool(torch.isfinite(rows).all()) for rows in value.split(_ROWS_AT_ONCE)):
+            if not _is_finite(checkpoint.read(tensor)):
                 raise ModelError(
                     "the weights are not finite",
                     where=name,
@@ -126,6 +127,14 @@ def _shorten(config: PretrainedConfig, layers: int) -> None:
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Whether all values are finite in float32.
+
+    Read the tensor for this alone: pages of a mapped file stay in memory for as long as what was looked at.
+    """
+    return all(bool(torch.isfinite(rows.to(torch.float32)).all()) for rows in value.split(_ROWS_AT_ONCE))
 
 
 def _first_line(error: Exception) -> str:

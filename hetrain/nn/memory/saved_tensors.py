@@ -29,31 +29,33 @@ class _Arena:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._chunks: list[torch.Tensor] = []
-        self._chunk = self._used = 0
+        self._used: list[int] = []
 
     def take(self, count: int) -> torch.Tensor:
-        """Room for `count` values, uninitialised."""
-        while True:
-            if self._chunk == len(self._chunks):
-                self._chunks.append(self._new_chunk(max(count, _CHUNK)))
-            chunk = self._chunks[self._chunk]
-            if self._used + count <= len(chunk):
-                break
-            self._chunk, self._used = self._chunk + 1, 0
-        self._used += count
-        return chunk[self._used - count : self._used]
+        """Room for `count` values, uninitialised, in the first chunk that has it.
+
+        Large values leave room at the ends of chunks, which small ones fill.
+        """
+        index = next((i for i, chunk in enumerate(self._chunks) if self._used[i] + count <= len(chunk)), None)
+        if index is None:
+            index = len(self._chunks)
+            self._chunks.append(self._new_chunk(max(count, _CHUNK)))
+            self._used.append(0)
+        begin = self._used[index]
+        self._used[index] += count
+        return self._chunks[index][begin : begin + count]
 
     def _new_chunk(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.float16, device=self._device)
 
     @property
     def used(self) -> int:
-        """Values in use; what is left over at the ends of chunks counts."""
-        return sum(map(len, self._chunks[: self._chunk])) + self._used
+        """Values in use."""
+        return sum(self._used)
 
     def reset(self) -> None:
         """Gives all of it to the next values."""
-        self._chunk = self._used = 0
+        self._used = [0] * len(self._chunks)
 
 
 @dataclass(frozen=True, eq=False)
