@@ -27,7 +27,7 @@ memory that this thread's next product overwrites."""
 _MIN_ROWS, _MULTIPLE = 17, 8
 _MAX_INNER = 130_000  # |D_l·Wᵀ| ≤ K·2^14 < 2^31 and, for four digits, |c·Wᵀ| ≤ K·2^7·0x80808080 < 2^55
 _EXACT_BITS = 53
-# Words of a slab's products: on a CPU they stay in its last cache until the epilogue reads them.
+# Words of a slab's products: on a CPU smaller slabs cost more time between products than its cache saves.
 _CPU_SLAB_WORDS, _GPU_SLAB_WORDS = 1 << 24, 1 << 26
 _SLAB_MULTIPLE = 64
 

@@ -18,18 +18,7 @@ from hetrain.public.errors import WorkerError
 from hetrain.public.protocol.plan import Plan
 from hetrain.transport.celery_channel import CeleryChannel
 from tasks.supervisor.embedded import SupervisedWorker
-from tests.harness.one_matrix import matrix_of, plan_of, save_model
 from tests.harness.waiting import eventually
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def plan(model: Path) -> Plan:
-    return plan_of(matrix_of(model))
 
 
 def test_a_worker_that_cannot_start_is_reported(

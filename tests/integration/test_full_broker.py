@@ -25,36 +25,11 @@ from hetrain.transport.requests.request import Timeouts
 from tasks.leases import Leases
 from tasks.request_log import RequestLog
 from tasks.supervisor.server import DEFAULT_MAXMEMORY, private_directory, start_server, start_worker, stop
-from tests.harness.in_flight import GUARD_S, InFlight, broker_client, has_lease, keys_of, within_guard
-from tests.harness.one_matrix import IN, Send, exact, matrix_of, operand, plan_of, save_model, sender, values
+from tests.harness.in_flight import GUARD_S, broker_client, has_lease, keys_of, within_guard
+from tests.harness.one_matrix import IN, Send, exact, operand, values
 from tests.harness.waiting import eventually
 
 Lone = tuple[str, subprocess.Popen[bytes]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def matrix(model: Path) -> np.ndarray:
-    return matrix_of(model)
-
-
-@pytest.fixture(scope="module")
-def plan(matrix: np.ndarray) -> Plan:
-    return plan_of(matrix)
-
-
-@pytest.fixture
-def in_flight(monkeypatch: pytest.MonkeyPatch) -> InFlight:
-    return InFlight(monkeypatch)
-
-
-@pytest.fixture
-def send(in_flight: InFlight, plan: Plan) -> Send:
-    return sender(in_flight, plan)
 
 
 @pytest.fixture(scope="module")

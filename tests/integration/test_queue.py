@@ -54,31 +54,12 @@ from tests.harness.one_matrix import (
     OUT,
     Send,
     exact,
-    matrix_of,
     operand,
-    plan_of,
-    save_model,
-    sender,
     values,
 )
 from tests.harness.processes import broker_server
 from tests.harness.queue_messages import body, task_message
 from tests.harness.waiting import eventually
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def matrix(model: Path) -> np.ndarray:
-    return matrix_of(model)
-
-
-@pytest.fixture(scope="module")
-def plan(matrix: np.ndarray) -> Plan:
-    return plan_of(matrix)
 
 
 @pytest.fixture(scope="module")
@@ -104,19 +85,9 @@ def channel(embedded: Embedded, plan: Plan) -> Iterator[CeleryChannel]:
 
 
 @pytest.fixture
-def in_flight(monkeypatch: pytest.MonkeyPatch) -> InFlight:
-    return InFlight(monkeypatch)
-
-
-@pytest.fixture
 def client(embedded: Embedded) -> Iterator[redis.Redis]:
     with broker_client(embedded.url) as opened:
         yield opened
-
-
-@pytest.fixture
-def send(in_flight: InFlight, plan: Plan) -> Send:
-    return sender(in_flight, plan)
 
 
 def fill_queue(send: Send, channel: CeleryChannel, x: np.ndarray, client: redis.Redis) -> Future[Reply]:
