@@ -53,6 +53,14 @@ class TrainingConfig(BatchingConfig):
     )
     max_steps: int = setting(-1, "Optimizer updates instead of epochs; -1 counts epochs.")
     num_train_epochs: float = setting(3.0, "Passes over the data set; 0.5 trains on half of it.")
+    activation_memory: int = setting(
+        128 << 20,
+        "Memory for activations that wait for a backward pass, of all micro-batches under way. What is more "
+        "waits on the disk of HETRAIN_CACHE, encrypted under a key that is in memory alone.",
+        default="128 MiB",
+        metavar="SIZE",
+        least=0,
+    )
     learning_rate: float = setting(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = setting("linear", f"Schedule over the updates: {', '.join(_SCHEDULES)}.")
     warmup_steps: int = setting(0, "Updates of linear warm-up.", least=0)

@@ -194,9 +194,10 @@ class Surroundings:
     def _memory(self, measured: Probe, groups: Sequence[Group]) -> Memory:
         """With T tokens a micro-batch, V words, L blocks and r micro-batches at once:
 
-        client    stored·(embeddings, head, norms) + 4·(linears that stayed) + r·T·L·(saved)
+        client    stored·(embeddings, head, norms) + 4·(linears that stayed)
+                  + min(r·T·L·(saved), `activation_memory`)
                   + r·2048·(11·k + 8·n) of the largest product + 5·rows·Σ(K + n) of verification
-                  + logits: 8·min(512·V, 2^26), or r·4·min(T·V, 2^27) of an outsourced head + the process
+                  + logits: 8·min(256·V, 2^26), or r·4·min(T·V, 2^27) of an outsourced head + the process
         local     4·(all parameters) + T·(L·(saved) + 12·V) + the process
 
         `saved` is what a block keeps of a token for its backward pass. Buffers that the allocator does not
@@ -213,7 +214,7 @@ class Surroundings:
         client = (
             facts.stored_bytes * (facts.parameters - facts.linear_weights - leaves * facts.head_weights)
             + 4 * (facts.linear_weights - count_weights(inside))
-            + at_once * tokens * measured.layers * measured.client_saved
+            + min(at_once * tokens * measured.layers * measured.client_saved, self.training.activation_memory)
             + at_once * SLOTS * largest
             + 5 * KEPT_ROWS * _values(groups)
             + logits

@@ -14,7 +14,7 @@ from hetrain.nn.families import logit_scale_and_cap
 from hetrain.nn.fused import exponentials
 from hetrain.public.allocator import release_freed_memory
 
-MOST_TOKENS = 512
+MOST_TOKENS = 256
 MOST_LOGITS = 1 << 26
 
 PullBack = Callable[[Iterable[torch.Tensor]], torch.Tensor]
@@ -51,7 +51,7 @@ class LocalHead:
 
     @property
     def most_tokens(self) -> int:
-        """As many as have 2^26 logits, and no more than 512."""
+        """As many as have 2^26 logits, and no more than 256."""
         vocabulary = len(next(iter(self.module.parameters())))
         return min(max(MOST_LOGITS // vocabulary, 1), MOST_TOKENS)
 

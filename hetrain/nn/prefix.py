@@ -6,41 +6,26 @@ lowest block with an adapter: nothing below it is sent to workers.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
-from typing import IO, Any
+from typing import Any
 
 import torch
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import nn
 from transformers import PreTrainedModel
 
 from hetrain.nn.attention import first_of_each
 from hetrain.nn.families import decoder_blocks
+from hetrain.nn.memory.encrypted_file import EncryptedFile, Extent
 
 _IN_MEMORY = 256 << 20
-_NONCE_BYTES = 12
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a row's states lie in the file, and what they are."""
-
-    offset: int
-    size: int
-    dtype: torch.dtype
 
 
 class PrefixStore:
     """States of rows, by the rows' numbers. Thread-safe.
 
-    In memory up to `limit` bytes, then in a file without a name, encrypted with AES-256-GCM under a key that
-    is in memory alone: what is left on the disk tells nothing.
+    In memory up to `limit` bytes, then in an `EncryptedFile`.
 
     Args:
         limit: bytes in memory.
@@ -54,13 +39,9 @@ class PrefixStore:
         self._limit, self._lock = limit, threading.Lock()
         self._held: dict[int, torch.Tensor] = {}
         self._held_bytes = 0
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, tuple[Extent, torch.dtype]] = {}
         self._end = 0
-        self._cipher = AESGCM(AESGCM.generate_key(256))
-
-    @cached_property
-    def _file(self) -> IO[bytes]:
-        return tempfile.TemporaryFile()
+        self._file = EncryptedFile()
 
     def has(self, rows: Sequence[int]) -> bool:
         """Whether the states of all `rows` are kept."""
@@ -78,23 +59,20 @@ class PrefixStore:
             if self._held_bytes + size <= self._limit:
                 self._held[row], self._held_bytes = kept, self._held_bytes + size
                 return
-            nonce = os.urandom(_NONCE_BYTES)
-            sealed = nonce + self._cipher.encrypt(nonce, kept.numpy().tobytes(), str(row).encode())
             with suppress(OSError):  # on a full disk it is computed anew
-                if os.pwrite(self._file.fileno(), sealed, self._end) == len(sealed):
-                    self._places[row] = _Place(self._end, len(sealed), kept.dtype)
-                    self._end += len(sealed)
+                extent = self._file.write(kept.view(torch.uint8).numpy().reshape(-1).data, self._end)
+                self._places[row], self._end = (extent, kept.dtype), self._end + size
 
     def get(self, row: int, width: int) -> torch.Tensor:
-        """The states [t, width] of a row that is kept, float32."""
+        """The states [t, width] of a row that is kept, float32. Raises `StorageError`: the disk lost them."""
         with self._lock:
-            held, place = self._held.get(row), self._places.get(row)
-        if held is not None:
-            return held.float()
-        assert place is not None
-        sealed = os.pread(self._file.fileno(), place.size, place.offset)
-        plain = self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], str(row).encode())
-        return torch.frombuffer(bytearray(plain), dtype=place.dtype).view(-1, width).float()
+            held = self._held.get(row)
+            if held is not None:
+                return held.float()
+            extent, dtype = self._places[row]
+        stored = bytearray(extent.size)
+        self._file.read(extent, memoryview(stored))
+        return torch.frombuffer(stored, dtype=dtype).view(-1, width).float()
 
 
 class FrozenPrefix:

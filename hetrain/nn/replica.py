@@ -23,7 +23,16 @@ from hetrain.transport.channel import Channel
 
 
 class Replica:
-    """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time."""
+    """One micro-batch's view of the model. Not thread-safe: a replica serves one thread at a time.
+
+    Args:
+        split: the model without what leaves it.
+        model: with the adapter that is copied.
+        channel: the way to the workers.
+        sealer: encrypts operands.
+        prefixes: keeps what lies below the adapters; None: nothing is kept.
+        activation_memory: bytes of activations that stay in memory; None: all.
+    """
 
     def __init__(
         self,
@@ -32,13 +41,14 @@ class Replica:
         channel: Channel,
         sealer: Sealer,
         prefixes: PrefixStore | None = None,
+        activation_memory: int | None = None,
     ) -> None:
         self.stats = ProductStats()
         self.model = _share_frozen_copy(model)
         self.parameters = adapter_parameters(self.model)
         self._causal = self.model.get_base_model()
         self._device = next(iter(self._causal.get_output_embeddings().parameters())).device
-        self._saver = HalfSaver(self.model.parameters())
+        self._saver = HalfSaver(self.model.parameters(), activation_memory)
         self._dropouts = [m for m in self.model.modules() if isinstance(m, SeededDropout)]
         self._prefix = None if prefixes is None else FrozenPrefix(self._causal, prefixes)
         self._sealer = sealer

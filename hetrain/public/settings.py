@@ -59,7 +59,8 @@ class Settings(BaseSettings):
 
     cache: Path = Field(
         default_factory=lambda: Path.home() / ".cache" / "hetrain",
-        description="directory of converted models and of products with masks; default `~/.cache/hetrain`",
+        description="directory of converted models, of products with masks, and of a client's scratch files; "
+        "default `~/.cache/hetrain`",
     )
 
     broker_password_file: Path | None = Field(

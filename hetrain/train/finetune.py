@@ -102,7 +102,7 @@ def _run(
     run = _Run(job, output, callbacks, tracker, updater, run_log, validation, _description(job, session))
     write_job(output, {**run.description, "status": "running"})
     share_cores(config.replicas)
-    replicas = session.replicas(model, config.replicas)
+    replicas = session.replicas(model, config.replicas, config.activation_memory)
     status = "failed"
     failure: StorageError | None = None
     try:

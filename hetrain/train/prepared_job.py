@@ -27,6 +27,7 @@ _FREE = (
     "verify_rows",
     "in_flight",
     "max_bytes_in_flight",
+    "activation_memory",
     "max_skipped_updates",
     "save_steps",
     "save_total_limit",

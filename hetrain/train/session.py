@@ -70,10 +70,13 @@ class Session:
     sealer: Sealer
     worker: Completion
 
-    def replicas(self, model: PeftModel, count: int) -> list[Replica]:
-        """`count` replicas of an adapted model on this session's channel, with one store of prefixes."""
-        prefixes = PrefixStore()
-        return [Replica(self.split, model, self.channel, self.sealer, prefixes) for _ in range(count)]
+    def replicas(self, model: PeftModel, count: int, activation_memory: int | None = None) -> list[Replica]:
+        """`count` replicas of an adapted model on this session's channel, with one store of prefixes.
+
+        They share `activation_memory`, in bytes; None is no limit.
+        """
+        prefixes, share = PrefixStore(), None if activation_memory is None else activation_memory // count
+        return [Replica(self.split, model, self.channel, self.sealer, prefixes, share) for _ in range(count)]
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
             max_bytes_in_flight=2 << 30,
             max_steps=9,
             num_train_epochs=2.5,
+            activation_memory=3 << 20,
             learning_rate=0.5,
             lr_scheduler_type="cosine",
             warmup_steps=1,
@@ -135,7 +136,8 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         --lora-layers 1,3-4 --lora-target-modules q_proj,v_proj --lora-target-modules up_proj
         --max-length 7 --batch-tokens 210 --micro-batch-tokens 70 --in-flight 4
         --max-bytes-in-flight 2GiB --max-steps 9 --num-train-epochs 2.5
-        --learning-rate 0.5 --lr-scheduler-type cosine --warmup-steps 1 --weight-decay 0.125 --max-grad-norm 2
+        --activation-memory 3MiB --learning-rate 0.5 --lr-scheduler-type cosine --warmup-steps 1
+        --weight-decay 0.125 --max-grad-norm 2
         --max-skipped-updates 4 --seed 8 --max-staleness 1 --staleness-correction none --save-steps 6
         --save-total-limit 11 --eval-strategy steps --eval-steps 12 --early-stopping-patience 13
         --early-stopping-threshold 0.25 --load-best-model-at-end --report-to tensorboard,wandb

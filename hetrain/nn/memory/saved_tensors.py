@@ -11,63 +11,26 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hetrain.nn.memory.arena import Arena, Room
 from hetrain.nn.memory.recompute import Place, Recorder, Source, View, strides_of
 from hetrain.public.allocator import release_freed_memory
 
 SMALLEST = 1 << 14
-_CHUNK = 1 << 25
 _TIDY_AFTER = 1 << 26
 _LARGEST_HALF = 32768.0
-
-
-class _Arena:
-    """Memory for float16 values that all live until the same moment, and for the next ones after that.
-
-    Taken from the heap one by one, they would lie between short-lived buffers and keep it from shrinking.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._chunks: list[torch.Tensor] = []
-        self._used: list[int] = []
-
-    def take(self, count: int) -> torch.Tensor:
-        """Room for `count` values, uninitialised, in the first chunk that has it.
-
-        Large values leave room at the ends of chunks, which small ones fill.
-        """
-        index = next((i for i, chunk in enumerate(self._chunks) if self._used[i] + count <= len(chunk)), None)
-        if index is None:
-            index = len(self._chunks)
-            self._chunks.append(self._new_chunk(max(count, _CHUNK)))
-            self._used.append(0)
-        begin = self._used[index]
-        self._used[index] += count
-        return self._chunks[index][begin : begin + count]
-
-    def _new_chunk(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=torch.float16, device=self._device)
-
-    @property
-    def used(self) -> int:
-        """Values in use."""
-        return sum(self._used)
-
-    def reset(self) -> None:
-        """Gives all of it to the next values."""
-        self._used = [0] * len(self._chunks)
 
 
 @dataclass(frozen=True, eq=False)
 class _Half:
     """scale·values with values in float16; a power of two keeps outliers in range."""
 
-    values: torch.Tensor
+    arena: Arena
+    room: Room
     scale: float
     operations: int = 0
 
     def restore(self) -> torch.Tensor:
-        restored = self.values.to(torch.float32)
+        restored = self.arena.at(self.room).to(torch.float32)
         return restored if self.scale == 1.0 else restored.mul_(self.scale)
 
 
@@ -80,11 +43,13 @@ class HalfSaver:
 
     Args:
         parameters: the model's, which stay as they are (views of them, too).
+        limit: bytes that may stay in memory; see `Arena`.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor], limit: int | None = None) -> None:
+        self._limit = limit
         self._kept = {p.untyped_storage().data_ptr() for p in parameters}
-        self._arenas: dict[torch.device, _Arena] = {}
+        self._arenas: dict[torch.device, Arena] = {}
         self._moved = 0
         self._recorder = Recorder(self._is_large)
         self._sources: dict[Place, Source] = {}
@@ -152,17 +117,19 @@ class HalfSaver:
 
     def _halve(self, tensor: torch.Tensor) -> _Half:
         if tensor.device not in self._arenas:
-            self._arenas[tensor.device] = _Arena(tensor.device)
-        room = self._arenas[tensor.device].take(tensor.numel())
-        view = room.as_strided(tensor.shape, strides_of(tensor), room.storage_offset())
+            self._arenas[tensor.device] = Arena(tensor.device, self._limit)
+        arena = self._arenas[tensor.device]
+        room = arena.take(tensor.numel())
+        half = arena.at(room)
+        view = half.as_strided(tensor.shape, strides_of(tensor), half.storage_offset())
         view.copy_(tensor)
-        if _largest(room) <= _LARGEST_HALF:
-            return _Half(room, 1.0)
+        if _largest(half) <= _LARGEST_HALF:
+            return _Half(arena, room, 1.0)
         largest, scale = _largest(tensor), 1.0
         if _LARGEST_HALF < largest < math.inf:
             scale = 2.0 ** math.ceil(math.log2(largest / _LARGEST_HALF))
             view.copy_(tensor / scale)
-        return _Half(room, scale)
+        return _Half(arena, room, scale)
 
 
 def _largest(values: torch.Tensor) -> float:
