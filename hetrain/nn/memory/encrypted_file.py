@@ -10,7 +10,7 @@ from itertools import count
 from typing import IO
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
@@ -19,6 +19,8 @@ from hetrain.public.errors import StorageError
 from hetrain.public.model.files import cache_directory
 
 _KEY_BYTES, _NONCE_BYTES = 32, 12
+_MOST_BYTES = 1 << 30
+"""OpenSSL takes less than 2 GB at once."""
 _HINT = "check the disk that HETRAIN_CACHE is on, or have `activation_memory` hold all of it"
 
 
@@ -51,8 +53,7 @@ class EncryptedFile:
         nonce = next(self._writes).to_bytes(_NONCE_BYTES, "big")
         encryptor = Cipher(self._key, GCM(nonce)).encryptor()
         file = self._file.fileno()
-        encryptor.update_into(values, values)
-        encryptor.finalize()
+        _update(encryptor, values)
         extent = Extent(offset, len(values), nonce, encryptor.tag)
         try:
             rest = values
@@ -74,9 +75,9 @@ class EncryptedFile:
         try:
             while rest:
                 begin = extent.offset + len(values) - len(rest)
-                if not (count := os.preadv(self._file.fileno(), [rest], begin)):
+                if not (n_read := os.preadv(self._file.fileno(), [rest], begin)):
                     raise StorageError("a scratch file has been cut short", hint=_HINT)
-                rest = rest[count:]
+                rest = rest[n_read:]
             self._decrypt(extent, values)
         except OSError as error:
             raise StorageError(f"a scratch file cannot be read: {reason_of(error)}", hint=_HINT) from error
@@ -84,12 +85,18 @@ class EncryptedFile:
             raise StorageError("a scratch file has other bytes than were written", hint=_HINT) from error
 
     def _decrypt(self, extent: Extent, values: memoryview) -> None:
-        decryptor = Cipher(self._key, GCM(extent.nonce, extent.tag)).decryptor()
-        decryptor.update_into(values, values)
-        decryptor.finalize()
+        _update(Cipher(self._key, GCM(extent.nonce, extent.tag)).decryptor(), values)
 
     @cached_property
     def _file(self) -> IO[bytes]:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=directory)
+
+
+def _update(context: CipherContext, values: memoryview) -> None:
+    """Encrypts or decrypts in place, to the end."""
+    for begin in range(0, len(values), _MOST_BYTES):
+        part = values[begin : begin + _MOST_BYTES]
+        context.update_into(part, part)
+    context.finalize()
