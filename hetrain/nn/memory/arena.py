@@ -57,7 +57,7 @@ class Arena:
         self._chunks: list[_Chunk] = []
         self._free: list[torch.Tensor] = []
         self._held = self._end = self._uses = 0
-        self._is_full = False
+        self._is_full = self._has_warned = False
 
     def take(self, count: int) -> Room:
         """Room for `count` values, uninitialised, in the first chunk that has it.
@@ -132,7 +132,11 @@ class Arena:
                 chunk.extent = self._file.write(_bytes(chunk.buffer, chunk.used), self._end)
             except OSError as error:
                 self._is_full = True
-                _log.warning("activations stay in memory, beyond `activation_memory`: %s", reason_of(error))
+                if not self._has_warned:
+                    _log.warning(
+                        "activations stay in memory, beyond `activation_memory`: %s", reason_of(error)
+                    )
+                self._has_warned = True
                 raise
             self._end += chunk.extent.size
         self._free.append(chunk.buffer)
