@@ -60,7 +60,7 @@ class PrefixStore:
                 self._held[row], self._held_bytes = kept, self._held_bytes + size
                 return
             with suppress(OSError):  # on a full disk it is computed anew
-                extent = self._file.write(kept.view(torch.uint8).numpy().reshape(-1).data, self._end)
+                extent = self._file.write(kept.numpy().data.cast("B"), self._end)
                 self._places[row], self._end = (extent, kept.dtype), self._end + size
 
     def get(self, row: int, width: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
-    with ExitStack() as stack:
-        disk = stack.enter_context(small_disk(tmp_path / "disk", 1 << 20))
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
         monkeypatch.setenv("HETRAIN_CACHE", str(disk.path))
         yield disk
 
@@ -58,7 +56,7 @@ def fill(arena: Arena, sizes: list[int]) -> list[tuple[Room, torch.Tensor]]:
     return kept
 
 
-def resident(arena: Arena, kept: list[tuple[Room, torch.Tensor]]) -> int:
+def resident(kept: list[tuple[Room, torch.Tensor]]) -> int:
     """Bytes of the buffers that hold some of these values."""
     places = {
         room.chunk.buffer.data_ptr(): room.chunk.buffer for room, _ in kept if room.chunk.buffer is not None
@@ -72,10 +70,10 @@ def test_values_come_back_in_any_order_and_few_are_in_memory() -> None:
         sizes = [order.choice([1, 100, CHUNK // 2, CHUNK, 2 * CHUNK + 1]) for _ in range(60)]
         kept = fill(arena, sizes)
         assert arena.used == sum(sizes)
-        assert resident(arena, kept) <= LIMIT
+        assert resident(kept) <= LIMIT
         for room, values in [*reversed(kept), *order.sample(kept, len(kept))]:
             assert torch.equal(arena.at(room), values)
-            assert resident(arena, kept) <= LIMIT
+            assert resident(kept) <= LIMIT
         arena.reset()
         assert arena.used == 0
 
@@ -141,7 +139,7 @@ def test_on_a_full_disk_values_stay_in_memory(disk: SmallDisk, caplog: pytest.Lo
     disk.fill(leave=3 * CHUNK)
     arena = Arena(CPU, LIMIT)
     kept = fill(arena, [CHUNK] * 20)
-    assert resident(arena, kept) > LIMIT
+    assert resident(kept) > LIMIT
     for room, values in kept:
         assert torch.equal(arena.at(room), values)
     assert caplog.text.count("activations stay in memory") == 1
@@ -154,7 +152,7 @@ def test_on_a_full_disk_values_stay_in_memory(disk: SmallDisk, caplog: pytest.Lo
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi3"])
 def test_gradients_are_the_same_to_the_bit(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saved_module, "SMALLEST", 64)
     save_model(FAMILIES[name], tmp_path)

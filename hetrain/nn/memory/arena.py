@@ -77,7 +77,7 @@ class Arena:
         if chunk.buffer is None:
             assert chunk.extent is not None
             buffer = self._buffer(chunk.used)
-            self._file.read(chunk.extent, _bytes(buffer, chunk.used))
+            self._file.read(chunk.extent, buffer[: chunk.used].numpy().data.cast("B"))
             chunk.buffer = buffer
         self._uses += 1
         chunk.last_use = self._uses
@@ -119,25 +119,20 @@ class Arena:
         there = [chunk for chunk in self._chunks if chunk.buffer is not None]
         if not there or self._is_full:
             return False
-        with suppress(OSError):
+        try:
             self._leave(min(there, key=lambda chunk: chunk.last_use))
-            return True
-        return False
+        except OSError as error:
+            self._is_full = True
+            if not self._has_warned:
+                _log.warning("activations stay in memory, beyond `activation_memory`: %s", reason_of(error))
+            self._has_warned = True
+        return not self._is_full
 
     def _leave(self, chunk: _Chunk) -> None:
-        """Writes a chunk to the disk, unless it lies there, and frees its buffer."""
+        """Writes a chunk to the disk, unless it lies there, and frees its buffer. Raises `OSError`."""
         assert chunk.buffer is not None
         if chunk.extent is None:
-            try:
-                chunk.extent = self._file.write(_bytes(chunk.buffer, chunk.used), self._end)
-            except OSError as error:
-                self._is_full = True
-                if not self._has_warned:
-                    _log.warning(
-                        "activations stay in memory, beyond `activation_memory`: %s", reason_of(error)
-                    )
-                self._has_warned = True
-                raise
+            chunk.extent = self._file.write(chunk.buffer[: chunk.used].numpy().data.cast("B"), self._end)
             self._end += chunk.extent.size
         self._free.append(chunk.buffer)
         chunk.buffer = None
@@ -153,7 +148,3 @@ def _mapped(count: int) -> torch.Tensor:
     with suppress(OSError, AttributeError):  # a kernel, or a system, without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float16)
-
-
-def _bytes(buffer: torch.Tensor, used: int) -> memoryview:
-    return buffer[:used].view(torch.uint8).numpy().data
